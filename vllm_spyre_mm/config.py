@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The platform's settings, and the only module that reads or writes the environment.
+
+Users give settings through vLLM's own ``additional_config`` (a JSON object); vLLM carries it to
+every process. :meth:`SpyreSettings.resolve` replaces each ``auto`` once, in the process that
+creates the engine; the other processes read the resolved values back.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_spyre_mm.log import get_logger
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = get_logger(__name__)
+
+Backend = Literal["sendnn", "inductor", "eager"]
+
+BLOCK_SIZE = 64
+"""Tokens in a block of the KV cache: what the card's compiler expects."""
+
+DEFAULT_CHUNK_SIZE = 512
+"""Tokens in a prefill chunk (vLLM's ``max_num_batched_tokens``) unless the user gives it."""
+
+DEFAULT_MAX_NUM_SEQS = 16
+"""Sequences decoded together (vLLM's ``max_num_seqs``) unless the user gives it."""
+
+DEFAULT_MAX_MODEL_LEN = 8192
+"""Upper bound of the ``max_model_len`` that is derived from a checkpoint: Granite says 131,072,
+whose KV cache no development host holds."""
+
+CARD_MAX_BATCH_TKV = 131072
+"""Bound on batch size times padded length that the card is run with unless the user gives it."""
+
+
+class SpyreSettings(BaseModel):
+    """The platform's settings: what vLLM has no flag for.
+
+    Attributes:
+        enable_return_mm_embedding: give back the merged vision features of every request on
+            ``CompletionOutput.mm_embedding``. Also ``LLM(enable_return_mm_embedding=True)`` and
+            ``--enable-return-mm-embedding``.
+        backend: what runs the decoder. ``auto`` takes ``sendnn`` where ``torch_sendnn`` is
+            importable; otherwise the CPU, compiled by ``inductor``, or ``eager`` with vLLM's
+            ``--enforce-eager``.
+        encoder_dtype: dtype of the vision encoder and of the embeddings. ``auto`` is the
+            decoder's dtype on a CPU; for a card (whose decoder is fp16 while the encoder runs on
+            the host) it is the host's fastest dtype.
+        encoder_cache_tokens: image features kept for later requests, in feature rows. Raised to
+            ``max_model_len`` where it is less, so that one request's images always fit.
+        max_batch_tkv: bound on batch × padded length of a decode step, in tokens. ``None``: no
+            bound beyond ``max_num_seqs`` × ``max_model_len`` on a CPU, 131,072 for a card.
+        resolved: set by :meth:`resolve`, not by users: nothing is ``auto`` any more.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    enable_return_mm_embedding: bool = False
+    backend: Literal["auto", "sendnn", "inductor", "eager"] = "auto"
+    encoder_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    encoder_cache_tokens: int | None = Field(default=None, gt=0)
+    max_batch_tkv: int | None = Field(default=None, gt=0)
+    resolved: bool = False
+
+    @classmethod
+    def parse(cls, additional_config: object) -> "SpyreSettings":
+        """Check the user's ``additional_config``.
+
+        Raises:
+            ValueError: something in it is unknown or has a wrong type; the message names it.
+        """
+        if not isinstance(additional_config, Mapping):
+            raise ValueError(
+                "additional_config must be a JSON object of Spyre settings, not "
+                f"{type(additional_config).__name__}"
+            )
+        try:
+            return cls.model_validate(dict(additional_config))
+        except ValidationError as error:
+            known = ", ".join(name for name in cls.model_fields if name != "resolved")
+            faults = "; ".join(
+                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']} (got {fault['input']!r})"
+                for fault in error.errors()
+            )
+            raise ValueError(
+                f"additional_config holds an invalid Spyre setting: {faults}. "
+                f"The settings are: {known}."
+            ) from None
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: "VllmConfig") -> "SpyreSettings":
+        """The settings of a running engine, as :meth:`resolve` left them."""
+        return cls.parse(vllm_config.additional_config)
+
+    def resolve(
+        self,
+        *,
+        enforce_eager: bool,
+        decoder_dtype: str,
+        host_dtypes: tuple[str, ...],
+        max_model_len: int,
+        max_num_seqs: int,
+    ) -> "SpyreSettings":
+        """Replace every ``auto`` and ``None``.
+
+        Args:
+            enforce_eager: vLLM's flag.
+            decoder_dtype: name of the dtype vLLM resolved for the model.
+            host_dtypes: names of the dtypes that the host computes in, fastest first.
+            max_model_len: longest sequence in tokens.
+            max_num_seqs: largest decode batch.
+
+        Raises:
+            ValueError: the backend is not to be had here, or a bound is below what one request
+                needs.
+        """
+        backend = self._resolve_backend(enforce_eager)
+        encoder_dtype: str = self.encoder_dtype
+        if encoder_dtype == "auto":
+            encoder_dtype = decoder_dtype if decoder_dtype in host_dtypes else host_dtypes[0]
+        if encoder_dtype not in host_dtypes:
+            raise ValueError(
+                f"encoder_dtype={encoder_dtype!r} is not one that this host computes in: "
+                f"{', '.join(host_dtypes)}"
+            )
+        # A row of a decode is as long as its whole blocks.
+        longest_row = -(-max_model_len // BLOCK_SIZE) * BLOCK_SIZE
+        everything = max_num_seqs * longest_row
+        max_batch_tkv = self.max_batch_tkv
+        if max_batch_tkv is None:
+            bound = max(CARD_MAX_BATCH_TKV, longest_row) if backend == "sendnn" else everything
+            max_batch_tkv = min(bound, everything)
+        if max_batch_tkv < longest_row:
+            raise ValueError(
+                f"max_batch_tkv={max_batch_tkv} is less than one sequence of max_model_len="
+                f"{max_model_len} tokens needs ({longest_row}): raise it or lower --max-model-len"
+            )
+        return self.model_copy(
+            update={
+                "backend": backend,
+                "encoder_dtype": encoder_dtype,
+                "encoder_cache_tokens": max(self.encoder_cache_tokens or 0, max_model_len),
+                "max_batch_tkv": max_batch_tkv,
+                "resolved": True,
+            }
+        )
+
+    def _resolve_backend(self, enforce_eager: bool) -> Backend:
+        if self.backend == "sendnn" and not card_backend_available():
+            raise ValueError(
+                "backend='sendnn' needs the package torch_sendnn, which comes with the Spyre "
+                "software and is not installed here; use backend='auto' to run on the CPU"
+            )
+        if self.backend == "sendnn" and enforce_eager:
+            raise ValueError("backend='sendnn' compiles the model: drop --enforce-eager")
+        if self.backend == "inductor" and enforce_eager:
+            raise ValueError("backend='inductor' and --enforce-eager contradict each other")
+        if self.backend != "auto":
+            return self.backend
+        if enforce_eager:
+            return "eager"
+        return "sendnn" if card_backend_available() else "inductor"
+
+
+def card_backend_available() -> bool:
+    """Whether ``torch_sendnn``, the card's compiler, can be imported."""
+    return importlib.util.find_spec("torch_sendnn") is not None
+
+
+def prepare_process_environment() -> None:
+    """Set what vLLM reads from the environment; runs in each process that loads the platform.
+
+    Worker processes are spawned: a fork after OpenMP ran in the parent hangs for ever. The runner
+    is the platform's own, so vLLM's scheduler must speak the protocol of its first model runner.
+    """
+    if os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "spawn") != "spawn":
+        logger.warning(
+            "VLLM_WORKER_MULTIPROC_METHOD=%s is replaced by spawn: a process that is forked after "
+            "OpenMP ran hangs",
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"],
+        )
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+
+
+def engine_runs_in_own_process() -> bool:
+    """Whether vLLM starts the engine in a process of its own (its default)."""
+    return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0"
+
+
+def rust_frontend_requested() -> bool:
+    """Whether vLLM's Rust front end is asked for, which bypasses every Python hook."""
+    return os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
+
+
+def export_card_environment(
+    *, chunk_size: int, max_model_len: int, max_num_seqs: int, max_batch_tkv: int
+) -> None:
+    """Set what ``torch_sendnn`` reads when it is imported; must run before that import.
+
+    Args:
+        chunk_size: tokens in a prefill chunk.
+        max_model_len: longest sequence in tokens.
+        max_num_seqs: largest decode batch; the card's compiler wants at least 2.
+        max_batch_tkv: bound on batch × padded length in tokens.
+    """
+    os.environ["VLLM_DT_CHUNK_LEN"] = str(chunk_size)
+    os.environ["VLLM_DT_MAX_CONTEXT_LEN"] = str(max_model_len)
+    os.environ["VLLM_DT_MAX_BATCH_SIZE"] = str(max(max_num_seqs, 2))
+    os.environ["VLLM_DT_MAX_BATCH_TKV_LIMIT"] = str(max_batch_tkv)
+
+
+def warn_of_other_spyre_plugin() -> None:
+    """Explain, before vLLM refuses two platforms, what to do about ``sendnn-inference``."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "sendnn_inference" not in allowed.split(","):
+        return
+    try:
+        importlib.metadata.distribution("sendnn-inference")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    logger.error(
+        "sendnn-inference and vllm-spyre-mm are installed side by side; each is a vLLM platform "
+        "and vLLM runs one. Choose with VLLM_PLUGINS=spyre_mm or VLLM_PLUGINS=sendnn_inference, "
+        "or uninstall one of them."
+    )
+
+
+def settings_summary(settings: SpyreSettings, **resolved: Any) -> str:
+    """One line with everything that was resolved at start."""
+    values = {**settings.model_dump(exclude={"resolved"}), **resolved}
+    return ", ".join(f"{name}={value}" for name, value in values.items())

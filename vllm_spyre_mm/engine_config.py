@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks and defaults for a new engine: what is refused, and what each ``auto`` becomes."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_spyre_mm.config import (
+    BLOCK_SIZE,
+    SpyreSettings,
+    rust_frontend_requested,
+    settings_summary,
+)
+from vllm_spyre_mm.geometry import Geometry
+from vllm_spyre_mm.log import get_logger
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = get_logger(__name__)
+
+SCHEDULER_CLASS = "vllm_spyre_mm.scheduler.SpyreScheduler"
+WORKER_CLASS = "vllm_spyre_mm.worker.worker.SpyreWorker"
+
+
+def geometry_of(vllm_config: "VllmConfig") -> Geometry:
+    """The geometry of a resolved configuration."""
+    settings = SpyreSettings.from_vllm_config(vllm_config)
+    assert settings.max_batch_tkv is not None, "resolved in check_and_resolve"
+    return Geometry(
+        block_size=vllm_config.cache_config.block_size,
+        chunk_size=vllm_config.scheduler_config.max_num_batched_tokens,
+        max_batch_tkv=settings.max_batch_tkv,
+    )
+
+
+def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype, ...]) -> None:
+    """Check a configuration and make it the platform's, in place.
+
+    Args:
+        vllm_config: what vLLM built from the user's arguments.
+        host_dtypes: what the host computes in, fastest first.
+
+    Raises:
+        ValueError: the configuration asks for something that the platform cannot do.
+    """
+    settings = SpyreSettings.parse(vllm_config.additional_config)
+    if vllm_config.model_config is None:
+        return  # vLLM builds partial configurations for its own tools
+    _refuse_unsupported(vllm_config)
+    mapping = _check_model(vllm_config)
+    model_config, scheduler_config = vllm_config.model_config, vllm_config.scheduler_config
+    dtype = decoder_dtype_of(vllm_config)
+
+    log = logger.debug if settings.resolved else logger.info  # vLLM builds configurations anew
+    settings = settings.resolve(
+        enforce_eager=model_config.enforce_eager,
+        decoder_dtype=_name(dtype),
+        host_dtypes=tuple(map(_name, host_dtypes)),
+        max_model_len=model_config.max_model_len,
+        max_num_seqs=scheduler_config.max_num_seqs,
+    )
+    _check_decoder_dtype(dtype, settings, host_dtypes)
+    vllm_config.additional_config = settings.model_dump()
+
+    _take_over_execution(vllm_config)
+    _size_caches(vllm_config, settings)
+    geometry_of(vllm_config)  # checks the chunk size
+    log(
+        "Spyre platform: %s",
+        settings_summary(
+            settings,
+            mapping=mapping,
+            dtype=_name(dtype),
+            chunk_size=scheduler_config.max_num_batched_tokens,
+            block_size=vllm_config.cache_config.block_size,
+            max_num_seqs=scheduler_config.max_num_seqs,
+            max_model_len=model_config.max_model_len,
+            tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
+            prefix_caching=vllm_config.cache_config.enable_prefix_caching,
+        ),
+    )
+
+
+def decoder_dtype_of(vllm_config: "VllmConfig") -> torch.dtype:
+    """The dtype vLLM resolved for the model: of the decoder, the text embeddings and the cache."""
+    dtype = vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype), "vLLM resolves names when it makes the configuration"
+    return dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
+    """Raise ValueError for the first feature of vLLM that this platform does not have."""
+    parallel = vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    scheduler = vllm_config.scheduler_config
+    model = vllm_config.model_config
+    default_block = cache.DEFAULT_BLOCK_SIZE
+    refusals = (
+        (vllm_config.lora_config is not None, "LoRA (--enable-lora)"),
+        (vllm_config.speculative_config is not None, "speculative decoding"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism (--pipeline-parallel-size)"),
+        (parallel.data_parallel_size > 1, "data parallelism (--data-parallel-size)"),
+        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
+        (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
+        (parallel.enable_dbo, "dual batch overlap (--enable-dbo)"),
+        (vllm_config.kv_transfer_config is not None, "KV transfer (--kv-transfer-config)"),
+        (vllm_config.ec_transfer_config is not None, "encoder cache transfer"),
+        (model.runner_type != "generate", f"runner={model.runner_type!r} (only 'generate')"),
+        (model.quantization is not None, f"quantization={model.quantization!r}"),
+        (model.enable_sleep_mode, "sleep mode (--enable-sleep-mode)"),
+        (model.enable_prompt_embeds, "prompt embeddings (--enable-prompt-embeds)"),
+        (
+            cache.cache_dtype not in ("auto", _name(decoder_dtype_of(vllm_config))),
+            f"kv-cache-dtype={cache.cache_dtype!r}",
+        ),
+        (
+            not scheduler.enable_chunked_prefill,
+            "prefill without chunks (--no-enable-chunked-prefill)",
+        ),
+        (scheduler.disable_chunked_mm_input, "--disable-chunked-mm-input: images may span chunks"),
+        (
+            cache.user_specified_block_size and cache.block_size not in (BLOCK_SIZE, default_block),
+            f"block-size={cache.block_size} (Spyre's blocks have {BLOCK_SIZE} tokens)",
+        ),
+        (rust_frontend_requested(), "vLLM's Rust front end (VLLM_USE_RUST_FRONTEND)"),
+        (vllm_config.use_v2_model_runner, "vLLM's second model runner or what requires it"),
+    )
+    for refused, what in refusals:
+        if refused:
+            raise ValueError(f"not supported on Spyre: {what}")
+
+
+def _check_model(vllm_config: "VllmConfig") -> str:
+    """Name of the mapping that serves the model.
+
+    Raises:
+        ValueError: no mapping does, or tensor parallelism does not divide the heads.
+    """
+    from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+
+    mapping = get_mm_mapping(vllm_config.model_config.hf_config)
+    size = vllm_config.parallel_config.tensor_parallel_size
+    options = mapping.kv_cache_options()
+    if options.num_kv_heads % size or options.num_query_heads % size:
+        raise ValueError(
+            f"tensor_parallel_size={size} does not divide the model's {options.num_query_heads} "
+            f"query heads and {options.num_kv_heads} KV heads"
+        )
+    return type(mapping).__name__
+
+
+def _check_decoder_dtype(
+    dtype: torch.dtype, settings: SpyreSettings, host_dtypes: tuple[torch.dtype, ...]
+) -> None:
+    if settings.backend == "sendnn":
+        if dtype != torch.float16:
+            raise ValueError(f"the card runs the decoder in float16, not {_name(dtype)}")
+    elif dtype not in host_dtypes:
+        raise ValueError(
+            f"dtype={_name(dtype)!r} is not supported without a card: use "
+            f"{' or '.join(_name(supported) for supported in host_dtypes)}"
+        )
+
+
+def _take_over_execution(vllm_config: "VllmConfig") -> None:
+    """Put the platform's scheduler and worker in place and turn vLLM's own compilation off."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    scheduler_config, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    if scheduler_config.scheduler_cls not in (None, SCHEDULER_CLASS):
+        raise ValueError("not supported on Spyre: a scheduler of your own (--scheduler-cls)")
+    scheduler_config.scheduler_cls = SCHEDULER_CLASS
+    # The runner hands its tokens over before the next step is scheduled.
+    scheduler_config.async_scheduling = False
+    parallel.worker_cls = WORKER_CLASS
+    if parallel.world_size == 1:
+        parallel.distributed_executor_backend = "uni"
+    parallel.disable_custom_all_reduce = True
+    vllm_config.compilation_config.mode = CompilationMode.NONE
+    vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+
+
+def _size_caches(vllm_config: "VllmConfig", settings: SpyreSettings) -> None:
+    """Block size, and an encoder cache that holds the images of one prompt at least.
+
+    vLLM sets both encoder bounds to the chunk size; an image that did not fit would end a chunk
+    in the middle of a block, or never be scheduled.
+    """
+    vllm_config.cache_config.block_size = BLOCK_SIZE
+    assert settings.encoder_cache_tokens is not None, "resolved before"
+    vllm_config.scheduler_config.encoder_cache_size = settings.encoder_cache_tokens
+    vllm_config.scheduler_config.max_num_encoder_input_tokens = settings.encoder_cache_tokens

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spyre's geometry: blocks, chunks and the padding that aligns them. Pure arithmetic.
+
+A prompt occupies whole blocks and is prefilled in chunks of whole blocks. The grid of chunks is
+anchored at the *end* of the prompt: whole padding blocks stand before the prompt so that its last
+block is the last block of a chunk, and the rest of the last block is padding too::
+
+    padded:   | pad pad t0 | t1 t2 t3 | t4 t5 t6.. |      t: a block of real tokens
+    chunks:   |  chunk 0   |  chunk 1 |  chunk 2   |
+
+Positions below are counted in real tokens unless they are called *padded*.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes that the scheduler and the runner share.
+
+    Attributes:
+        block_size: tokens in a KV cache block.
+        chunk_size: tokens in a prefill chunk, a multiple of ``block_size``.
+        max_batch_tkv: bound on batch × padded length of a decode step, in tokens.
+    """
+
+    block_size: int
+    chunk_size: int
+    max_batch_tkv: int
+
+    def __post_init__(self) -> None:
+        if self.chunk_size <= 0 or self.chunk_size % self.block_size:
+            raise ValueError(
+                f"the chunk size must be a multiple of {self.block_size}, got {self.chunk_size} "
+                "(it is vLLM's --max-num-batched-tokens)"
+            )
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks that hold ``num_tokens`` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def left_padding(self, num_tokens: int) -> int:
+        """Padding tokens before a prompt of ``num_tokens`` tokens: whole blocks."""
+        padded = self.num_blocks(num_tokens) * self.block_size
+        return -padded % self.chunk_size
+
+    def chunk_end(self, num_tokens: int, start: int) -> int:
+        """Where the chunk that computes token ``start`` of a prompt of ``num_tokens`` ends."""
+        padding = self.left_padding(num_tokens)
+        padded_end = ((start + padding) // self.chunk_size + 1) * self.chunk_size
+        return min(num_tokens, padded_end - padding)
+
+    def floor_to_chunk(self, num_tokens: int, num_cached: int) -> int:
+        """Largest chunk start that is covered by ``num_cached`` cached tokens.
+
+        The last chunk is never covered, since its last token has to be computed for its logits.
+        """
+        padding = self.left_padding(num_tokens)
+        usable = min(num_cached, num_tokens - 1)
+        return max(0, (usable + padding) // self.chunk_size * self.chunk_size - padding)
+
+    def decode_rows_that_fit(self, lengths: list[int]) -> list[int]:
+        """Rows of a decode step that respect the bound on batch × padded length.
+
+        Args:
+            lengths: tokens of each sequence after the step, the oldest request first.
+
+        Returns:
+            Indices into ``lengths``, ascending. The first is always among them (one sequence
+            fits by construction), so the oldest request makes progress.
+        """
+        chosen: list[int] = []
+        longest = 0
+        for row, length in enumerate(lengths):
+            candidate = max(longest, self.num_blocks(length) * self.block_size)
+            if chosen and (len(chosen) + 1) * candidate > self.max_batch_tkv:
+                continue
+            chosen.append(row)
+            longest = candidate
+        return chosen

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compilation: one block at a time for the CPU, the whole decoder for the card."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def compile_blocks(blocks: nn.ModuleList) -> None:
+    """Compile the repeated blocks of a model for the CPU, in place.
+
+    The blocks share the code of their ``forward``, and their weights are inputs of its graph, so
+    the first block's graph serves all of them.
+    """
+    for block in blocks:
+        block.forward = torch.compile(
+            block.forward, backend="inductor", dynamic=True, fullgraph=True
+        )
+
+
+def compile_for_card(model: nn.Module) -> Callable[..., Any]:
+    """The decoder as one graph for the card's compiler.
+
+    Importing ``torch_sendnn`` registers the backend; it reads ``VLLM_DT_*`` at that moment.
+    """
+    import torch_sendnn  # noqa: F401
+
+    return torch.compile(model, backend="sendnn", dynamic=False, fullgraph=True)
+
+
+@contextlib.contextmanager
+def warmup_context() -> Iterator[None]:
+    """The card compiler's context for making graphs."""
+    import torch_sendnn
+
+    with torch_sendnn.warmup_mode():
+        yield
+
+
+def mark_for_card(
+    tensor: torch.Tensor, *, dynamic: tuple[int, ...] = (), static: tuple[int, ...] = ()
+) -> torch.Tensor:
+    """Tell the compiler which dimensions vary between calls and which never do."""
+    for dim in dynamic:
+        torch._dynamo.mark_dynamic(tensor, dim)
+    for dim in static:
+        torch._dynamo.mark_static(tensor, dim)
+    return tensor

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paged KV cache: how it is described to vLLM, sized and allocated."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_spyre_mm.multimodal.mm_mappings.base import KVCacheOptions
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+KVCache = list[tuple[torch.Tensor, torch.Tensor]]
+"""For each layer keys and values, ``(blocks, block_size, kv_heads, head_dim)`` each."""
+
+ACTIVATION_RESERVE = 1 << 30
+"""Bytes of host memory left for activations when the KV cache is sized."""
+
+
+def kv_cache_spec(
+    options: KVCacheOptions, block_size: int, dtype: torch.dtype, world_size: int
+) -> dict[str, "KVCacheSpec"]:
+    """What vLLM's block manager has to know about each layer, on one rank."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    spec = FullAttentionSpec(
+        block_size=block_size,
+        num_kv_heads=options.num_kv_heads // world_size,
+        head_size=options.head_dim,
+        dtype=dtype,
+    )
+    return {f"layers.{i}.attn": spec for i in range(options.num_layers)}
+
+
+def kv_cache_bytes(vllm_config: "VllmConfig", spec: dict[str, "KVCacheSpec"]) -> int:
+    """Memory for this rank's KV cache, in bytes.
+
+    What the user gives (``--kv-cache-memory-bytes``), else what ``max_num_seqs`` sequences of
+    ``max_model_len`` can use at most, as far as the host's memory goes: the share
+    ``--gpu-memory-utilization`` of all of it, less what is taken and what activations need.
+
+    Raises:
+        ValueError: not enough memory is available for it.
+    """
+    from vllm.utils.cpu_resource_utils import get_memory_node_info
+    from vllm.utils.math_utils import cdiv
+
+    config: CacheConfig = vllm_config.cache_config
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    memory = get_memory_node_info()
+    taken = memory.total_memory - memory.available_memory
+    share = int(memory.total_memory * config.gpu_memory_utilization)
+    world_size = vllm_config.parallel_config.world_size
+    available = (share - taken - ACTIVATION_RESERVE) // world_size
+    if available <= 0:
+        raise ValueError(
+            f"no host memory is left for the KV cache: {taken / 2**30:.1f} of "
+            f"{memory.total_memory / 2**30:.1f} GiB are taken, and --gpu-memory-utilization "
+            f"allows {share / 2**30:.1f} GiB of which activations need 1 GiB. Free memory, raise "
+            "--gpu-memory-utilization, or give --kv-cache-memory-bytes"
+        )
+    blocks_per_sequence = cdiv(
+        vllm_config.model_config.max_model_len, vllm_config.cache_config.block_size
+    )
+    # One more: block 0 pads and is never handed out.
+    useful_blocks = blocks_per_sequence * vllm_config.scheduler_config.max_num_seqs + 1
+    return min(available, useful_blocks * sum(layer.page_size_bytes for layer in spec.values()))
+
+
+def allocate_kv_cache(
+    options: KVCacheOptions,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    world_size: int,
+) -> KVCache:
+    """Allocate the cache of one rank on the host.
+
+    Zeroed memory is mapped when it is first written to, so blocks that are never used cost none.
+    """
+    shape = (num_blocks, block_size, options.num_kv_heads // world_size, options.head_dim)
+    return [
+        (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+        for _ in range(options.num_layers)
+    ]

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one way a model is loaded: FMS's models and adapters, with every tensor accounted for.
+
+FMS warns about tensors that it cannot place and leaves what they should have filled uninitialised.
+Here the shapes of the whole checkpoint go through FMS's adapter before any data is read, and a
+model that does not get exactly its parameters is not built.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from vllm_spyre_mm.log import get_logger
+from vllm_spyre_mm.model_executor.checkpoint import (
+    CheckpointError,
+    StoredTensor,
+    check_complete,
+    check_initialised,
+    open_checkpoint,
+)
+from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, LoadOverrides, MMUtils
+
+logger = get_logger(__name__)
+
+SOURCE = "hf"
+"""FMS's name for checkpoints in the Hugging Face layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a model is placed.
+
+    Attributes:
+        decoder_dtype: dtype of the decoder and of the text embeddings.
+        encoder_dtype: dtype of the vision encoder and its projector.
+        for_card: make the decoder what the card's compiler wants: heads of 128 and separate
+            projections. On a CPU fused projections are the faster ones.
+        group: process group for tensor parallelism, None without.
+    """
+
+    decoder_dtype: torch.dtype
+    encoder_dtype: torch.dtype
+    for_card: bool = False
+    group: ProcessGroup | None = None
+
+
+def load_model(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -> FmsModel:
+    """Build an FMS model and fill it from a checkpoint.
+
+    Args:
+        mapping: of the model's architecture.
+        checkpoint: local folder in the Hugging Face layout.
+        options: dtypes and placement.
+
+    Returns:
+        The model on the CPU, in evaluation mode, without gradients.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, wrongly shaped or not finite.
+    """
+    overrides = mapping.load_overrides(options.for_card)
+    tensors = {
+        name: tensor
+        for name, tensor in open_checkpoint(checkpoint, overrides.rename).items()
+        if not overrides.is_unused(name)
+    }
+    encoder, decoder = _split(tensors, overrides.encoder_modules)
+    model = _build(overrides, options.decoder_dtype, options.group)
+    _check(checkpoint, overrides, options.decoder_dtype, (encoder, decoder))
+    for part, dtype in ((encoder, options.encoder_dtype), (decoder, options.decoder_dtype)):
+        _fill(model, overrides.architecture, part, dtype, options.group)
+    model.post_init()  # ties the head and computes the rotary tables, now that there is storage
+    check_initialised(checkpoint, model)
+    return model.eval().requires_grad_(False)
+
+
+def _build(overrides: LoadOverrides, dtype: torch.dtype, group: ProcessGroup | None) -> FmsModel:
+    """The model's structure, without storage and without what takes no part in the computation.
+
+    FMS's ``get_model`` would initialise it at random first, which its SigLIP cannot
+    (``reset_parameters`` calls itself without end).
+    """
+    from fms.distributed.strategy import NoOpStrategy, TensorParallelStrategy
+
+    strategy = NoOpStrategy if group is None else TensorParallelStrategy(group)
+    with set_default_torch_dtype(dtype), torch.device("meta"):
+        model = overrides.model_class(
+            copy.deepcopy(overrides.config), distributed_strategy=strategy
+        )
+    overrides.prune(model)
+    return model
+
+
+def _split(
+    tensors: Mapping[str, StoredTensor], encoder_modules: tuple[str, ...]
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """The encoder's tensors and the decoder's: they have a dtype each, and FMS's adapter pads the
+    heads of a decoder only where it sees nothing else."""
+    encoder = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if any(name == module or name.startswith(f"{module}.") for module in encoder_modules)
+    }
+    return encoder, {name: tensors[name] for name in tensors.keys() - encoder.keys()}
+
+
+def _check(
+    checkpoint: Path,
+    overrides: LoadOverrides,
+    dtype: torch.dtype,
+    parts: tuple[Mapping[str, StoredTensor], ...],
+) -> None:
+    """Run the shapes through FMS's adapter and compare the result with the unsharded model."""
+    from fms.utils.serialization import get_adapted
+
+    whole = _build(overrides, dtype, None)
+    adapted: dict[str, torch.Tensor] = {}
+    for part in parts:
+        with torch.device("meta"):
+            shapes = {name: torch.empty(tensor.shape) for name, tensor in part.items()}
+            try:
+                adapted |= get_adapted(
+                    overrides.architecture, SOURCE, shapes, {"model_config": whole.config}
+                )
+            except (RuntimeError, KeyError, AssertionError) as error:
+                raise CheckpointError(
+                    f"the checkpoint in {checkpoint} cannot be served; its tensors do not form "
+                    f"whole layers: {error}"
+                ) from error
+    tied = (
+        frozenset({"language_model.head.weight", "head.weight"}) if _is_tied(whole) else frozenset()
+    )
+    check_complete(checkpoint, adapted, whole.state_dict(), tied)
+
+
+def _is_tied(model: FmsModel) -> bool:
+    config: Any = model.config
+    return getattr(getattr(config, "text_config", config), "tie_heads", False)
+
+
+def _fill(
+    model: FmsModel,
+    architecture: str,
+    tensors: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+    group: ProcessGroup | None,
+) -> None:
+    """Copy tensors into the model, layer by layer so that little is held twice."""
+    from fms.utils.serialization import LazySafetensorsDict, load_state_dict_into_model
+
+    lazy = LazySafetensorsDict()
+    for name, tensor in tensors.items():
+        lazy[name] = tensor.read  # read when FMS comes to it
+    load_state_dict_into_model(
+        model=model,
+        state_dict=lazy,
+        architecture=architecture,
+        source=SOURCE,
+        dtype=dtype,
+        distributed_strategy="tp" if group is not None else None,
+        rank=group.rank() if group is not None else 0,
+    )

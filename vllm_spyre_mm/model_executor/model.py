@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model as the runner uses it: embed, encode and run, whatever executes the decoder."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_spyre_mm.config import Backend
+from vllm_spyre_mm.model_executor.attention import (
+    CARD_ATTENTION,
+    CPU_ATTENTION,
+    register_cpu_attention,
+)
+from vllm_spyre_mm.model_executor.compile import compile_blocks, compile_for_card, warmup_context
+from vllm_spyre_mm.model_executor.kv_cache import KVCache
+from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, MMUtils
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderInputs:
+    """One forward pass of the decoder; made by ``worker.prefill`` and ``worker.decode``.
+
+    All on the host; *padded* as in :mod:`vllm_spyre_mm.geometry`.
+
+    Attributes:
+        embeds: ``(batch, length, hidden_size)``, the decoder's dtype.
+        position_ids: int64 ``(batch, length)``: positions in real tokens, 0 on padding.
+        attention: keyword arguments of the attention op: ``slot_mapping`` int64
+            ``(batch, length)``; ``block_table`` int64 ``(batch, blocks)``; ``current_tkv_mask``
+            and ``left_padded_prompt_mask`` int64 ``(batch,)``.
+        last_n_tokens: how many positions from the end get logits.
+        logits_row: which of those each sequence wants, as a negative index.
+    """
+
+    embeds: torch.Tensor
+    position_ids: torch.Tensor
+    attention: Mapping[str, torch.Tensor]
+    last_n_tokens: int
+    logits_row: int
+
+
+class SpyreModel:
+    """An FMS model with its mapping, placed for one backend.
+
+    Args:
+        fms_model: as ``loader.load_model`` returns it.
+        mapping: of its architecture.
+        backend: what executes the decoder.
+    """
+
+    def __init__(self, fms_model: FmsModel, mapping: MMUtils, backend: Backend) -> None:
+        self.fms_model = fms_model
+        self.mapping = mapping
+        self.backend = backend
+        self.kv_cache: KVCache = []
+        if backend == "sendnn":
+            self.attn_name = CARD_ATTENTION
+            import fms.utils.spyre.paged  # noqa: F401 - registers the algorithm
+        else:
+            self.attn_name = CPU_ATTENTION
+            register_cpu_attention()
+        self._run: Any = fms_model
+
+    def compile(self) -> None:
+        """Wrap what is to be compiled; each graph is made at its first run, in warmup."""
+        overrides = self.mapping.load_overrides()
+        if self.backend != "eager":
+            compile_blocks(overrides.encoder_blocks(self.fms_model))
+        if self.backend == "inductor":
+            compile_blocks(overrides.decoder_blocks(self.fms_model))
+        elif self.backend == "sendnn":
+            self._run = compile_for_card(self.fms_model)
+
+    def warmup(self) -> AbstractContextManager[None]:
+        """The context that graphs are made in."""
+        return warmup_context() if self.backend == "sendnn" else nullcontext()
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Text embeddings ``(batch, length, hidden_size)`` of int64 ``(batch, length)``."""
+        return self.mapping.embed_tokens(self.fms_model, token_ids)
+
+    def encode(self, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Features of each image, ``(num_features, hidden_size)``, in the encoder's dtype."""
+        return self.mapping.compute_features(self.fms_model, mm_kwargs)
+
+    def forward(self, inputs: DecoderInputs) -> torch.Tensor:
+        """Run the decoder and write to its KV cache.
+
+        Returns:
+            Logits of one position of each sequence, ``(batch, vocab_size)``.
+        """
+        logits, _ = self._run(
+            inputs.embeds,
+            position_ids=inputs.position_ids,
+            past_key_value_states=self.kv_cache,
+            use_cache=True,
+            last_n_tokens=inputs.last_n_tokens,
+            attn_name=self.attn_name,
+            **inputs.attention,
+        )
+        return logits[:, inputs.logits_row]

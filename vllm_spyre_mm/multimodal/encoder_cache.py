@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's cache of encoded images. vLLM's scheduler decides what enters and what leaves."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_spyre_mm.multimodal.merge import FeatureSlice
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+
+class FeatureCountError(RuntimeError):
+    """An image's features are not as many as its placeholder in the prompt."""
+
+
+class EncoderCache:
+    """Features of encoded images by content identifier.
+
+    Every entry is a whole image, ``(num_features, hidden_size)``, and is never written to after it
+    entered; whoever holds a reference may keep it past an eviction.
+    """
+
+    def __init__(self) -> None:
+        self._features: dict[str, torch.Tensor] = {}
+
+    def __contains__(self, identifier: str) -> bool:
+        return identifier in self._features
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by the cached features."""
+        return sum(features.nbytes for features in self._features.values())
+
+    def put(self, feature: "MultiModalFeatureSpec", features: torch.Tensor) -> None:
+        """Store the features of an image.
+
+        Args:
+            feature: the image as a request refers to it.
+            features: ``(num_features, hidden_size)``.
+
+        Raises:
+            FeatureCountError: the counts of features and of placeholder positions differ.
+        """
+        check_feature_count(feature, features)
+        self._features[feature.identifier] = features
+
+    def get(self, feature: "MultiModalFeatureSpec") -> torch.Tensor:
+        """The features of an image, ``(num_features, hidden_size)``.
+
+        Raises:
+            KeyError: vLLM's scheduler did not have it encoded before it was needed.
+            FeatureCountError: the cached image has another number of features than the request's
+                placeholder; two images share an identifier.
+        """
+        features = self._features.get(feature.identifier)
+        if features is None:
+            raise KeyError(
+                f"the features of image {feature.identifier!r} are not in the encoder cache, "
+                "although the scheduler did not ask for it to be encoded"
+            )
+        check_feature_count(feature, features)
+        return features
+
+    def evict(self, identifiers: Iterable[str]) -> None:
+        """Forget images; unknown ones are ignored, as an aborted request may never have encoded."""
+        for identifier in identifiers:
+            self._features.pop(identifier, None)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._features.clear()
+
+    def gather(
+        self, mm_features: Sequence["MultiModalFeatureSpec"], slices: Iterable[FeatureSlice]
+    ) -> list[torch.Tensor]:
+        """Views of slices of the features of a request's images."""
+        return [self.get(mm_features[part.item])[part.start : part.end] for part in slices]
+
+
+def check_feature_count(feature: "MultiModalFeatureSpec", features: torch.Tensor) -> None:
+    """Compare the features of an image with its placeholder.
+
+    Raises:
+        FeatureCountError: names both counts.
+    """
+    expected = feature.mm_position.get_num_embeds()
+    if features.ndim != 2 or len(features) != expected:
+        raise FeatureCountError(
+            f"image {feature.identifier!r} was encoded to features of shape "
+            f"{tuple(features.shape)}, but its placeholder in the prompt has {expected} positions"
+        )

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges image features into text embeddings: static shapes, nothing written in place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+TEXT = -1
+"""Marks, in a feature index, a position that keeps its text embedding."""
+
+
+def merge_embeddings(
+    text: torch.Tensor, features: torch.Tensor, feature_index: torch.Tensor
+) -> torch.Tensor:
+    """Replace text embeddings by image features, position by position.
+
+    The shape of the result depends on the shapes of the arguments alone, so this compiles to one
+    graph; rows of the batch are independent.
+
+    Args:
+        text: ``(batch, length, hidden_size)``.
+        features: ``(num_features, hidden_size)``, at least one row, same dtype and device.
+        feature_index: int64 ``(batch, length)``: the row of ``features`` that goes to each
+            position, or :data:`TEXT`.
+
+    Returns:
+        A new tensor shaped like ``text``.
+    """
+    rows = features[feature_index.clamp(min=0)]
+    return torch.where((feature_index == TEXT).unsqueeze(-1), text, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSlice:
+    """Rows of one image's features that a chunk of the prompt needs.
+
+    Attributes:
+        item: index into the request's ``mm_features``.
+        start: first row of the image's features.
+        end: one past the last row.
+    """
+
+    item: int
+    start: int
+    end: int
+
+
+def plan_merge(
+    mm_features: Sequence["MultiModalFeatureSpec"], start: int, end: int
+) -> tuple[list[FeatureSlice], np.ndarray]:
+    """Say which feature rows go where in the prompt positions ``[start, end)``.
+
+    Positions come from each placeholder's range and its ``is_embed`` mask; token ids play no part.
+
+    Args:
+        mm_features: the request's images in prompt order.
+        start: first position of the chunk.
+        end: one past its last position.
+
+    Returns:
+        The slices to concatenate, in prompt order, and an int64 array ``(end - start,)``: the row
+        of that concatenation for each position, or :data:`TEXT`.
+    """
+    slices: list[FeatureSlice] = []
+    index = np.full(end - start, TEXT, dtype=np.int64)
+    num_rows = 0
+    for item, feature in enumerate(mm_features):
+        position = feature.mm_position
+        first = max(start, position.offset)
+        last = min(end, position.offset + position.length)
+        if first >= last:
+            continue
+        row_start, row_end = position.get_embeds_indices_in_range(
+            first - position.offset, last - position.offset
+        )
+        if row_start == row_end:
+            continue
+        here = np.arange(first - start, last - start)
+        if position.is_embed is not None:
+            here = here[position.is_embed[first - position.offset : last - position.offset].numpy()]
+        count = row_end - row_start
+        index[here] = np.arange(num_rows, num_rows + count)
+        num_rows += count
+        slices.append(FeatureSlice(item, row_start, row_end))
+    return slices, index

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which utils class serves which model configuration.
+
+Adding an architecture: one new file beside this one, and one line in :data:`MAPPINGS`.
+"""
+
+from typing import Any
+
+from vllm_spyre_mm.multimodal.mm_mappings.base import (
+    KVCacheOptions,
+    LoadOverrides,
+    MMUtils,
+    UnsupportedModelError,
+)
+from vllm_spyre_mm.multimodal.mm_mappings.granite_vision import GraniteVision
+from vllm_spyre_mm.multimodal.mm_mappings.llava_next import LlavaNext
+
+__all__ = [
+    "MAPPINGS",
+    "MM_CFG_MAPPING",
+    "KVCacheOptions",
+    "LoadOverrides",
+    "MMUtils",
+    "UnsupportedModelError",
+    "get_mm_mapping",
+]
+
+MAPPINGS: tuple[type[MMUtils], ...] = (
+    GraniteVision,
+    LlavaNext,
+)
+
+MM_CFG_MAPPING: dict[str, tuple[type[MMUtils], ...]] = {
+    name: tuple(mapping for mapping in MAPPINGS if name in mapping.config_classes)
+    for name in sorted({name for mapping in MAPPINGS for name in mapping.config_classes})
+}
+"""Candidates for each configuration class of Transformers and of FMS, by ``library.ClassName``.
+
+Several architectures may share one configuration class; each candidate's predicate
+(:meth:`MMUtils.why_not`) decides.
+"""
+
+
+def config_name(config: Any) -> str:
+    """``library.ClassName`` of a Transformers or FMS configuration: the key of the mapping."""
+    cls = type(config)
+    return f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
+
+
+def get_mm_mapping(config: Any) -> MMUtils:
+    """The utils for a model configuration.
+
+    Args:
+        config: a Transformers configuration of a whole model.
+
+    Raises:
+        UnsupportedModelError: nothing serves this model; says why, and what is served.
+    """
+    candidates = MM_CFG_MAPPING.get(config_name(config), ())
+    reasons = []
+    for mapping in candidates:
+        reason = mapping.why_not(config)
+        if reason is None:
+            return mapping(config)
+        reasons.append(f"{mapping.__name__}: {reason}")
+    model_type = getattr(config, "model_type", config_name(config))
+    supported = "; ".join(f"{mapping.__name__} ({mapping.summary})" for mapping in MAPPINGS)
+    why = f" ({'; '.join(reasons)})" if reasons else ""
+    raise UnsupportedModelError(
+        f"model type {model_type!r} is not supported on Spyre as configured{why}. "
+        f"Supported: {supported}."
+    )

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the platform has to know about an architecture: the contract of every mapping.
+
+A mapping is pure: it is made from the model's configuration, reads no environment, and changes
+nothing that it is given. The runner and the loader know no model by name.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from vllm_spyre_mm.multimodal.merge import merge_embeddings
+
+
+FmsModel = Any
+"""An FMS model: a module whose parts are reached by the names that its mapping knows."""
+
+
+class UnsupportedModelError(ValueError):
+    """No mapping serves this model."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheOptions:
+    """Shape of the decoder's KV cache, before tensor parallelism.
+
+    Attributes:
+        num_layers: decoder layers.
+        num_query_heads: query heads of a layer.
+        num_kv_heads: KV heads of a layer.
+        head_dim: width of a head in the cache.
+    """
+
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOverrides:
+    """How a checkpoint of this architecture is loaded.
+
+    Attributes:
+        architecture: name of the FMS architecture, whose adapter reads the checkpoint.
+        model_class: the FMS model; made from ``config`` and ``distributed_strategy``.
+        config: its configuration.
+        rename: a checkpoint's tensor name in the one layout that FMS's adapter knows.
+        is_unused: whether a tensor, by its renamed name, has no part in the computation.
+        encoder_modules: names of the FMS model's modules and parameters that make up the vision
+            encoder: they run on the host, in the encoder's dtype.
+        prune: removes the modules that take no part in the computation, from a model without
+            storage; they are then neither demanded from the checkpoint nor computed.
+        encoder_blocks: the repeated blocks of the vision encoder, compiled once for all.
+        decoder_blocks: the repeated blocks of the decoder.
+    """
+
+    architecture: str
+    model_class: Callable[..., nn.Module]
+    config: Any
+    rename: Callable[[str], str]
+    is_unused: Callable[[str], bool]
+    encoder_modules: tuple[str, ...]
+    prune: Callable[[FmsModel], None]
+    encoder_blocks: Callable[[FmsModel], nn.ModuleList]
+    decoder_blocks: Callable[[FmsModel], nn.ModuleList]
+
+
+class MMUtils(ABC):
+    """What is special about one multimodal architecture.
+
+    Args:
+        hf_config: the Transformers configuration of the whole model; :meth:`why_not` has accepted
+            it.
+    """
+
+    config_classes: ClassVar[tuple[str, ...]]
+    """Configuration classes it may serve, as ``library.ClassName``."""
+
+    summary: ClassVar[str]
+    """What it serves, in a few words for error messages and tables."""
+
+    def __init__(self, hf_config: Any) -> None:
+        self.hf_config = hf_config
+
+    @classmethod
+    @abstractmethod
+    def why_not(cls, hf_config: Any) -> str | None:
+        """The predicate: why this class does not serve a configuration, or None if it does.
+
+        Everything that the implementation would not honour exactly is a reason.
+        """
+
+    @property
+    @abstractmethod
+    def text_config(self) -> Any:
+        """The decoder's Transformers configuration."""
+
+    @property
+    @abstractmethod
+    def image_token_id(self) -> int:
+        """Token id that stands for one image feature in a prompt."""
+
+    @abstractmethod
+    def kv_cache_options(self, for_card: bool = False) -> KVCacheOptions:
+        """Shape of the KV cache; see :meth:`load_overrides` for ``for_card``."""
+
+    @abstractmethod
+    def load_overrides(self, for_card: bool = False) -> LoadOverrides:
+        """How to load a checkpoint.
+
+        Args:
+            for_card: as the card's compiler wants the decoder: heads padded from 64 to 128, and
+                separate projections. On a CPU the first doubles the attention's work for
+                nothing, and fused projections are the faster ones.
+        """
+
+    @abstractmethod
+    def warmup_image_sizes(self) -> list[tuple[int, int]]:
+        """``(width, height)`` of pictures whose shapes cover every encoder graph."""
+
+    @abstractmethod
+    def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Encode images.
+
+        Args:
+            model: the FMS model.
+            mm_kwargs: what vLLM's processor made of the images, batched over them.
+
+        Returns:
+            For each image ``(num_features, hidden_size)`` in the encoder's dtype, in the order in
+            which its placeholder takes them.
+        """
+
+    @abstractmethod
+    def embed_tokens(self, model: FmsModel, token_ids: torch.Tensor) -> torch.Tensor:
+        """Text embeddings as the decoder takes them.
+
+        Args:
+            model: the FMS model.
+            token_ids: int64 ``(batch, length)``.
+
+        Returns:
+            ``(batch, length, hidden_size)`` in the decoder's dtype.
+        """
+
+    def merge(
+        self, text: torch.Tensor, features: torch.Tensor, feature_index: torch.Tensor
+    ) -> torch.Tensor:
+        """Put features in their places; see :func:`merge_embeddings`."""
+        return merge_embeddings(text, features.to(text.dtype), feature_index)

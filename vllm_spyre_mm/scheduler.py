@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which step comes next: one chunk of one prefill, or a decode of the running requests.
+
+vLLM's scheduler does all the bookkeeping (blocks, encoder cache, queues, finished requests). This
+subclass decides what kind of step it is, shows ``super().schedule()`` only the requests that take
+part, and keeps every chunk on Spyre's grid (:mod:`vllm_spyre_mm.geometry`).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.engine_config import geometry_of
+from vllm_spyre_mm.vllm_hooks.engine_output import attach_mm_embeddings
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.engine import EngineCoreOutputs
+
+
+class SpyreScheduler(Scheduler):
+    """vLLM's synchronous scheduler in Spyre's geometry."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.geometry = geometry_of(self.vllm_config)
+        settings = SpyreSettings.from_vllm_config(self.vllm_config)
+        self.return_mm_embedding = settings.enable_return_mm_embedding
+        self._last_step_was_prefill = False
+
+    # -- the kind of step ---------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Schedule one chunk of one prefill, or a decode.
+
+        The two alternate while there is work for both, so that a running request waits for one
+        chunk at most between two tokens, and a prompt for one decode between two chunks.
+        """
+        prefilling = [request for request in self.running if request.is_prefill_chunk]
+        decoding = [request for request in self.running if not request.is_prefill_chunk]
+        rows = self.geometry.decode_rows_that_fit([request.num_tokens for request in decoding])
+        may_admit = not prefilling and len(rows) == len(decoding) and self._has_room(decoding)
+
+        prefill = bool(prefilling) or (may_admit and bool(self.waiting))
+        if prefill and decoding and self._last_step_was_prefill:
+            prefill = False
+        self._last_step_was_prefill = prefill
+        if prefill:
+            visible, admit = prefilling[:1], int(may_admit)
+        else:
+            visible, admit = [decoding[row] for row in rows], 0
+        with self._showing(visible, admit):
+            output = super().schedule(throttle_prefills)
+        for new in output.scheduled_new_reqs:
+            # vLLM leaves out the pixels of images that a prefix-cache hit covers. The worker may
+            # need them: for the embedding, or after a preemption that lost the hit.
+            new.mm_features = self.requests[new.req_id].mm_features
+        return output
+
+    def _has_room(self, decoding: list[Request]) -> bool:
+        """Whether one more request fits beside the decoding ones, by the bound on batch × length.
+
+        The first waiting request is the one that would come next; a prompt is counted with the
+        token that it will decode.
+        """
+        if not self.waiting:
+            return False
+        lengths = [request.num_tokens for request in decoding]
+        lengths.append(self.waiting.peek_request().num_tokens + 1)
+        return len(self.geometry.decode_rows_that_fit(lengths)) == len(lengths)
+
+    @contextlib.contextmanager
+    def _showing(self, visible: list[Request], admit: int) -> Iterator[None]:
+        """Let ``super().schedule()`` see some running requests and admit at most ``admit`` others.
+
+        The order of the running requests is kept, requests that were preempted leave it, and
+        admitted ones come last, whatever happens inside.
+        """
+        everyone, limit = self.running, self.max_num_active_reqs
+        hidden = {request.request_id for request in everyone} - {
+            request.request_id for request in visible
+        }
+        room = limit - len(everyone) - self.num_waiting_for_streaming_input
+        self.running = visible
+        self.max_num_active_reqs = (
+            len(visible) + self.num_waiting_for_streaming_input + min(admit, max(room, 0))
+        )
+        try:
+            yield
+        finally:
+            kept = {request.request_id for request in self.running} | hidden
+            known = {request.request_id for request in everyone}
+            self.running = [
+                *(request for request in everyone if request.request_id in kept),
+                *(request for request in self.running if request.request_id not in known),
+            ]
+            self.max_num_active_reqs = limit
+
+    # -- the grid of chunks -------------------------------------------------------------------
+
+    def _get_local_prefix_cache_hit(
+        self, request: Request
+    ) -> "tuple[KVCacheBlocks, int, int, bool]":
+        """Round a prefix-cache hit down to a chunk's start, before anything is allocated."""
+        blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        start = self.geometry.floor_to_chunk(request.num_tokens, num_hit)
+        if start < num_hit:
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, start)
+        return blocks, start, boundary, diverged
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """End a chunk where the grid says; vLLM asks this last, for every request."""
+        return min(num_new_tokens, self._chunk_tokens(request, num_computed_tokens))
+
+    def _chunk_tokens(self, request: Request, num_computed_tokens: int) -> int:
+        end = self.geometry.chunk_end(request.num_tokens, num_computed_tokens)
+        return end - num_computed_tokens
+
+    # -- encoding -----------------------------------------------------------------------------
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        shift_computed_tokens: int = 0,
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        """Encode what the chunk needs, and what the request's embedding needs besides.
+
+        A request that returns its embedding wants the features of images that a prefix-cache hit
+        covers too: at its admission the window starts at the prompt's start. Cached features are
+        referenced, evicted ones encoded once more, and the hit is kept.
+        """
+        chunk = min(num_new_tokens, self._chunk_tokens(request, num_computed_tokens))
+        start = 0 if self._collects_from_start(request) else num_computed_tokens
+        window = num_computed_tokens + chunk - start
+        inputs, scheduled, budget, external, duplicates = super()._try_schedule_encoder_inputs(
+            request, start, window, encoder_compute_budget, shift_computed_tokens
+        )
+        if scheduled < window:
+            # An image does not fit now. The chunk cannot end before it, in the middle of a
+            # block: the request waits, holding no features.
+            if request.status != RequestStatus.RUNNING:
+                self.encoder_cache_manager.free(request)
+            return [], 0, encoder_compute_budget, [], []
+        return inputs, chunk, budget, external, duplicates
+
+    def _collects_from_start(self, request: Request) -> bool:
+        """Whether this is the admission of a request whose embedding is still to be collected."""
+        return (
+            self.return_mm_embedding
+            and request.status != RequestStatus.RUNNING
+            and request.num_output_tokens == 0
+        )
+
+    # -- outputs ------------------------------------------------------------------------------
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> "dict[int, EngineCoreOutputs]":
+        """vLLM's bookkeeping, with each embedding put on its request's first output."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        mm_embeddings = getattr(model_runner_output, "mm_embeddings", None)
+        if mm_embeddings:
+            attach_mm_embeddings(outputs, mm_embeddings)
+        return outputs

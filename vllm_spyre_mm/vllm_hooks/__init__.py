@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that is added to vLLM's own classes.
+
+Each module here adds one thing, says which upstream behaviour it leans on, and checks that it is
+there (:mod:`.contract`). ``engine_args`` acts when the platform is loaded, because the keyword has
+to be known before vLLM's general plugins run; the rest is added by :func:`install`.
+"""
+
+from vllm_spyre_mm.vllm_hooks.contract import UnsupportedVllmError
+
+__all__ = ["UnsupportedVllmError", "install"]
+
+
+def install() -> None:
+    """Add the embedding to vLLM's outputs, and the checks to its inputs; repeatable.
+
+    Raises:
+        UnsupportedVllmError: vLLM is not the version the hooks were made for, or one of its
+            classes is not as they expect.
+    """
+    from vllm_spyre_mm.vllm_hooks import (
+        contract,
+        engine_output,
+        input_processor,
+        output_processor,
+        shutdown,
+    )
+
+    contract.check_versions()
+    engine_output.install()
+    output_processor.install()
+    input_processor.install()
+    shutdown.install()

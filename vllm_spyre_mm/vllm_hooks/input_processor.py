@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a request where vLLM's front end has expanded its placeholders, before the engine.
+
+Leans on: ``InputProcessor.process_inputs`` returns every ``EngineCoreRequest`` and has the
+``vllm_config``; an exception from it fails that request alone (HTTP 400).
+"""
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from vllm_spyre_mm.requests import validate_engine_request
+from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
+
+
+def install() -> None:
+    """Extend vLLM's input processor as soon as it exists."""
+    when_loaded("vllm.v1.engine.input_processor", _extend_input_processor)
+
+
+def _extend_input_processor(module: ModuleType) -> None:
+    require_attributes(module, ("InputProcessor",))
+    processor = module.InputProcessor
+    if hasattr(processor.process_inputs, "__wrapped__"):
+        return
+    require_parameters(processor.process_inputs, ("request_id", "prompt", "params", "resumable"))
+    require_parameters(processor.__init__, ("vllm_config",))
+    processor.process_inputs = _checking(processor.process_inputs)
+
+
+def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        validate_engine_request(request, self.vllm_config.model_config)
+        return request
+
+    return process_inputs

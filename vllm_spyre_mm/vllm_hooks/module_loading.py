@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a function on a module once that module has finished loading.
+
+vLLM resolves its platform in the middle of its own imports. The module that a hook needs is then
+loaded, or not yet imported, or half executed; importing it would be too early in the last two
+cases. :func:`when_loaded` waits in each of them.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+Action = Callable[[ModuleType], None]
+
+
+def when_loaded(name: str, action: Action) -> None:
+    """Call ``action(module)`` as soon as the module ``name`` is loaded; at once if it is.
+
+    What ``action`` raises reaches whoever imports the module (or the caller, if it is loaded).
+    """
+    module = sys.modules.get(name)
+    if module is None:
+        sys.meta_path.insert(0, _OnImport(name, action))
+    elif _is_loading(module):
+        _act_on_first_use(module, action)
+    else:
+        action(module)
+
+
+def _is_loading(module: ModuleType) -> bool:
+    # The import system's own marker of a module whose code has not run to its end.
+    return bool(getattr(module.__spec__, "_initializing", False))
+
+
+def _act_on_first_use(module: ModuleType, action: Action) -> None:
+    """Act when an attribute of a half-executed module is read after its code has run.
+
+    ``from module import name`` reads the attribute through the module object, so the action comes
+    before anybody holds the name.
+    """
+    original = type(module)
+
+    class Pending(original):  # type: ignore[misc, valid-type]
+        def __getattribute__(self, attribute: str) -> Any:
+            # __spec__ is what the import system itself reads while the module is loading.
+            if attribute != "__spec__" and not _is_loading(self):
+                self.__class__ = original  # type: ignore[assignment]
+                action(self)
+            return super().__getattribute__(attribute)
+
+    module.__class__ = Pending
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Finds one module as the other finders would, with a loader that acts after execution."""
+
+    def __init__(self, name: str, action: Action) -> None:
+        self.name = name
+        self.action = action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ActingLoader(spec.loader, self.action)
+        return spec
+
+
+class _ActingLoader(importlib.abc.Loader):
+    """Executes a module with its own loader, then acts on it."""
+
+    def __init__(self, loader: Any, action: Action) -> None:
+        self.loader = loader
+        self.action = action
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        self.action(module)
+
+    def __getattr__(self, attribute: str) -> Any:
+        # Tools ask a loader for the source, its path and resources.
+        return getattr(self.loader, attribute)

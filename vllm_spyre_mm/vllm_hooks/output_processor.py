@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shows the embedding on ``CompletionOutput.mm_embedding``.
+
+Leans on: ``OutputProcessor.process_outputs`` handles every output of the engine and keeps a
+``RequestState`` for each request; ``RequestState._new_completion_output`` makes every
+``CompletionOutput`` of a generation; ``RequestOutput.add`` merges streamed outputs field by field.
+
+The engine sends the embedding with a request's first output, because the front end may end the
+request by itself (stop strings) and the engine's last output then never comes. It is kept in the
+request's state, and shown on the output that carries ``finish_reason``.
+"""
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
+
+ATTRIBUTE = "mm_embedding"
+
+
+def install() -> None:
+    """Extend vLLM's front end classes as soon as they exist."""
+    when_loaded("vllm.outputs", _extend_outputs)
+    when_loaded("vllm.v1.engine.output_processor", _extend_output_processor)
+
+
+def _extend_outputs(module: ModuleType) -> None:
+    require_attributes(module, ("CompletionOutput", "RequestOutput"))
+    completion, request = module.CompletionOutput, module.RequestOutput
+    if hasattr(completion, ATTRIBUTE):
+        return
+    require_parameters(request.add, ("next_output", "aggregate"))
+    completion.mm_embedding = None
+    completion.__repr__ = _showing_embedding(completion.__repr__)
+    request.add = _keeping_embedding(request.add)
+
+
+def _showing_embedding(original: Callable[[Any], str]) -> Callable[[Any], str]:
+    @functools.wraps(original)
+    def __repr__(self: Any) -> str:
+        embedding = self.mm_embedding
+        shown = (
+            None if embedding is None else f"Tensor({tuple(embedding.shape)}, {embedding.dtype})"
+        )
+        return f"{original(self).removesuffix(')')}, {ATTRIBUTE}={shown})"
+
+    return __repr__
+
+
+def _keeping_embedding(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def add(self: Any, next_output: Any, aggregate: bool) -> None:
+        original(self, next_output, aggregate)
+        embeddings = {
+            completion.index: completion.mm_embedding
+            for completion in next_output.outputs
+            if completion.mm_embedding is not None
+        }
+        for completion in self.outputs if embeddings else ():
+            if completion.index in embeddings:
+                completion.mm_embedding = embeddings[completion.index]
+
+    return add
+
+
+def _extend_output_processor(module: ModuleType) -> None:
+    require_attributes(module, ("OutputProcessor", "RequestState"))
+    state, processor = module.RequestState, module.OutputProcessor
+    if hasattr(state, ATTRIBUTE):
+        return
+    require_parameters(processor.process_outputs, ("engine_core_outputs",))
+    require_parameters(state._new_completion_output, ("token_ids", "finish_reason", "stop_reason"))
+    state.mm_embedding = None
+    processor.process_outputs = _receiving_embedding(processor.process_outputs)
+    state._new_completion_output = _finishing_with_embedding(state._new_completion_output)
+
+
+def _receiving_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_outputs(
+        self: Any, engine_core_outputs: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        for output in engine_core_outputs:
+            embedding = getattr(output, ATTRIBUTE, None)
+            if embedding is not None and output.request_id in self.request_states:
+                # Memory that PyTorch does not own is a message frame: do not keep it alive.
+                owned = embedding.untyped_storage().resizable()
+                state = self.request_states[output.request_id]
+                state.mm_embedding = embedding if owned else embedding.clone()
+        return original(self, engine_core_outputs, *args, **kwargs)
+
+    return process_outputs
+
+
+def _finishing_with_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _new_completion_output(
+        self: Any, token_ids: list[int], finish_reason: Any, stop_reason: Any
+    ) -> Any:
+        completion = original(self, token_ids, finish_reason, stop_reason)
+        if finish_reason is not None:
+            completion.mm_embedding = self.mm_embedding
+        return completion
+
+    return _new_completion_output

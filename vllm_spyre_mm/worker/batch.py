@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The requests that are sampled together: vLLM's input batch, and what it keeps of the tokens."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.v1.sample.logits_processor import build_logitsprocs
+from vllm.v1.worker.block_table import SlotMappingMode
+from vllm.v1.worker.gpu_input_batch import InputBatch
+
+from vllm_spyre_mm.worker.decode import DecodeBatch, decode_batch
+from vllm_spyre_mm.worker.requests import RequestState
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class SamplingBatch:
+    """vLLM's ``InputBatch`` for a fixed number of rows.
+
+    The runner has two: the requests that decode together, and the one whose prefill ends. vLLM's
+    own runner moves a request that it resumes between batches in the same way.
+
+    Args:
+        vllm_config: of the engine.
+        num_rows: requests it can hold.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", num_rows: int) -> None:
+        model_config = vllm_config.model_config
+        device = torch.device("cpu")
+        self.block_size = vllm_config.cache_config.block_size
+        custom = model_config.logits_processors or ()
+        self.inputs = InputBatch(
+            max_num_reqs=num_rows,
+            max_model_len=model_config.max_model_len,
+            max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            device=device,
+            vocab_size=model_config.get_vocab_size(),
+            block_sizes=[self.block_size],
+            max_num_blocks_per_req=[-(-model_config.max_model_len // self.block_size)],
+            logitsprocs=build_logitsprocs(vllm_config, device, False, False, custom),
+            logitsprocs_need_output_token_ids=bool(custom),
+            reasoning_config=vllm_config.reasoning_config,
+            # The rows' cache slots are computed in worker.decode.
+            slot_mapping_modes=[SlotMappingMode.NONE],
+        )
+
+    def __len__(self) -> int:
+        return self.inputs.num_reqs
+
+    @property
+    def req_ids(self) -> list[str]:
+        """Request ids by row."""
+        return self.inputs.req_ids
+
+    def set_members(self, states: Iterable[RequestState]) -> None:
+        """Make exactly these requests the members; the rows of those that stay are kept."""
+        wanted = {state.req_id: state for state in states}
+        for req_id in [req_id for req_id in self.req_ids if req_id not in wanted]:
+            self.inputs.remove_request(req_id)
+        for req_id, state in wanted.items():
+            if req_id not in self.inputs.req_id_to_index:
+                self.inputs.add_request(state)
+            else:
+                self._update_row(self.inputs.req_id_to_index[req_id], state)
+        self.inputs.condense()
+        self.inputs.refresh_metadata()
+
+    def discard(self, req_ids: Iterable[str]) -> None:
+        """Remove requests that ended."""
+        removed = [self.inputs.remove_request(req_id) for req_id in req_ids]
+        if any(row is not None for row in removed):
+            self.inputs.condense()
+            self.inputs.refresh_metadata()
+
+    def _update_row(self, row: int, state: RequestState) -> None:
+        """Take over the progress and the new blocks of a member."""
+        self.inputs.num_computed_tokens_cpu[row] = state.num_computed_tokens
+        table = self.inputs.block_table[0]
+        known = int(table.num_blocks_per_row[row])
+        if known < len(state.blocks):
+            table.append_row(state.blocks[known:], row)
+
+    def append_tokens(self, states: Iterable[RequestState], token_ids: list[int]) -> None:
+        """Record one sampled token of each member, in row order."""
+        for row, (state, token_id) in enumerate(zip(states, token_ids, strict=True)):
+            position = state.num_tokens
+            if position < self.inputs.max_model_len:
+                self.inputs.token_ids_cpu[row, position] = token_id
+                self.inputs.is_token_ids[row, position] = True
+                self.inputs.num_tokens_no_spec[row] = position + 1
+            state.output_token_ids.append(token_id)
+
+    def decode_inputs(self) -> DecodeBatch:
+        """Inputs of a decode of all members."""
+        num_rows = len(self)
+        num_computed = self.inputs.num_computed_tokens_cpu[:num_rows]
+        rows = torch.arange(num_rows).numpy()
+        return decode_batch(
+            token_ids=self.inputs.token_ids_cpu[rows, num_computed],
+            num_computed=num_computed,
+            block_rows=self.inputs.block_table[0].get_numpy_array()[:num_rows],
+            block_size=self.block_size,
+        )

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Executes the scheduler's steps. Orchestration only: each concern has a module of its own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.multimodal.utils import group_and_batch_mm_kwargs
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.structured_output.utils import apply_grammar_bitmask
+
+from vllm_spyre_mm.geometry import Geometry
+from vllm_spyre_mm.log import get_logger
+from vllm_spyre_mm.model_executor.attention import cpu_attention_kwargs
+from vllm_spyre_mm.model_executor.compile import mark_for_card
+from vllm_spyre_mm.model_executor.model import DecoderInputs, SpyreModel
+from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
+from vllm_spyre_mm.multimodal.merge import plan_merge
+from vllm_spyre_mm.worker.batch import SamplingBatch
+from vllm_spyre_mm.worker.prefill import PrefillChunk, prefill_chunk
+from vllm_spyre_mm.worker.requests import RequestState, RequestTable, SpyreModelRunnerOutput
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSample:
+    """What ``execute_model`` leaves for ``sample_tokens``.
+
+    Attributes:
+        scheduler_output: of the step.
+        batch: the requests that are sampled.
+        logits: ``(len(batch), vocab_size)``.
+    """
+
+    scheduler_output: SchedulerOutput
+    batch: SamplingBatch
+    logits: torch.Tensor
+
+
+class SpyreModelRunner:
+    """Runs prefill chunks and decodes of one model.
+
+    Args:
+        vllm_config: of the engine.
+        model: placed, with its KV cache.
+        geometry: sizes that the scheduler uses too.
+        return_mm_embedding: collect each request's embedding. Off on every rank but the first.
+    """
+
+    def __init__(
+        self,
+        vllm_config: "VllmConfig",
+        model: SpyreModel,
+        geometry: Geometry,
+        return_mm_embedding: bool,
+    ) -> None:
+        self.model = model
+        self.geometry = geometry
+        self.return_mm_embedding = return_mm_embedding
+        self.requests = RequestTable()
+        self.encoder_cache = EncoderCache()
+        self.decodes = SamplingBatch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
+        self.prefilled = SamplingBatch(vllm_config, 1)
+        self.sampler = Sampler(logprobs_mode=vllm_config.model_config.logprobs_mode)
+        self._for_card = model.backend == "sendnn"
+        self._pending: PendingSample | None = None
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Run one step as far as its logits.
+
+        Returns:
+            The step's output when no token comes of it (nothing scheduled, or a chunk that is not
+            a prompt's last), else None: then :meth:`sample_tokens` gives it.
+        """
+        self._update_requests(scheduler_output)
+        scheduled = scheduler_output.num_scheduled_tokens
+        if not scheduled:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        self._encode(scheduler_output.scheduled_encoder_inputs)
+        states = [self.requests[req_id] for req_id in scheduled]
+        if all(state.prefilled for state in states):
+            self.decodes.set_members(states)
+            logits = self._decode()
+            self._pending = PendingSample(scheduler_output, self.decodes, logits)
+            return None
+        (state,) = states  # the scheduler gives a prefill a step of its own
+        logits = self._prefill(state, scheduled[state.req_id])
+        if not state.prefilled:
+            return ModelRunnerOutput(
+                req_ids=[state.req_id], req_id_to_index={state.req_id: 0}, sampled_token_ids=[[]]
+            )
+        self.prefilled.set_members([state])
+        self._pending = PendingSample(scheduler_output, self.prefilled, logits)
+        return None
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        """Sample from the logits of the last :meth:`execute_model`."""
+        pending, self._pending = self._pending, None
+        assert pending is not None, "execute_model comes first"
+        inputs = pending.batch.inputs
+        # The sampler works in fp32 and in place; some of vLLM's processors want that up front.
+        logits = pending.logits.float()
+        if grammar_output is not None:
+            apply_grammar_bitmask(pending.scheduler_output, grammar_output, inputs, logits)
+        sampled = self.sampler(logits=logits, sampling_metadata=inputs.sampling_metadata)
+        token_ids = sampled.sampled_token_ids.flatten().tolist()
+        logprobs = sampled.logprobs_tensors.tolists() if sampled.logprobs_tensors else None
+
+        req_ids = list(inputs.req_ids)
+        states = [self.requests[req_id] for req_id in req_ids]
+        pending.batch.append_tokens(states, token_ids)
+        if pending.batch is self.prefilled:
+            self.prefilled.discard(req_ids)  # it decodes from the next step on
+        return SpyreModelRunnerOutput(
+            req_ids=req_ids,
+            req_id_to_index={req_id: row for row, req_id in enumerate(req_ids)},
+            sampled_token_ids=[[token_id] for token_id in token_ids],
+            logprobs=logprobs,
+            mm_embeddings=_take_embeddings(states),
+        )
+
+    def reset_encoder_cache(self) -> None:
+        """Forget all encoded images (vLLM asks for it when it drops its own books on them)."""
+        self.encoder_cache.clear()
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def _update_requests(self, scheduler_output: SchedulerOutput) -> None:
+        self.decodes.discard(scheduler_output.finished_req_ids)
+        self.requests.remove(scheduler_output.finished_req_ids)
+        self.encoder_cache.evict(scheduler_output.free_encoder_mm_hashes)
+        self.requests.add(scheduler_output.scheduled_new_reqs)
+        self.requests.update(scheduler_output.scheduled_cached_reqs)
+
+    def _encode(self, scheduled: Mapping[str, list[int]]) -> None:
+        """Encode the images that the scheduler asks for, all of a step together."""
+        features = [
+            self.requests[req_id].mm_features[item]
+            for req_id, items in scheduled.items()
+            for item in items
+        ]
+        mm_kwargs: list[tuple[str, Any]] = [
+            (feature.modality, feature.data) for feature in features
+        ]
+        encoded: list[torch.Tensor] = []
+        for _, _, batch in group_and_batch_mm_kwargs(mm_kwargs):
+            encoded.extend(self.model.encode(batch))
+        for feature, output in zip(features, encoded, strict=True):
+            self.encoder_cache.put(feature, output)
+
+    def _prefill(self, state: RequestState, num_new: int) -> torch.Tensor:
+        """Run one chunk; returns the logits of its last token, ``(1, vocab_size)``."""
+        start, num_tokens = state.num_computed_tokens, state.num_tokens
+        end = start + num_new
+        slices, feature_index = plan_merge(state.mm_features, start, end)
+        chunk = prefill_chunk(
+            token_ids=state.token_ids(start, end),
+            start=start,
+            num_tokens=num_tokens,
+            blocks=state.blocks,
+            feature_index=feature_index,
+            geometry=self.geometry,
+            padded=self._for_card,
+        )
+        embeds = self.model.embed(chunk.token_ids)
+        if slices:
+            rows = torch.cat(self.encoder_cache.gather(state.mm_features, slices))
+            embeds = self.model.mapping.merge(embeds, rows, chunk.feature_index)
+        if self.return_mm_embedding:
+            self._collect(state, end)
+        state.prefilled = end == num_tokens
+        return self.model.forward(self._prefill_inputs(chunk, embeds))
+
+    def _collect(self, state: RequestState, end: int) -> None:
+        """Take what the merge consumed: the images that begin before ``end``, in prompt order.
+
+        The scheduler has had every image from the prompt's start encoded at the request's
+        admission, whatever the prefix cache covers.
+        """
+        if state.output_token_ids:
+            return  # resumed after its first token, with which the embedding went out
+        for feature in state.mm_features[len(state.mm_parts) :]:
+            if feature.mm_position.offset >= end:
+                break
+            state.mm_parts.append(self.encoder_cache.get(feature))
+        if end == state.num_tokens and state.mm_parts:
+            state.mm_embedding = torch.cat(state.mm_parts)
+            state.mm_parts.clear()
+
+    def _decode(self) -> torch.Tensor:
+        """Run the decode batch; returns logits ``(batch, vocab_size)``."""
+        batch = self.decodes.decode_inputs()
+        attention = {
+            "slot_mapping": batch.slot_mapping,
+            "block_table": batch.block_table,
+            "current_tkv_mask": batch.current_tkv,
+            "left_padded_prompt_mask": batch.left_padding,
+        }
+        embeds = self.model.embed(batch.token_ids)
+        if self._for_card:
+            mark_for_card(embeds, dynamic=(0,), static=(1, 2))
+            mark_for_card(batch.position_ids, dynamic=(0,), static=(1,))
+            mark_for_card(batch.slot_mapping, dynamic=(0,), static=(1,))
+            mark_for_card(batch.block_table, dynamic=(0, 1))
+            mark_for_card(batch.current_tkv, dynamic=(0,))
+            mark_for_card(batch.left_padding, dynamic=(0,))
+        else:
+            attention |= self._cpu_attention(attention, query_length=1)
+        return self.model.forward(
+            DecoderInputs(embeds, batch.position_ids, attention, last_n_tokens=1, logits_row=-1)
+        )
+
+    def _prefill_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
+        attention = {
+            "slot_mapping": chunk.slot_mapping,
+            "block_table": chunk.block_table,
+            "current_tkv_mask": chunk.current_tkv,
+            "left_padded_prompt_mask": chunk.left_padding,
+        }
+        if self._for_card:
+            for tensor in (embeds, chunk.position_ids, chunk.slot_mapping):
+                mark_for_card(tensor, static=tuple(range(tensor.ndim)))
+            mark_for_card(chunk.block_table, dynamic=(1,), static=(0,))
+            mark_for_card(chunk.current_tkv, static=(0,))
+            mark_for_card(chunk.left_padding, static=(0,))
+        else:
+            attention |= self._cpu_attention(attention, query_length=embeds.shape[1])
+        # The card's chunk may end with padding inside the last block: its last block gets logits,
+        # and the last real token's are picked. Without padding the last token's are enough.
+        last_n = self.geometry.block_size if self._for_card else 1
+        return DecoderInputs(embeds, chunk.position_ids, attention, last_n, chunk.last_row)
+
+    def _cpu_attention(
+        self, attention: Mapping[str, torch.Tensor], query_length: int
+    ) -> dict[str, torch.Tensor]:
+        return cpu_attention_kwargs(
+            attention["block_table"],
+            attention["current_tkv_mask"],
+            attention["left_padded_prompt_mask"],
+            query_length,
+            self.geometry.block_size,
+        )
+
+
+def _take_embeddings(states: list[RequestState]) -> dict[str, torch.Tensor]:
+    """Hand over the embeddings that are complete; the requests hold them no longer."""
+    embeddings = {}
+    for state in states:
+        if state.mm_embedding is not None:
+            embeddings[state.req_id] = state.mm_embedding
+            state.mm_embedding = None
+    return embeddings

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of one chunk of one prefill."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_spyre_mm.geometry import Geometry
+from vllm_spyre_mm.multimodal.merge import TEXT
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """One chunk of a prompt, laid out for the decoder; the batch is one request.
+
+    Attributes:
+        token_ids: int64 ``(1, length)``, 0 on padding.
+        position_ids: int64 ``(1, length)`` in real tokens, 0 on padding.
+        feature_index: int64 ``(1, length)``; see ``multimodal.merge``.
+        slot_mapping: int64 ``(1, length)``: the cache row of each token; padding before the
+            prompt goes to block 0, padding after it to the rest of the last block.
+        block_table: int64 ``(1, blocks)``, block 0 for the padding before the prompt.
+        current_tkv: int64 ``(1,)``: end of the chunk in padded positions.
+        left_padding: int64 ``(1,)``: padding before the prompt.
+        last_row: row of the chunk's last real token, counted from the end (negative).
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    feature_index: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_table: torch.Tensor
+    current_tkv: torch.Tensor
+    left_padding: torch.Tensor
+    last_row: int
+
+
+def prefill_chunk(
+    *,
+    token_ids: list[int],
+    start: int,
+    num_tokens: int,
+    blocks: list[int],
+    feature_index: np.ndarray,
+    geometry: Geometry,
+    padded: bool,
+) -> PrefillChunk:
+    """Lay out the tokens ``[start, start + len(token_ids))`` of a prompt.
+
+    Args:
+        token_ids: of the chunk.
+        start: position of its first token; 0 or where the grid of chunks has a boundary.
+        num_tokens: length of the whole prompt.
+        blocks: the request's blocks, enough for the chunk.
+        feature_index: int64 ``(len(token_ids),)``, from ``plan_merge``.
+        geometry: sizes.
+        padded: lay the padding out too, as the card's static chunk wants it. Without a card it
+            would be computed for nothing, so the chunk is its real tokens alone.
+    """
+    left = geometry.left_padding(num_tokens) if padded else 0
+    before, after = 0, 0
+    if padded:
+        padded_start = (start + left) // geometry.chunk_size * geometry.chunk_size
+        before = start + left - padded_start
+        after = geometry.chunk_size - before - len(token_ids)
+    # Real tokens and the padding after them: consecutive positions of the request's own blocks.
+    own = np.arange(start, start + len(token_ids) + after)
+    block_ids = np.asarray(blocks[: geometry.num_blocks(len(own) + start)], dtype=np.int64)
+    size = geometry.block_size
+    slots = block_ids[own // size] * size + own % size
+    positions = np.arange(start, start + len(token_ids))
+    left_blocks = left // size
+
+    def laid_out(values: np.ndarray | list[int], fill: int) -> torch.Tensor:
+        row = np.full(before + len(token_ids) + after, fill, dtype=np.int64)
+        row[before : before + len(values)] = values
+        return torch.from_numpy(row).unsqueeze(0)
+
+    slot_mapping = laid_out(slots, 0)
+    if before:
+        slot_mapping[0, :before] = torch.arange(before) % size  # block 0
+    return PrefillChunk(
+        token_ids=laid_out(token_ids, 0),
+        position_ids=laid_out(positions, 0),
+        feature_index=laid_out(feature_index, TEXT),
+        slot_mapping=slot_mapping,
+        block_table=torch.from_numpy(np.concatenate([np.zeros(left_blocks, np.int64), block_ids]))[
+            None
+        ],
+        current_tkv=torch.tensor([left + start + len(token_ids) + after]),
+        left_padding=torch.tensor([left]),
+        last_row=-1 - after,
+    )

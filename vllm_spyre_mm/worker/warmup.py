@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the model on made-up requests before the first real one, so that every graph exists.
+
+The requests are real ones: pictures that go through vLLM's processor, token ids, sampling. So the
+vision tower, the projector, the merge, the prefill and the decode are all traced as they will run.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+from vllm_spyre_mm.geometry import Geometry
+from vllm_spyre_mm.log import get_logger
+from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupRequest:
+    """A made-up request.
+
+    Attributes:
+        name: shown while it runs; also its request id.
+        token_ids: the prompt, placeholders expanded.
+        mm_features: its images.
+    """
+
+    name: str
+    token_ids: list[int]
+    mm_features: list[MultiModalFeatureSpec]
+
+
+def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
+    """Prefill and decode made-up requests alone and together, then forget them.
+
+    Uses the first blocks of the KV cache, which no request owns yet.
+    """
+    requests = list(_requests(vllm_config, runner))
+    with runner.model.warmup():
+        _run_all(runner, requests, "Compiling")
+    if runner.model.backend == "sendnn":
+        # What was compiled inside the card's warmup context is deployed by a run outside it.
+        _run_all(runner, requests, "Deploying")
+
+
+def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[WarmupRequest]:
+    """Text alone, then a picture of each size that the mapping names."""
+    model_config = vllm_config.model_config
+    longest = min(2 * runner.geometry.chunk_size, model_config.max_model_len - 4)
+    yield WarmupRequest(f"text of {longest} tokens", [0] * longest, [])
+    if not vllm_config.model_config.get_multimodal_config().get_limit_per_prompt("image"):
+        return
+    from PIL import Image
+
+    processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+    image_token_id = runner.model.mapping.image_token_id
+    for width, height in runner.model.mapping.warmup_image_sizes():
+        picture = Image.new("RGB", (width, height))
+        items = processor.info.parse_mm_data({"image": [picture]}, validate=False)
+        processed = processor([image_token_id], items)
+        token_ids = processed["prompt_token_ids"]
+        if len(token_ids) > model_config.max_model_len - 4:
+            continue  # no request can hold such a picture
+        yield WarmupRequest(
+            f"picture of {width}x{height}",
+            token_ids,
+            [
+                MultiModalFeatureSpec(
+                    data=processed["mm_kwargs"]["image"][0],
+                    modality="image",
+                    identifier=f"warmup-{width}x{height}",
+                    mm_position=processed["mm_placeholders"]["image"][0],
+                )
+            ],
+        )
+
+
+def _run_all(runner: SpyreModelRunner, requests: list[WarmupRequest], title: str) -> None:
+    """Each request alone (prefill in chunks, one decode), then one decode of two together."""
+    lengths: dict[str, int] = {}
+    next_block = 1
+    with tqdm(total=2 * len(requests) + 1, desc=title, unit="step") as progress:
+        for request in requests:
+            progress.set_postfix_str(f"prefill, {request.name}")
+            blocks = runner.geometry.num_blocks(len(request.token_ids) + 4)
+            _prefill(runner, request, list(range(next_block, next_block + blocks)))
+            progress.update()
+            progress.set_postfix_str(f"decode, {request.name}")
+            _decode(runner, {request.name: len(request.token_ids)})
+            progress.update()
+            if request in requests[-2:]:
+                lengths[request.name] = len(request.token_ids) + 1
+                next_block += blocks
+            else:
+                _finish(runner, [request.name])
+        progress.set_postfix_str(f"decode of {len(lengths)} together")
+        _decode(runner, lengths)
+        progress.update()
+    _finish(runner, list(lengths))
+    runner.reset_encoder_cache()
+
+
+def _prefill(runner: SpyreModelRunner, request: WarmupRequest, block_ids: list[int]) -> None:
+    num_tokens, start = len(request.token_ids), 0
+    new = NewRequestData(
+        req_id=request.name,
+        prompt_token_ids=request.token_ids,
+        mm_features=request.mm_features,
+        sampling_params=SamplingParams(temperature=0.0),
+        pooling_params=None,
+        block_ids=(block_ids,),
+        num_computed_tokens=0,
+        lora_request=None,
+    )
+    images = list(range(len(request.mm_features)))
+    while start < num_tokens:
+        output = SchedulerOutput.make_empty()
+        if start == 0:
+            output.scheduled_new_reqs = [new]
+            output.scheduled_encoder_inputs = {request.name: images} if images else {}
+        else:
+            output.scheduled_cached_reqs = _cached({request.name: start})
+        end = runner.geometry.chunk_end(num_tokens, start)
+        _step(runner, output, {request.name: end - start})
+        start = end
+
+
+def _decode(runner: SpyreModelRunner, lengths: dict[str, int]) -> None:
+    output = SchedulerOutput.make_empty()
+    output.scheduled_cached_reqs = _cached(lengths)
+    _step(runner, output, dict.fromkeys(lengths, 1))
+
+
+def _finish(runner: SpyreModelRunner, req_ids: list[str]) -> None:
+    output = SchedulerOutput.make_empty()
+    output.finished_req_ids = set(req_ids)
+    runner.execute_model(output)
+
+
+def _step(runner: SpyreModelRunner, output: SchedulerOutput, scheduled: dict[str, int]) -> None:
+    output.num_scheduled_tokens = scheduled
+    output.total_num_scheduled_tokens = sum(scheduled.values())
+    if runner.execute_model(output) is None:
+        runner.sample_tokens(None)
+
+
+def _cached(num_computed: dict[str, int]) -> CachedRequestData:
+    cached = CachedRequestData.make_empty()
+    cached.req_ids = list(num_computed)
+    cached.num_computed_tokens = list(num_computed.values())
+    cached.new_block_ids = [None] * len(num_computed)
+    cached.num_output_tokens = [0] * len(num_computed)
+    return cached
+
+
+def blocks_needed(geometry: Geometry, max_model_len: int) -> int:
+    """Blocks of the KV cache that the warmup uses at most, block 0 included."""
+    return 3 * geometry.num_blocks(max_model_len) + 1

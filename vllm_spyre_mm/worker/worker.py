@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One worker process: device, model, KV cache, warmup; vLLM's executor calls it."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
+
+from vllm_spyre_mm.config import SpyreSettings, export_card_environment
+from vllm_spyre_mm.engine_config import decoder_dtype_of, geometry_of
+from vllm_spyre_mm.log import get_logger
+from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
+from vllm_spyre_mm.model_executor.kv_cache import (
+    allocate_kv_cache,
+    kv_cache_bytes,
+    kv_cache_spec,
+)
+from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
+from vllm_spyre_mm.model_executor.model import SpyreModel
+from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
+from vllm_spyre_mm.worker.warmup import warm_up
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+logger = get_logger(__name__)
+
+
+class SpyreWorker(WorkerBase):
+    """A worker that executes one rank of the model on the host or through the card's compiler."""
+
+    model_runner: SpyreModelRunner  # type: ignore[assignment]  # vLLM says a module or None
+
+    def __init__(
+        self,
+        vllm_config: "VllmConfig",
+        local_rank: int,
+        rank: int,
+        distributed_init_method: str,
+        is_driver_worker: bool = False,
+    ) -> None:
+        super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
+        self.settings = SpyreSettings.from_vllm_config(vllm_config)
+        self.geometry = geometry_of(vllm_config)
+        self.decoder_dtype = decoder_dtype_of(vllm_config)
+        self.mapping = get_mm_mapping(self.model_config.hf_config)
+        self.for_card = self.settings.backend == "sendnn"
+        self.kv_options = self.mapping.kv_cache_options(self.for_card)
+        self.model: SpyreModel
+
+    # -- start --------------------------------------------------------------------------------
+
+    def init_device(self) -> None:
+        """Join the process group and seed; for the card, set what its compiler reads at import."""
+        from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
+
+        self.device = torch.device("cpu")
+        if self.for_card:
+            assert self.settings.max_batch_tkv is not None, "resolved at start"
+            export_card_environment(
+                chunk_size=self.geometry.chunk_size,
+                max_model_len=self.model_config.max_model_len,
+                max_num_seqs=self.scheduler_config.max_num_seqs,
+                max_batch_tkv=self.settings.max_batch_tkv,
+            )
+        init_worker_distributed_environment(
+            self.vllm_config,
+            self.rank,
+            self.distributed_init_method,
+            self.local_rank,
+            self.current_platform.dist_backend,
+        )
+        if self.parallel_config.world_size > 1:
+            # The ranks share the host's cores; more threads than cores thrash.
+            torch.set_num_threads(
+                max(1, torch.get_num_threads() // self.parallel_config.world_size)
+            )
+        set_random_seed(self.model_config.seed)
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """Load the checkpoint.
+
+        Raises:
+            CheckpointError: it does not hold exactly what the model needs.
+        """
+        if load_dummy_weights or self.load_config.load_format == "dummy":
+            raise ValueError(
+                "load_format='dummy' is not supported on Spyre: weights are always read"
+            )
+        started = time.perf_counter()
+        checkpoint = find_checkpoint(self.model_config, self.load_config)
+        fms_model = load_model(
+            self.mapping,
+            checkpoint,
+            LoadOptions(
+                decoder_dtype=self.decoder_dtype,
+                encoder_dtype=getattr(torch, self.settings.encoder_dtype),
+                for_card=self.for_card,
+                group=self._tensor_parallel_group(),
+            ),
+        )
+        assert self.settings.backend != "auto", "resolved at start"
+        self.model = SpyreModel(fms_model, self.mapping, self.settings.backend)
+        logger.info("Loaded %s in %.1f s", checkpoint, time.perf_counter() - started)
+
+    def _tensor_parallel_group(self) -> Any:
+        if self.parallel_config.world_size == 1:
+            return None
+        from vllm.distributed import get_tp_group
+
+        return get_tp_group().device_group
+
+    def get_kv_cache_spec(self) -> "dict[str, KVCacheSpec]":
+        return kv_cache_spec(
+            self.kv_options,
+            self.geometry.block_size,
+            self.decoder_dtype,
+            self.parallel_config.world_size,
+        )
+
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        """vLLM's name of the layout of ``kv_cache.KVCache``: layer, block, token, head, content."""
+        return ["LBNHC"]
+
+    def determine_available_memory(self) -> int:
+        """Bytes for this rank's KV cache."""
+        return kv_cache_bytes(self.vllm_config, self.get_kv_cache_spec())
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        """vLLM fitted ``max_model_len`` to the memory (``--max-model-len auto``)."""
+        self.model_config.max_model_len = max_model_len
+
+    def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
+        """Allocate the KV cache and make the runner."""
+        self.model.kv_cache = allocate_kv_cache(
+            self.kv_options,
+            kv_cache_config.num_blocks,
+            self.geometry.block_size,
+            self.decoder_dtype,
+            self.parallel_config.world_size,
+        )
+        self.model_runner = SpyreModelRunner(
+            self.vllm_config,
+            self.model,
+            self.geometry,
+            return_mm_embedding=self.settings.enable_return_mm_embedding and self.rank == 0,
+        )
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Make every graph before the first request."""
+        started = time.perf_counter()
+        self.model.compile()
+        warm_up(self.model_runner, self.vllm_config)
+        set_random_seed(self.model_config.seed)
+        elapsed = time.perf_counter() - started
+        logger.info("Warmed up in %.1f s", elapsed)
+        return CompilationTimes(language_model=elapsed, encoder=0.0)
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        return self.model_runner.execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        return self.model_runner.sample_tokens(grammar_output)
+
+    # -- the rest of vLLM's interface ------------------------------------------------------------
+
+    def get_model(self) -> nn.Module:
+        return self.model.fms_model
+
+    def get_supported_tasks(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    def reset_mm_cache(self) -> None:
+        """The worker keeps no processor outputs: vLLM's engine does."""
+
+    def reset_encoder_cache(self) -> None:
+        self.model_runner.reset_encoder_cache()
+
+    def execute_dummy_batch(self) -> None:
+        """Only data parallelism, which is refused, needs batches of nothing."""
