@@ -132,15 +132,17 @@ class SpyreSettings(BaseModel):
             )
         # A row of a decode is as long as its whole blocks.
         longest_row = -(-max_model_len // BLOCK_SIZE) * BLOCK_SIZE
-        everything = max_num_seqs * longest_row
+        # The card decodes two rows at least.
+        least = longest_row * (2 if backend == "sendnn" else 1)
+        everything = max(max_num_seqs * longest_row, least)
         max_batch_tkv = self.max_batch_tkv
         if max_batch_tkv is None:
-            bound = max(CARD_MAX_BATCH_TKV, longest_row) if backend == "sendnn" else everything
+            bound = max(CARD_MAX_BATCH_TKV, least) if backend == "sendnn" else everything
             max_batch_tkv = min(bound, everything)
-        if max_batch_tkv < longest_row:
+        if max_batch_tkv < least:
             raise ValueError(
                 f"max_batch_tkv={max_batch_tkv} is less than one sequence of max_model_len="
-                f"{max_model_len} tokens needs ({longest_row}): raise it or lower --max-model-len"
+                f"{max_model_len} tokens needs ({least}): raise it or lower --max-model-len"
             )
         return self.model_copy(
             update={

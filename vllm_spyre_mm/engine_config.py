@@ -60,7 +60,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
         max_model_len=model_config.max_model_len,
         max_num_seqs=scheduler_config.max_num_seqs,
     )
-    _check_decoder_dtype(dtype, settings, host_dtypes)
+    _check_backend(settings, dtype, scheduler_config.max_num_batched_tokens, host_dtypes)
     vllm_config.additional_config = settings.model_dump()
 
     _take_over_execution(vllm_config)
@@ -154,12 +154,20 @@ def _check_model(vllm_config: "VllmConfig") -> str:
     return type(mapping).__name__
 
 
-def _check_decoder_dtype(
-    dtype: torch.dtype, settings: SpyreSettings, host_dtypes: tuple[torch.dtype, ...]
+def _check_backend(
+    settings: SpyreSettings,
+    dtype: torch.dtype,
+    chunk_size: int,
+    host_dtypes: tuple[torch.dtype, ...],
 ) -> None:
     if settings.backend == "sendnn":
         if dtype != torch.float16:
             raise ValueError(f"the card runs the decoder in float16, not {_name(dtype)}")
+        if chunk_size < 2 * BLOCK_SIZE:
+            raise ValueError(
+                f"the card needs chunks of at least {2 * BLOCK_SIZE} tokens, got {chunk_size}: "
+                "raise --max-num-batched-tokens"
+            )
     elif dtype not in host_dtypes:
         raise ValueError(
             f"dtype={_name(dtype)!r} is not supported without a card: use "

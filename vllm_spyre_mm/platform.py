@@ -63,7 +63,7 @@ class SpyrePlatform(Platform):
     def supported_dtypes(self) -> list[torch.dtype]:
         """dtypes of the decoder, the default first."""
         if card_backend_available():
-            return [torch.float16, *host_dtypes()]
+            return [torch.float16]  # host dtypes on request: --dtype with a CPU backend
         return list(host_dtypes())
 
     @classmethod

@@ -69,6 +69,7 @@ def kv_cache_bytes(vllm_config: "VllmConfig", spec: dict[str, "KVCacheSpec"]) ->
     return min(available, useful_blocks * sum(layer.page_size_bytes for layer in spec.values()))
 
 
+@torch.inference_mode()  # as the steps run: the compiler tells such tensors from others
 def allocate_kv_cache(
     options: KVCacheOptions,
     num_blocks: int,

@@ -92,7 +92,7 @@ class SpyreModel:
         Returns:
             Logits of one position of each sequence, ``(batch, vocab_size)``.
         """
-        logits, _ = self._run(
+        logits, kv_cache = self._run(
             inputs.embeds,
             position_ids=inputs.position_ids,
             past_key_value_states=self.kv_cache,
@@ -101,4 +101,8 @@ class SpyreModel:
             attn_name=self.attn_name,
             **inputs.attention,
         )
+        if self.backend == "sendnn":
+            # FMS's op for the card is functional; what it returns stands for the device's cache
+            # and is never read on the host. The CPU's op wrote in place.
+            self.kv_cache = kv_cache
         return logits[:, inputs.logits_row]

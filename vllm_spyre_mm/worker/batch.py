@@ -93,8 +93,8 @@ class SamplingBatch:
                 self.inputs.num_tokens_no_spec[row] = position + 1
             state.output_token_ids.append(token_id)
 
-    def decode_inputs(self) -> DecodeBatch:
-        """Inputs of a decode of all members."""
+    def decode_inputs(self, at_least: int) -> DecodeBatch:
+        """Inputs of a decode of all members; see ``decode.decode_batch`` for ``at_least``."""
         num_rows = len(self)
         num_computed = self.inputs.num_computed_tokens_cpu[:num_rows]
         rows = torch.arange(num_rows).numpy()
@@ -103,4 +103,5 @@ class SamplingBatch:
             num_computed=num_computed,
             block_rows=self.inputs.block_table[0].get_numpy_array()[:num_rows],
             block_size=self.block_size,
+            at_least=at_least,
         )

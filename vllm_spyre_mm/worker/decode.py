@@ -29,7 +29,12 @@ class DecodeBatch:
 
 
 def decode_batch(
-    *, token_ids: np.ndarray, num_computed: np.ndarray, block_rows: np.ndarray, block_size: int
+    *,
+    token_ids: np.ndarray,
+    num_computed: np.ndarray,
+    block_rows: np.ndarray,
+    block_size: int,
+    at_least: int = 1,
 ) -> DecodeBatch:
     """Lay out a decode step; no loop over requests.
 
@@ -38,9 +43,14 @@ def decode_batch(
         num_computed: int ``(batch,)``, tokens of each that are in the KV cache.
         block_rows: int ``(batch, width)``, the block ids of each, from the left.
         block_size: tokens in a block.
+        at_least: rows and blocks of a row that there are at least. The card's compiler takes a
+            dimension of one for a constant; rows are added that decode token 0 in block 0.
     """
+    missing = max(0, at_least - len(token_ids))
+    token_ids, num_computed = (np.pad(values, (0, missing)) for values in (token_ids, num_computed))
+    block_rows = np.pad(block_rows, ((0, missing), (0, 0)))
     num_blocks = num_computed // block_size + 1
-    width = int(num_blocks.max())
+    width = max(int(num_blocks.max()), at_least)
     padding_blocks = width - num_blocks
     columns = np.arange(width) - padding_blocks[:, None]
     rows = np.arange(len(token_ids))

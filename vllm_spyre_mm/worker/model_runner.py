@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
@@ -61,7 +62,7 @@ class SpyreModelRunner:
         geometry: Geometry,
         return_mm_embedding: bool,
     ) -> None:
-        self.model = model
+        self.spyre_model = model
         self.geometry = geometry
         self.return_mm_embedding = return_mm_embedding
         self.requests = RequestTable()
@@ -71,6 +72,11 @@ class SpyreModelRunner:
         self.sampler = Sampler(logprobs_mode=vllm_config.model_config.logprobs_mode)
         self._for_card = model.backend == "sendnn"
         self._pending: PendingSample | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The FMS model; vLLM looks for it when an engine in the caller's process is dropped."""
+        return self.spyre_model.fms_model
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
@@ -153,7 +159,7 @@ class SpyreModelRunner:
         ]
         encoded: list[torch.Tensor] = []
         for _, _, batch in group_and_batch_mm_kwargs(mm_kwargs):
-            encoded.extend(self.model.encode(batch))
+            encoded.extend(self.spyre_model.encode(batch))
         for feature, output in zip(features, encoded, strict=True):
             self.encoder_cache.put(feature, output)
 
@@ -171,14 +177,14 @@ class SpyreModelRunner:
             geometry=self.geometry,
             padded=self._for_card,
         )
-        embeds = self.model.embed(chunk.token_ids)
+        embeds = self.spyre_model.embed(chunk.token_ids)
         if slices:
             rows = torch.cat(self.encoder_cache.gather(state.mm_features, slices))
-            embeds = self.model.mapping.merge(embeds, rows, chunk.feature_index)
+            embeds = self.spyre_model.mapping.merge(embeds, rows, chunk.feature_index)
         if self.return_mm_embedding:
             self._collect(state, end)
         state.prefilled = end == num_tokens
-        return self.model.forward(self._prefill_inputs(chunk, embeds))
+        return self.spyre_model.forward(self._prefill_inputs(chunk, embeds))
 
     def _collect(self, state: RequestState, end: int) -> None:
         """Take what the merge consumed: the images that begin before ``end``, in prompt order.
@@ -198,14 +204,14 @@ class SpyreModelRunner:
 
     def _decode(self) -> torch.Tensor:
         """Run the decode batch; returns logits ``(batch, vocab_size)``."""
-        batch = self.decodes.decode_inputs()
+        batch = self.decodes.decode_inputs(at_least=2 if self._for_card else 1)
         attention = {
             "slot_mapping": batch.slot_mapping,
             "block_table": batch.block_table,
             "current_tkv_mask": batch.current_tkv,
             "left_padded_prompt_mask": batch.left_padding,
         }
-        embeds = self.model.embed(batch.token_ids)
+        embeds = self.spyre_model.embed(batch.token_ids)
         if self._for_card:
             mark_for_card(embeds, dynamic=(0,), static=(1, 2))
             mark_for_card(batch.position_ids, dynamic=(0,), static=(1,))
@@ -215,9 +221,10 @@ class SpyreModelRunner:
             mark_for_card(batch.left_padding, dynamic=(0,))
         else:
             attention |= self._cpu_attention(attention, query_length=1)
-        return self.model.forward(
+        logits = self.spyre_model.forward(
             DecoderInputs(embeds, batch.position_ids, attention, last_n_tokens=1, logits_row=-1)
         )
+        return logits[: len(self.decodes)]
 
     def _prefill_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
         attention = {

@@ -46,9 +46,9 @@ def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
     Uses the first blocks of the KV cache, which no request owns yet.
     """
     requests = list(_requests(vllm_config, runner))
-    with runner.model.warmup():
+    with runner.spyre_model.warmup():
         _run_all(runner, requests, "Compiling")
-    if runner.model.backend == "sendnn":
+    if runner.spyre_model.backend == "sendnn":
         # What was compiled inside the card's warmup context is deployed by a run outside it.
         _run_all(runner, requests, "Deploying")
 
@@ -63,8 +63,8 @@ def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[W
     from PIL import Image
 
     processor = MULTIMODAL_REGISTRY.create_processor(model_config)
-    image_token_id = runner.model.mapping.image_token_id
-    for width, height in runner.model.mapping.warmup_image_sizes():
+    image_token_id = runner.spyre_model.mapping.image_token_id
+    for width, height in runner.spyre_model.mapping.warmup_image_sizes():
         picture = Image.new("RGB", (width, height))
         items = processor.info.parse_mm_data({"image": [picture]}, validate=False)
         processed = processor([image_token_id], items)

@@ -15,7 +15,6 @@ from torch import nn
 
 from vllm_spyre_mm.multimodal.merge import merge_embeddings
 
-
 FmsModel = Any
 """An FMS model: a module whose parts are reached by the names that its mapping knows."""
 

@@ -3,7 +3,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,10 +98,16 @@ class LlavaNext(MMUtils):
         return [(width, height) for height, width in (areas[-1], areas[0])]
 
     def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        pixel_values: torch.Tensor | Iterable[torch.Tensor] = mm_kwargs["pixel_values"]
         image_sizes = mm_kwargs["image_sizes"].tolist()
-        tiles = torch.cat(list(pixel_values))
-        per_image = model.get_image_features(tiles, image_sizes)
+        side = self.hf_config.vision_config.image_size
+        # The processor pads an image's tiles to the most that any image of its prompt has.
+        tiles = [
+            pixels[
+                : model.image_size_to_num_patches(size, self.hf_config.image_grid_pinpoints, side)
+            ]
+            for pixels, size in zip(mm_kwargs["pixel_values"], image_sizes, strict=True)
+        ]
+        per_image = model.get_image_features(torch.cat(tiles), image_sizes)
         return [
             model.pack_image_features([features], [size], model.image_newline)
             for features, size in zip(per_image, image_sizes, strict=True)

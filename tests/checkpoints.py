@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes small random checkpoints in the Hugging Face layout, from Transformers configurations.
+
+The weights are scaled so that greedy answers vary from token to token and their margins are far
+above rounding; the tokenizer, the processor and the chat template are the demo checkpoint's.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+from vllm_spyre_mm.demo import checkpoint_path
+
+Layout = Literal["transformers4", "transformers4.52", "transformers5"]
+
+
+def llava_next_config(**changes: Any) -> LlavaNextConfig:
+    """A tiny SigLIP + Granite configuration; dotted names change the parts.
+
+    Based on the demo checkpoint's, so that its tokenizer and processor fit.
+    """
+    config = AutoConfig.from_pretrained(checkpoint_path())
+    values = {
+        "vision_config.num_hidden_layers": 4,
+        "vision_feature_layer": -2,
+        "text_config.num_hidden_layers": 3,
+        "text_config.num_attention_heads": 4,
+        "text_config.num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "text_config.tie_word_embeddings": False,
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
+    for name, value in values.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(getattr(config, owner) if owner else config, attribute, value)
+    return config
+
+
+def save_random_checkpoint(
+    path: Path,
+    config: LlavaNextConfig,
+    *,
+    seed: int = 0,
+    layout: Layout = "transformers5",
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a checkpoint with random weights.
+
+    Every matrix keeps the scale of what it is multiplied with, so that no layer is drowned by the
+    residual stream and the logits spread over several units.
+    """
+    torch.manual_seed(seed)
+    model = LlavaNextForConditionalGeneration(config).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                fan_in = parameter[0].numel()
+                gain = 1.0 if "embed" in name else 1.5
+                parameter.normal_(0, gain * fan_in**-0.5 if "embed_tokens" not in name else 0.3)
+            elif "norm" in name and name.endswith("weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.1)
+        model.lm_head.weight.normal_(0, 8.0 * config.text_config.hidden_size**-0.5)
+    model.to(dtype).save_pretrained(path)
+    copy_processor(path)
+    if layout != "transformers5":
+        rename_tensors(path, layout)
+    return path
+
+
+def copy_processor(path: Path) -> None:
+    """Put the demo checkpoint's tokenizer, processor and chat template beside the weights."""
+    for file in checkpoint_path().iterdir():
+        if file.name not in ("config.json", "model.safetensors", "generation_config.json"):
+            shutil.copy(file, path / file.name)
+
+
+def rename_tensors(path: Path, layout: Layout) -> None:
+    """Give the tensors of a checkpoint the names that an older Transformers wrote."""
+
+    def renamed(name: str) -> str:
+        if name.startswith("vision_tower."):
+            name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        if layout == "transformers4":
+            return name
+        if name.startswith("language_model.lm_head."):
+            return name.removeprefix("language_model.")
+        return "model." + name.replace("language_model.model.", "language_model.", 1)
+
+    file = path / "model.safetensors"
+    tensors = {renamed(name): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit_tensors(path: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Replace tensors of a checkpoint, or drop those whose new value is None."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in changes.items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    """Change entries of a checkpoint's ``config.json``; dots (``__``) reach into its parts."""
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    for name, value in changes.items():
+        *owners, attribute = name.split("__")
+        part = config
+        for owner in owners:
+            part = part[owner]
+        part[attribute] = value
+    file.write_text(json.dumps(config))

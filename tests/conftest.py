@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that several tests share: checkpoints and their Transformers references."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_spyre_mm.compat import ensure_torchvision_importable
+
+ensure_torchvision_importable()  # before Transformers is imported, as the platform does it
+
+from tests.checkpoints import llava_next_config, save_random_checkpoint  # noqa: E402
+from tests.reference import Reference  # noqa: E402
+from vllm_spyre_mm.demo import checkpoint_path  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    """The trained checkpoint that the package ships: Granite Vision, several feature layers."""
+    return checkpoint_path()
+
+
+@pytest.fixture(scope="session")
+def llava_next_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA-Next with one feature layer and an untied head."""
+    return save_random_checkpoint(tmp_path_factory.mktemp("llava_next"), llava_next_config())
+
+
+@pytest.fixture(scope="session")
+def demo_reference(demo_checkpoint: Path) -> Iterator[Reference]:
+    """Transformers on the demo checkpoint, fp32."""
+    yield Reference(demo_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def llava_next_reference(llava_next_checkpoint: Path) -> Iterator[Reference]:
+    """Transformers on the random LLaVA-Next, fp32."""
+    yield Reference(llava_next_checkpoint)

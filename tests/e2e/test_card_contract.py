@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract with the card's compiler, held against a stand-in for ``torch_sendnn``.
+
+The stand-in runs each graph with PyTorch, so the answers can be compared too; FMS's reference
+implementation of the card's attention op is slow on a CPU, so the requests are few and short.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import LLM, RequestOutput
+
+from tests.e2e.asks import parity_asks
+from tests.e2e.engines import Ask, engine, greedy
+from tests.reference import Reference
+
+STAND_IN = Path(__file__).parent / "stand_in"
+CHUNK = 128
+MAX_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def card() -> Iterator[None]:
+    """Makes ``torch_sendnn`` importable, and forgets it and its environment afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(STAND_IN))
+        for name in ("CHUNK_LEN", "MAX_CONTEXT_LEN", "MAX_BATCH_SIZE", "MAX_BATCH_TKV_LIMIT"):
+            patch.setenv(f"VLLM_DT_{name}", "unset")
+        yield
+    sys.modules.pop("torch_sendnn", None)
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def asks() -> list[Ask]:
+    return [ask for ask in parity_asks(12) if len(ask.images) < 2]
+
+
+@pytest.fixture(scope="module")
+def served(
+    card: None, demo_checkpoint: Path, asks: list[Ask]
+) -> Iterator[tuple[LLM, list[RequestOutput]]]:
+    """An engine for the card, with everything that it was asked."""
+    with engine(
+        demo_checkpoint,
+        dtype="auto",
+        enforce_eager=False,
+        max_num_batched_tokens=CHUNK,
+        max_model_len=512,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=16 << 20,
+    ) as llm:
+        outputs = llm.generate([ask.prompt for ask in asks], greedy(MAX_TOKENS), use_tqdm=False)
+        outputs += llm.generate([asks[1].prompt], greedy(MAX_TOKENS), use_tqdm=False)
+        yield llm, outputs
+
+
+@pytest.fixture(scope="module")
+def record(served: Any) -> Any:
+    return sys.modules["torch_sendnn"].record
+
+
+def shape_of(graph: dict[str, Any], name: str) -> tuple[int | torch.SymInt, ...]:
+    (tensor,) = (value for key, value in graph.items() if name in key)
+    return tuple(tensor.shape)
+
+
+def is_static(shape: tuple[int | torch.SymInt, ...]) -> tuple[bool, ...]:
+    return tuple(isinstance(size, int) for size in shape)
+
+
+def test_environment_is_set_before_the_import(record: Any) -> None:
+    assert record.environment == {
+        "VLLM_DT_CHUNK_LEN": "128",
+        "VLLM_DT_MAX_CONTEXT_LEN": "512",
+        "VLLM_DT_MAX_BATCH_SIZE": "4",
+        "VLLM_DT_MAX_BATCH_TKV_LIMIT": "2048",
+    }
+
+
+def test_one_graph_for_prefill_and_one_for_decode(record: Any) -> None:
+    """``fullgraph=True`` makes a graph break an error; more graphs would be recompilations."""
+    lengths = [shape_of(graph, "input_ids_or_embeds")[1] for graph in record.graphs]
+    assert lengths == [CHUNK, 1]
+
+
+def test_warmup_mode_is_entered_once_and_left_before_serving(record: Any) -> None:
+    assert record.warmups == 1
+    assert not record.in_warmup
+    assert record.compiled_outside == 0
+
+
+def test_each_graph_runs_outside_warmup_mode_before_serving(record: Any) -> None:
+    first_outside = [graph for graph, in_warmup, _ in record.runs if not in_warmup]
+    assert set(first_outside) == {0, 1}
+
+
+def test_prefill_dimensions(record: Any) -> None:
+    prefill = record.graphs[0]
+    assert shape_of(prefill, "input_ids_or_embeds")[:2] == (1, CHUNK)
+    assert shape_of(prefill, "position_ids") == (1, CHUNK)
+    assert shape_of(prefill, "slot_mapping") == (1, CHUNK)
+    assert is_static(shape_of(prefill, "block_table")) == (True, False)
+    assert shape_of(prefill, "current_tkv_mask") == (1,)
+    assert shape_of(prefill, "left_padded_prompt_mask") == (1,)
+
+
+def test_decode_dimensions(record: Any) -> None:
+    decode = record.graphs[1]
+    assert is_static(shape_of(decode, "input_ids_or_embeds")) == (False, True, True)
+    assert is_static(shape_of(decode, "position_ids")) == (False, True)
+    assert is_static(shape_of(decode, "slot_mapping")) == (False, True)
+    assert is_static(shape_of(decode, "block_table")) == (False, False)
+    assert is_static(shape_of(decode, "current_tkv_mask")) == (False,)
+
+
+def test_decoder_is_fp16_and_its_heads_are_padded(record: Any) -> None:
+    for graph in record.graphs:
+        floating = [
+            value
+            for value in graph.values()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        ]
+        wide = [value for value in floating if value.dtype != torch.float16]
+        # FMS keeps its rotary table in fp32.
+        assert all(tuple(value.shape[-2:]) == (2, 2) for value in wide)
+        caches = [value for name, value in graph.items() if "past_key_value" in name]
+        assert caches
+        assert all(cache.shape[-1] == 128 for cache in caches)
+
+
+def test_encoder_has_a_dtype_of_its_own(served: tuple[LLM, list[RequestOutput]]) -> None:
+    _, outputs = served
+    embeddings = [output.outputs[0].mm_embedding for output in outputs]
+    assert {embedding.dtype for embedding in embeddings if embedding is not None} <= {
+        torch.bfloat16,
+        torch.float32,
+    }
+
+
+def test_a_decode_has_two_rows_at_least(record: Any) -> None:
+    batches = {shapes[-1] for graph, _, shapes in record.runs if graph == 1 for shapes in [shapes]}
+    assert batches
+    for graph, _, shapes in record.runs:
+        rows = {shape[0] for shape in shapes if len(shape) == 2 and shape[1] == 1}
+        assert graph == 0 or min(rows) >= 2
+
+
+def test_answers_equal_transformers(
+    served: tuple[LLM, list[RequestOutput]], asks: list[Ask], demo_reference: Reference
+) -> None:
+    _, outputs = served
+    for ask, output in zip([*asks, asks[1]], outputs, strict=True):
+        expected = demo_reference.generate(ask.text, list(ask.images), MAX_TOKENS)
+        assert list(output.outputs[0].token_ids) == expected
+
+
+def test_a_card_needs_two_blocks_in_a_chunk(card: None, demo_checkpoint: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="chunks of at least 128 tokens, got 64"),
+        engine(demo_checkpoint, dtype="auto", enforce_eager=False, max_num_batched_tokens=64),
+    ):
+        pass
+
+
+def test_a_card_runs_fp16(card: None, demo_checkpoint: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="runs the decoder in float16, not float32"),
+        engine(demo_checkpoint, dtype="float32", enforce_eager=False),
+    ):
+        pass
