@@ -132,9 +132,7 @@ def test_one_feature_layer(
         check(ask_all(llm, random_asks), random_expected, FP32_BOUND)
 
 
-def test_bf16(
-    demo_checkpoint: Path, demo_asks: list[Ask], demo_expected: list[Expected]
-) -> None:
+def test_bf16(demo_checkpoint: Path, demo_asks: list[Ask], demo_expected: list[Expected]) -> None:
     """Answers are equal, and features and first-token logits within 2e-2 of the largest."""
     reference = Reference(demo_checkpoint)
     with engine(

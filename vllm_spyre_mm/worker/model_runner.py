@@ -181,6 +181,9 @@ class SpyreModelRunner:
         if slices:
             rows = torch.cat(self.encoder_cache.gather(state.mm_features, slices))
             embeds = self.spyre_model.mapping.merge(embeds, rows, chunk.feature_index)
+        if self._for_card:
+            # The card's attention masks padding by adding -inf, which a NaN would survive.
+            embeds = embeds.masked_fill(chunk.is_padding.unsqueeze(-1), 0.0)
         if self.return_mm_embedding:
             self._collect(state, end)
         state.prefilled = end == num_tokens

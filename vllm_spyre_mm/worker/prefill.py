@@ -18,6 +18,7 @@ class PrefillChunk:
         token_ids: int64 ``(1, length)``, 0 on padding.
         position_ids: int64 ``(1, length)`` in real tokens, 0 on padding.
         feature_index: int64 ``(1, length)``; see ``multimodal.merge``.
+        is_padding: bool ``(1, length)``.
         slot_mapping: int64 ``(1, length)``: the cache row of each token; padding before the
             prompt goes to block 0, padding after it to the rest of the last block.
         block_table: int64 ``(1, blocks)``, block 0 for the padding before the prompt.
@@ -29,6 +30,7 @@ class PrefillChunk:
     token_ids: torch.Tensor
     position_ids: torch.Tensor
     feature_index: torch.Tensor
+    is_padding: torch.Tensor
     slot_mapping: torch.Tensor
     block_table: torch.Tensor
     current_tkv: torch.Tensor
@@ -84,6 +86,7 @@ def prefill_chunk(
         token_ids=laid_out(token_ids, 0),
         position_ids=laid_out(positions, 0),
         feature_index=laid_out(feature_index, TEXT),
+        is_padding=laid_out(np.zeros(len(token_ids)), 1).bool(),
         slot_mapping=slot_mapping,
         block_table=torch.from_numpy(np.concatenate([np.zeros(left_blocks, np.int64), block_ids]))[
             None

@@ -44,9 +44,7 @@ def compile_graph(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Cal
     """The backend: keeps the graph's inputs and runs it with PyTorch."""
     number = len(record.graphs)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    record.graphs.append(
-        {node.name: node.meta.get("example_value") for node in placeholders}
-    )
+    record.graphs.append({node.name: node.meta.get("example_value") for node in placeholders})
     record.compiled_outside += not record.in_warmup
 
     def run(*inputs: Any) -> Any:
