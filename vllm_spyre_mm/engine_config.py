@@ -139,17 +139,16 @@ def _check_model(vllm_config: "VllmConfig") -> str:
     """Name of the mapping that serves the model.
 
     Raises:
-        ValueError: no mapping does, or tensor parallelism does not divide the heads.
+        ValueError: no mapping does, or tensor parallelism does not divide the KV heads.
     """
     from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 
     mapping = get_mm_mapping(vllm_config.model_config.hf_config)
     size = vllm_config.parallel_config.tensor_parallel_size
-    options = mapping.kv_cache_options()
-    if options.num_kv_heads % size or options.num_query_heads % size:
+    num_kv_heads = mapping.kv_cache_options().num_kv_heads
+    if num_kv_heads % size:  # vLLM has checked the query heads
         raise ValueError(
-            f"tensor_parallel_size={size} does not divide the model's {options.num_query_heads} "
-            f"query heads and {options.num_kv_heads} KV heads"
+            f"tensor_parallel_size={size} does not divide the model's {num_kv_heads} KV heads"
         )
     return type(mapping).__name__
 

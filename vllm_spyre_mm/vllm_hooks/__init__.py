@@ -22,6 +22,7 @@ def install() -> None:
         contract,
         engine_output,
         input_processor,
+        media,
         output_processor,
         shutdown,
     )
@@ -30,4 +31,5 @@ def install() -> None:
     engine_output.install()
     output_processor.install()
     input_processor.install()
+    media.install()
     shutdown.install()

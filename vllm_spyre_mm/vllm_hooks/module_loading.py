@@ -50,7 +50,7 @@ def _act_on_first_use(module: ModuleType, action: Action) -> None:
             if attribute != "__spec__" and not _is_loading(self):
                 self.__class__ = original  # type: ignore[assignment]
                 action(self)
-            return super().__getattribute__(attribute)
+            return original.__getattribute__(self, attribute)  # it may have its own class back
 
     module.__class__ = Pending
 

@@ -29,13 +29,11 @@ class KVCacheOptions:
 
     Attributes:
         num_layers: decoder layers.
-        num_query_heads: query heads of a layer.
         num_kv_heads: KV heads of a layer.
         head_dim: width of a head in the cache.
     """
 
     num_layers: int
-    num_query_heads: int
     num_kv_heads: int
     head_dim: int
 

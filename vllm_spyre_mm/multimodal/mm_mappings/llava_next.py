@@ -56,7 +56,6 @@ class LlavaNext(MMUtils):
         text = self.text_config
         return KVCacheOptions(
             num_layers=text.num_hidden_layers,
-            num_query_heads=text.num_attention_heads,
             num_kv_heads=text.num_key_value_heads,
             head_dim=CARD_HEAD_DIM if for_card else self._head_dim(),
         )

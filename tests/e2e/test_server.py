@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm serve`` with the platform's flags, a real server, and the ``openai`` client."""
+
+import base64
+import io
+import random
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image
+
+from tests.reference import Reference
+from vllm_spyre_mm.demo import pictures
+
+VLLM = str(Path(sys.executable).parent / "vllm")
+START_SECONDS = 240
+
+
+def serve_command(checkpoint: Path, port: int, *more: str) -> list[str]:
+    return [
+        VLLM,
+        "serve",
+        str(checkpoint),
+        "--device",
+        "spyre",
+        "--enable-return-mm-embedding",
+        "--limit-mm-per-prompt",
+        '{"image": 4}',
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        "demo",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "1024",
+        "--kv-cache-memory-bytes",
+        "128M",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a running server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    address = f"http://127.0.0.1:{port}"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            serve_command(demo_checkpoint, port), stdout=output, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        try:
+            wait_until_healthy(address, process, log)
+            yield address
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def data_url(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def chat(client: openai.OpenAI, question: str, *urls: str, **more: Any) -> str:
+    parts: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    parts.append({"type": "text", "text": question})
+    response = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": parts}],
+        temperature=0,
+        max_tokens=24,
+        **more,
+    )
+    return response.choices[0].message.content
+
+
+def picture(seed: int) -> pictures.Picture:
+    rng = random.Random(f"server-{seed}")
+    return pictures.draw_picture(pictures.random_shapes(rng, 2), (96, 120), rng=rng)
+
+
+def answer(reference: Reference, question: str, image: Image.Image) -> str:
+    prompt = f"<|user|>\n<image>\n{question}\n<|assistant|>\n"
+    tokens = reference.generate(prompt, [image], 24)
+    return reference.processor.decode(tokens, skip_special_tokens=True)
+
+
+def still_works(client: openai.OpenAI, reference: Reference) -> None:
+    drawn, question = picture(1), "What is in the picture?"
+    assert chat(client, question, data_url(png(drawn.image))) == answer(
+        reference, question, drawn.image
+    )
+
+
+def test_chat_about_pictures(client: openai.OpenAI, demo_reference: Reference) -> None:
+    still_works(client, demo_reference)
+    assert chat(client, "How many pictures are there?")
+
+
+def test_streaming_chat(client: openai.OpenAI, demo_reference: Reference) -> None:
+    drawn, question = picture(2), "What is in the picture?"
+    parts = [
+        {"type": "image_url", "image_url": {"url": data_url(png(drawn.image))}},
+        {"type": "text", "text": question},
+    ]
+    stream = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": parts}],
+        temperature=0,
+        max_tokens=24,
+        stream=True,
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert text == answer(demo_reference, question, drawn.image)
+
+
+def test_text_completion(client: openai.OpenAI) -> None:
+    prompt = "<|user|>\nHow many pictures are there?\n<|assistant|>\n"
+    response = client.completions.create(model="demo", prompt=prompt, max_tokens=8, temperature=0)
+    assert response.choices[0].text
+
+
+BROKEN_PICTURES = {
+    "not a picture": b"this is text",
+    "empty": b"",
+    "truncated": png(Image.new("RGB", (200, 200), "red"))[:80],
+}
+
+
+@pytest.mark.parametrize("kind", sorted(BROKEN_PICTURES))
+def test_a_broken_picture_is_a_400(
+    client: openai.OpenAI, demo_reference: Reference, kind: str
+) -> None:
+    with pytest.raises(openai.BadRequestError):
+        chat(client, "What is in the picture?", data_url(BROKEN_PICTURES[kind]))
+    still_works(client, demo_reference)
+
+
+def test_a_decompression_bomb_is_a_400(client: openai.OpenAI, demo_reference: Reference) -> None:
+    """A few kilobytes that unpack to 20,000 × 20,000 pixels."""
+    bomb = png(Image.new("1", (20000, 20000)))
+    with pytest.raises(openai.BadRequestError, match="pixels"):
+        chat(client, "What is in the picture?", data_url(bomb))
+    still_works(client, demo_reference)
+
+
+def test_more_pictures_than_the_limit_are_a_400(
+    client: openai.OpenAI, demo_reference: Reference
+) -> None:
+    url = data_url(png(picture(3).image))
+    with pytest.raises(openai.BadRequestError, match="At most 4 image"):
+        chat(client, "How many pictures are there?", *[url] * 5)
+    still_works(client, demo_reference)
+
+
+def test_an_image_tag_without_a_picture_is_a_400(
+    client: openai.OpenAI, demo_reference: Reference
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="belong to no image"):
+        client.completions.create(
+            model="demo", prompt="<|user|>\n<image>\nWhat?\n<|assistant|>\n", max_tokens=4
+        )
+    with pytest.raises(openai.BadRequestError):
+        chat(client, "What is <image> in the picture?", data_url(png(picture(4).image)))
+    still_works(client, demo_reference)
+
+
+def test_a_prompt_beyond_the_model_length_is_a_400(
+    client: openai.OpenAI, demo_reference: Reference
+) -> None:
+    url = data_url(png(Image.new("RGB", (400, 400), "blue")))
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        chat(client, "How many pictures are there?", *[url] * 4)
+    still_works(client, demo_reference)
+
+
+def test_prompt_logprobs_are_a_400(client: openai.OpenAI, demo_reference: Reference) -> None:
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs is not supported"):
+        chat(client, "What?", extra_body={"prompt_logprobs": 1})
+    still_works(client, demo_reference)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20000, 10), (10, 5000), (3, 700)])
+def test_extreme_sizes_are_answered_as_transformers_answers(
+    client: openai.OpenAI, demo_reference: Reference, size: tuple[int, int]
+) -> None:
+    image = Image.new("RGB", size, "green")
+    question = "How many shapes are in the picture?"
+    assert chat(client, question, data_url(png(image))) == answer(demo_reference, question, image)
+
+
+def test_another_device_is_refused_with_a_sentence(demo_checkpoint: Path) -> None:
+    command = serve_command(demo_checkpoint, 1)
+    command[command.index("--device") + 1] = "cuda"
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode != 0
+    assert "--device cuda: vllm-spyre-mm makes Spyre the platform" in finished.stderr
+    assert "Traceback" not in finished.stderr
