@@ -101,7 +101,6 @@ def check_complete(
     path: Path,
     adapted: Mapping[str, torch.Tensor],
     expected: Mapping[str, torch.Tensor],
-    optional: frozenset[str],
 ) -> None:
     """Compare what a checkpoint would put into a model with what the model has.
 
@@ -109,12 +108,11 @@ def check_complete(
         path: the checkpoint, for the message.
         adapted: the checkpoint's tensors under the model's names (no data is looked at).
         expected: the model's parameters and buffers.
-        optional: names that may be missing (a tied head).
 
     Raises:
         CheckpointError: names what is missing, unexpected or wrongly shaped.
     """
-    missing = sorted(expected.keys() - adapted.keys() - optional)
+    missing = sorted(expected.keys() - adapted.keys())
     unexpected = sorted(adapted.keys() - expected.keys())
     misshapen = sorted(
         f"{name} (stored {tuple(adapted[name].shape)}, needed {tuple(expected[name].shape)})"

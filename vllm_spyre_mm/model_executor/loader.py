@@ -7,10 +7,12 @@ model that does not get exactly its parameters is not built.
 """
 
 import copy
+import dataclasses
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
@@ -70,9 +72,10 @@ def load_model(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -> FmsM
         for name, tensor in open_checkpoint(checkpoint, overrides.rename).items()
         if not overrides.is_unused(name)
     }
+    _drop_tied_head(checkpoint, tensors, overrides.tied)
+    _check(checkpoint, overrides, options.decoder_dtype, tensors)
     encoder, decoder = _split(tensors, overrides.encoder_modules)
     model = _build(overrides, options.decoder_dtype, options.group)
-    _check(checkpoint, overrides, options.decoder_dtype, (encoder, decoder))
     for part, dtype in ((encoder, options.encoder_dtype), (decoder, options.decoder_dtype)):
         _fill(model, overrides.architecture, part, dtype, options.group)
     model.post_init()  # ties the head and computes the rotary tables, now that there is storage
@@ -97,6 +100,24 @@ def _build(overrides: LoadOverrides, dtype: torch.dtype, group: ProcessGroup | N
     return model
 
 
+def _drop_tied_head(
+    checkpoint: Path, tensors: dict[str, StoredTensor], tied: tuple[str, str] | None
+) -> None:
+    """Leave out a stored head that is tied: FMS would let it replace the embedding.
+
+    Raises:
+        CheckpointError: it is not the embedding.
+    """
+    if tied is None or tied[0] not in tensors or tied[1] not in tensors:
+        return
+    head, embedding = tensors.pop(tied[0]), tensors[tied[1]]
+    if not torch.equal(head.read(), embedding.read()):
+        raise CheckpointError(
+            f"the checkpoint in {checkpoint} cannot be served; its configuration ties the head to "
+            f"the embedding, but {head.stored_name} differs from {embedding.stored_name}"
+        )
+
+
 def _split(
     tensors: Mapping[str, StoredTensor], encoder_modules: tuple[str, ...]
 ) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
@@ -114,34 +135,48 @@ def _check(
     checkpoint: Path,
     overrides: LoadOverrides,
     dtype: torch.dtype,
-    parts: tuple[Mapping[str, StoredTensor], ...],
+    tensors: Mapping[str, StoredTensor],
 ) -> None:
     """Run the shapes through FMS's adapter and compare the result with the unsharded model."""
     from fms.utils.serialization import get_adapted
 
-    whole = _build(overrides, dtype, None)
+    # Separate projections have a name each, which says what is missing.
+    config = dataclasses.replace(overrides.config, fused_weights=False)
+    whole = _build(dataclasses.replace(overrides, config=config), dtype, None)
     adapted: dict[str, torch.Tensor] = {}
-    for part in parts:
+    for group in _layers(tensors):
         with torch.device("meta"):
-            shapes = {name: torch.empty(tensor.shape) for name, tensor in part.items()}
+            shapes = {name: torch.empty(tensors[name].shape) for name in group}
             try:
                 adapted |= get_adapted(
                     overrides.architecture, SOURCE, shapes, {"model_config": whole.config}
                 )
-            except (RuntimeError, KeyError, AssertionError) as error:
+            except (RuntimeError, LookupError, AssertionError) as error:
+                stored = ", ".join(f"{name} {tensors[name].shape}" for name in sorted(group))
                 raise CheckpointError(
-                    f"the checkpoint in {checkpoint} cannot be served; its tensors do not form "
-                    f"whole layers: {error}"
+                    f"the checkpoint in {checkpoint} cannot be served; these tensors do not form "
+                    f"a layer ({error}): {stored}"
                 ) from error
-    tied = (
-        frozenset({"language_model.head.weight", "head.weight"}) if _is_tied(whole) else frozenset()
-    )
-    check_complete(checkpoint, adapted, whole.state_dict(), tied)
+    expected = whole.state_dict()
+    if overrides.tied is not None:
+        (head,) = get_adapted(
+            overrides.architecture,
+            SOURCE,
+            {overrides.tied[0]: torch.empty(0)},
+            {"model_config": whole.config},
+        )
+        del expected[head]
+    check_complete(checkpoint, adapted, expected)
 
 
-def _is_tied(model: FmsModel) -> bool:
-    config: Any = model.config
-    return getattr(getattr(config, "text_config", config), "tie_heads", False)
+def _layers(tensors: Mapping[str, StoredTensor]) -> list[list[str]]:
+    """Names by layer, as FMS adapts them: the parts of a fused projection come together, and the
+    heads of a decoder are padded where nothing but decoder is seen."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in tensors:
+        layer = re.match(r"(.*?\.\d+)\.", name)
+        groups[layer[1] if layer else name].append(name)
+    return list(groups.values())
 
 
 def _fill(

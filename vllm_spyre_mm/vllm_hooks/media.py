@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes a picture that Pillow refuses the client's error, also where it is a decompression bomb.
 
-Leans on: ``ImageMediaIO.load_bytes`` decodes every picture that comes as bytes (HTTP, base64, file),
-and a ValueError from it is answered with HTTP 400. vLLM turns OSError into one; what Pillow raises
-for a bomb, and from within damaged files, is none and would be answered with HTTP 500.
+Leans on: ``ImageMediaIO.load_bytes`` decodes every picture that comes as bytes (over HTTP, from a
+file), and a ValueError from it is answered with HTTP 400. vLLM turns OSError into one; what Pillow
+raises for a bomb, and from within damaged files, is none and would be answered with HTTP 500.
 """
 
 import functools

@@ -47,31 +47,44 @@ def _act_on_first_use(module: ModuleType, action: Action) -> None:
     class Pending(original):  # type: ignore[misc, valid-type]
         def __getattribute__(self, attribute: str) -> Any:
             # __spec__ is what the import system itself reads while the module is loading.
-            if attribute != "__spec__" and not _is_loading(self):
-                self.__class__ = original  # type: ignore[assignment]
-                action(self)
-            return original.__getattribute__(self, attribute)  # it may have its own class back
+            if attribute == "__spec__" or _is_loading(self):
+                return original.__getattribute__(self, attribute)
+            self.__class__ = original  # type: ignore[assignment]
+            action(self)
+            return getattr(self, attribute)
 
     module.__class__ = Pending
 
 
 class _OnImport(importlib.abc.MetaPathFinder):
-    """Finds one module as the other finders would, with a loader that acts after execution."""
+    """Finds one module as the other finders would, with a loader that acts after execution.
+
+    It stays until the module has been loaded once, since a module may be looked for without being
+    imported, or fail to load and be imported again.
+    """
 
     def __init__(self, name: str, action: Action) -> None:
         self.name = name
         self.action = action
+        self._searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self._searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._searching = True  # the others are asked through the same list
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _ActingLoader(spec.loader, self.action)
+            spec.loader = _ActingLoader(spec.loader, self._loaded)
         return spec
+
+    def _loaded(self, module: ModuleType) -> None:
+        sys.meta_path.remove(self)
+        self.action(module)
 
 
 class _ActingLoader(importlib.abc.Loader):

@@ -56,14 +56,20 @@ def get_mm_mapping(config: Any) -> MMUtils:
     Raises:
         UnsupportedModelError: nothing serves this model; says why, and what is served.
     """
-    candidates = MM_CFG_MAPPING.get(config_name(config), ())
+    name = config_name(config)
+    candidates = MM_CFG_MAPPING.get(name, ())
+    if candidates and not name.startswith("transformers."):
+        raise UnsupportedModelError(
+            f"{name} describes the FMS model that is built, not all that a checkpoint says: give "
+            "the Transformers configuration"
+        )
     reasons = []
     for mapping in candidates:
         reason = mapping.why_not(config)
         if reason is None:
             return mapping(config)
         reasons.append(f"{mapping.__name__}: {reason}")
-    model_type = getattr(config, "model_type", config_name(config))
+    model_type = getattr(config, "model_type", name)
     supported = "; ".join(f"{mapping.__name__} ({mapping.summary})" for mapping in MAPPINGS)
     why = f" ({'; '.join(reasons)})" if reasons else ""
     raise UnsupportedModelError(

@@ -48,6 +48,8 @@ class LoadOverrides:
         config: its configuration.
         rename: a checkpoint's tensor name in the one layout that FMS's adapter knows.
         is_unused: whether a tensor, by its renamed name, has no part in the computation.
+        tied: renamed names of the head and of the embedding that it shares its weights with, or
+            None for a head of its own. A checkpoint may leave a tied head out.
         encoder_modules: names of the FMS model's modules and parameters that make up the vision
             encoder: they run on the host, in the encoder's dtype.
         prune: removes the modules that take no part in the computation, from a model without
@@ -61,6 +63,7 @@ class LoadOverrides:
     config: Any
     rename: Callable[[str], str]
     is_unused: Callable[[str], bool]
+    tied: tuple[str, str] | None
     encoder_modules: tuple[str, ...]
     prune: Callable[[FmsModel], None]
     encoder_blocks: Callable[[FmsModel], nn.ModuleList]

@@ -19,6 +19,9 @@ from vllm_spyre_mm.multimodal.mm_mappings.base import (
 CARD_HEAD_DIM = 128
 """Width of a head that the card's compiler expects."""
 
+TIED = ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
+"""The head and the embedding, in the layout of :func:`_canonical_name`."""
+
 
 class LlavaNext(MMUtils):
     """LLaVA-Next with one vision feature layer.
@@ -85,6 +88,7 @@ class LlavaNext(MMUtils):
             config=fms_llava_next.LlavaNextConfig(**derived, fused_weights=not for_card),
             rename=_canonical_name,
             is_unused=lambda name: _is_unused(name, num_layers),
+            tied=TIED if self.text_config.tie_word_embeddings else None,
             encoder_modules=("vision_tower", "multi_modal_projector", "image_newline"),
             prune=_prune,
             encoder_blocks=lambda model: model.vision_tower.base_model.encoder.layers,
@@ -160,8 +164,9 @@ def _text_mismatch(text: Any) -> str | None:
         return f"text_config rope_type {rope['rope_type']!r} is not implemented"
     if text.hidden_act not in ("silu", "swish"):
         return f"text_config.hidden_act {text.hidden_act!r} is not implemented"
-    if getattr(text, "mlp_bias", False):
-        return "text_config.mlp_bias is not implemented"
+    for bias in ("mlp_bias", "attention_bias"):
+        if getattr(text, bias, False):
+            return f"text_config.{bias} is not implemented"
     return None
 
 
