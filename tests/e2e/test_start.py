@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting: from an installed wheel, without the guard, and with checkpoints that are not whole."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import edit_tensors
+from tests.e2e.engines import engine
+from vllm_spyre_mm.model_executor.checkpoint import CheckpointError
+
+ROOT = Path(__file__).parents[2]
+
+ASK = """
+    from PIL import Image
+    from vllm import LLM, SamplingParams
+    import vllm_spyre_mm
+    from vllm_spyre_mm.demo import checkpoint_path
+    llm = LLM(model=str(checkpoint_path()), enforce_eager=True, max_model_len=512,
+              enable_return_mm_embedding=True)
+    output = llm.generate(
+        {"prompt": "<|user|>\\n<image>\\nWhat is in the picture?\\n<|assistant|>\\n",
+         "multi_modal_data": {"image": Image.new("RGB", (60, 60), "red")}},
+        SamplingParams(temperature=0, max_tokens=4),
+    )[0].outputs[0]
+    print("EMBEDDING", tuple(output.mm_embedding.shape), vllm_spyre_mm.__file__)
+"""
+
+
+def run_script(
+    path: Path, code: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    path.write_text(code)
+    return subprocess.run(
+        [sys.executable, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=path.parent,
+        env=environment,
+    )
+
+
+def test_a_script_without_the_guard_gets_one_sentence(tmp_path: Path) -> None:
+    code = "\n".join(line.removeprefix("    ") for line in ASK.splitlines())
+    finished = run_script(tmp_path / "unguarded.py", code)
+    assert finished.returncode == 1
+    assert 'if __name__ == "__main__":' in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert "bootstrapping" not in finished.stderr
+
+
+def test_a_wheel_builds_installs_and_works_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dependencies are this environment's; the package is the wheel's alone."""
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", ".*_cache"),
+    )
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", str(installed), str(wheel)], check=True, timeout=300)
+    monkeypatch.setenv("PYTHONPATH", str(installed))
+    finished = run_script(tmp_path / "ask.py", f'if __name__ == "__main__":{ASK}')
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    line = next(line for line in finished.stdout.splitlines() if line.startswith("EMBEDDING"))
+    assert ", 256) " in line
+    assert line.endswith(str(installed / "vllm_spyre_mm" / "__init__.py"))
+    assert "Traceback" not in finished.stderr
+
+
+def test_half_a_checkpoint_stops_the_start(demo_checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    checkpoint = shutil.copytree(demo_checkpoint, tmp_path / "half")
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        names = sorted(file.keys())
+    edit_tensors(checkpoint, dict.fromkeys(names[::2]))
+    with pytest.raises(CheckpointError, match="cannot be served; missing: "), engine(checkpoint):
+        pass
+
+
+def test_a_nan_in_a_weight_stops_the_start(demo_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(demo_checkpoint, tmp_path / "nan")
+    edit_tensors(checkpoint, {"image_newline": torch.full((256,), torch.nan)})
+    with pytest.raises(CheckpointError, match="not finite: image_newline"), engine(checkpoint):
+        pass

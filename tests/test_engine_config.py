@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine's configuration becomes, and what is refused before anything starts."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.checkpoints import edit_config
+from vllm_spyre_mm.config import SpyreSettings
+
+
+def configure(checkpoint: Path, **arguments: Any) -> VllmConfig:
+    return EngineArgs(model=str(checkpoint), **arguments).create_engine_config()
+
+
+def test_defaults(demo_checkpoint: Path) -> None:
+    config = configure(demo_checkpoint)
+    assert config.scheduler_config.max_num_batched_tokens == 512
+    assert config.scheduler_config.max_num_seqs == 16
+    assert config.cache_config.block_size == 64
+    assert config.scheduler_config.scheduler_cls == "vllm_spyre_mm.scheduler.SpyreScheduler"
+    assert config.parallel_config.worker_cls == "vllm_spyre_mm.worker.worker.SpyreWorker"
+    assert config.scheduler_config.async_scheduling is False
+    assert config.cache_config.enable_prefix_caching
+    settings = SpyreSettings.from_vllm_config(config)
+    assert settings.resolved
+    assert settings.backend == "inductor"
+    assert not settings.enable_return_mm_embedding
+
+
+def test_both_encoder_bounds_hold_a_whole_prompt(demo_checkpoint: Path) -> None:
+    config = configure(demo_checkpoint, max_model_len=4096)
+    assert config.scheduler_config.encoder_cache_size == 4096
+    assert config.scheduler_config.max_num_encoder_input_tokens == 4096
+    config = configure(
+        demo_checkpoint, max_model_len=4096, additional_config={"encoder_cache_tokens": 10000}
+    )
+    assert config.scheduler_config.encoder_cache_size == 10000
+
+
+def test_a_length_that_the_checkpoint_allows_is_bounded(
+    demo_checkpoint: Path, tmp_path: Path
+) -> None:
+    granite = shutil.copytree(demo_checkpoint, tmp_path / "granite")
+    edit_config(granite, text_config__max_position_embeddings=131072)
+    assert configure(granite).model_config.max_model_len == 8192
+    assert configure(granite, max_model_len=16384).model_config.max_model_len == 16384
+
+
+@pytest.mark.parametrize("stored", ["float16", "float32", "bfloat16"])
+def test_every_stored_dtype_is_served_in_the_hosts_fastest(
+    demo_checkpoint: Path, tmp_path: Path, stored: str
+) -> None:
+    checkpoint = shutil.copytree(demo_checkpoint, tmp_path / stored)
+    edit_config(checkpoint, dtype=stored)
+    from vllm_spyre_mm.platform import host_dtypes
+
+    config = configure(checkpoint)
+    assert config.model_config.dtype == host_dtypes()[0]
+    assert configure(checkpoint, dtype="float32").model_config.dtype == torch.float32
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "LoRA": ({"enable_lora": True}, "LoRA"),
+    "speculative decoding": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "speculative decoding",
+    ),
+    "pipeline parallelism": ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+    "data parallelism": ({"data_parallel_size": 2}, "data parallelism"),
+    "fp16 on a CPU": ({"dtype": "float16"}, "dtype='float16' is not supported without a card"),
+    "block size": ({"block_size": 32}, "block-size=32"),
+    "chunk size": ({"max_num_batched_tokens": 100}, "multiple of 64, got 100"),
+    "unknown setting": ({"additional_config": {"chunk": 3}}, "chunk: Extra inputs"),
+    "setting of another type": (
+        {"enable_return_mm_embedding": "yes"},
+        "enable_return_mm_embedding: Input should be a valid boolean",
+    ),
+    "scheduler class": (
+        {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+        "a scheduler of your own",
+    ),
+    "no chunks": (
+        {"enable_chunked_prefill": False, "max_model_len": 512},
+        "prefill without chunks",
+    ),
+    "sleep mode": ({"enable_sleep_mode": True}, "[sS]leep mode"),
+    "pooling": ({"runner": "pooling", "convert": "embed"}, "runner='pooling'"),
+    "KV cache dtype": ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype='fp8"),
+    "prompt embeddings": ({"enable_prompt_embeds": True}, "prompt embeddings"),
+    "image embeddings": ({"enable_mm_embeds": True}, "image embeddings as input"),
+    "eager and inductor": (
+        {"enforce_eager": True, "additional_config": {"backend": "inductor"}},
+        "contradict each other",
+    ),
+    "a card that is not there": (
+        {"additional_config": {"backend": "sendnn"}},
+        "needs the package torch_sendnn",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", list(REFUSED))
+def test_refused_with_a_sentence(demo_checkpoint: Path, what: str) -> None:
+    arguments, sentence = REFUSED[what]
+    with pytest.raises(ValueError, match=sentence):
+        configure(demo_checkpoint, **arguments)
+
+
+def test_quantised_checkpoints_are_refused(demo_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(demo_checkpoint, tmp_path / "quantised")
+    edit_config(checkpoint, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ValueError, match="quantised checkpoints"):
+        configure(checkpoint)
+
+
+def test_a_model_that_nothing_serves_is_refused_by_name(
+    demo_checkpoint: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(demo_checkpoint, tmp_path / "clip")
+    edit_config(checkpoint, vision_config={"model_type": "clip_vision_model"})
+    with pytest.raises(ValueError, match="clip_vision_model.*Supported: GraniteVision"):
+        configure(checkpoint)
+
+
+def test_a_text_model_is_refused_by_name(demo_checkpoint: Path, tmp_path: Path) -> None:
+    import json
+
+    checkpoint = shutil.copytree(demo_checkpoint, tmp_path / "text")
+    config = json.loads((checkpoint / "config.json").read_text())["text_config"]
+    config["architectures"] = ["GraniteForCausalLM"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="'granite' is not supported on Spyre"):
+        configure(checkpoint)
