@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures that several tests share: checkpoints and their Transformers references."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from vllm_spyre_mm.compat import ensure_torchvision_importable
 
@@ -13,6 +15,18 @@ ensure_torchvision_importable()  # before Transformers is imported, as the platf
 from tests.checkpoints import llava_next_config, save_random_checkpoint  # noqa: E402
 from tests.reference import Reference  # noqa: E402
 from vllm_spyre_mm.demo import checkpoint_path  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> Iterator[None]:
+    """The models are tiny: more threads only wait for each other, and machines may have two cores.
+
+    Processes that tests start inherit it.
+    """
+    torch.set_num_threads(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "OMP_NUM_THREADS", "2")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM lacks is said by name, at start."""
+
+import importlib.metadata
+from collections.abc import Callable
+
+import pytest
+
+from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError
+from vllm_spyre_mm.vllm_hooks.contract import (
+    check_versions,
+    require,
+    require_attributes,
+    require_parameters,
+)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Pretend that another version of a distribution is installed."""
+    real = importlib.metadata.version
+
+    def pretend(name: str, version: str) -> None:
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda asked: version if asked == name else real(asked)
+        )
+
+    return pretend
+
+
+def test_what_is_installed_here_is_supported():
+    check_versions()
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [
+        ("vllm", "0.33.0"),
+        ("vllm", "0.31.9"),
+        ("vllm", "0.33.0rc1+cpu"),
+        ("torch", "2.14.0"),
+        ("ibm-fms", "1.12.0"),
+        ("transformers", "4.57.0"),
+    ],
+)
+def test_a_version_outside_the_range_is_named(
+    installed: Callable[[str, str], None], name: str, version: str
+):
+    installed(name, version)
+    with pytest.raises(UnsupportedVllmError, match=f"works with {name}") as error:
+        check_versions()
+    assert f"{version} is installed" in str(error.value)
+    assert "<" in str(error.value), "the range is said too"
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [("vllm", "0.32.0+empty"), ("vllm", "0.32.4"), ("vllm", "0.32.1rc2"), ("torch", "2.13.0+cpu")],
+)
+def test_builds_and_patches_of_a_supported_version_are_accepted(
+    installed: Callable[[str, str], None], name: str, version: str
+):
+    installed(name, version)
+    check_versions()
+
+
+def test_optional_requirements_are_not_checked(monkeypatch: pytest.MonkeyPatch):
+    """Nobody who serves has the test tools; and a requirement may be without a range."""
+    lines = ["not-installed-anywhere>=3; extra == 'test'", "also-not-installed"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: lines)
+    check_versions()
+
+
+def sample(one: int, *, two: int = 0) -> None:
+    """A function with two parameters."""
+
+
+def test_a_missing_parameter_is_named():
+    require_parameters(sample, ("one", "two"))
+    with pytest.raises(UnsupportedVllmError, match="sample has no parameter 'three'") as error:
+        require_parameters(sample, ("one", "three"))
+    assert importlib.metadata.version("vllm") in str(error.value)
+    assert "vllm<0.33,>=0.32" in str(error.value)
+
+
+def test_a_missing_attribute_is_named():
+    require_attributes(UnsupportedVllmError, ("__init__",))
+    with pytest.raises(UnsupportedVllmError, match="UnsupportedVllmError has no 'absent'"):
+        require_attributes(UnsupportedVllmError, ("__init__", "absent"))
+    with pytest.raises(UnsupportedVllmError, match=r"importlib\.metadata has no 'absent'"):
+        require_attributes(importlib.metadata, ("absent",))
+
+
+def test_a_condition_that_holds_says_nothing():
+    require(True, "never said")
+    with pytest.raises(UnsupportedVllmError, match=": the sentence"):
+        require(False, "the sentence")
