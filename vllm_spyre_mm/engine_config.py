@@ -13,6 +13,7 @@ from vllm_spyre_mm.config import (
 )
 from vllm_spyre_mm.geometry import Geometry
 from vllm_spyre_mm.log import get_logger
+from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,7 +49,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     if vllm_config.model_config is None:
         return  # vLLM builds partial configurations for its own tools
     _refuse_unsupported(vllm_config)
-    mapping = _check_model(vllm_config)
+    mapping = get_mm_mapping(vllm_config.model_config.hf_config)
     model_config, scheduler_config = vllm_config.model_config, vllm_config.scheduler_config
     dtype = decoder_dtype_of(vllm_config)
 
@@ -61,6 +62,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
         max_num_seqs=scheduler_config.max_num_seqs,
     )
     _check_backend(settings, dtype, scheduler_config.max_num_batched_tokens, host_dtypes)
+    _check_heads(vllm_config, mapping, settings)
     vllm_config.additional_config = settings.model_dump()
 
     _take_over_execution(vllm_config)
@@ -70,7 +72,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
         "Spyre platform: %s",
         settings_summary(
             settings,
-            mapping=mapping,
+            mapping=type(mapping).__name__,
             dtype=_name(dtype),
             chunk_size=scheduler_config.max_num_batched_tokens,
             block_size=vllm_config.cache_config.block_size,
@@ -140,22 +142,14 @@ def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
             raise ValueError(f"not supported on Spyre: {what}")
 
 
-def _check_model(vllm_config: "VllmConfig") -> str:
-    """Name of the mapping that serves the model.
-
-    Raises:
-        ValueError: no mapping does, or tensor parallelism does not divide the KV heads.
-    """
-    from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
-
-    mapping = get_mm_mapping(vllm_config.model_config.hf_config)
+def _check_heads(vllm_config: "VllmConfig", mapping: MMUtils, settings: SpyreSettings) -> None:
+    """Raise ValueError if the heads cannot be padded for the card or divided among the ranks."""
     size = vllm_config.parallel_config.tensor_parallel_size
-    num_kv_heads = mapping.kv_cache_options().num_kv_heads
+    num_kv_heads = mapping.kv_cache_options(for_card=settings.backend == "sendnn").num_kv_heads
     if num_kv_heads % size:  # vLLM has checked the query heads
         raise ValueError(
             f"tensor_parallel_size={size} does not divide the model's {num_kv_heads} KV heads"
         )
-    return type(mapping).__name__
 
 
 def _check_backend(

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from vllm_spyre_mm.demo.pictures import (
+    BACKGROUNDS,
     COLOURS,
     KINDS,
     NUMBERS,
@@ -64,13 +65,12 @@ def test_seed_fixes_pictures_and_questions() -> None:
 def test_shapes_are_drawn_where_the_answers_say() -> None:
     for picture in _pictures(300):
         drawn = {shape.place: shape for shape in picture.shapes}
-        background = picture.image.getpixel((0, 0))
         for place in PLACES:
             pixel = _pixel(picture, place)
             if place in drawn:
                 assert _colour_name(pixel) == drawn[place].colour
             else:
-                assert pixel == background
+                assert pixel in BACKGROUNDS
 
 
 def test_answers_about_one_picture() -> None:

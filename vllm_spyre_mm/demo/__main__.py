@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
 
+from vllm_spyre_mm.config import card_backend_available
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.demo.coloring import feature_grids, figure
 from vllm_spyre_mm.demo.pictures import (
@@ -84,8 +85,9 @@ def ask(picture: Picture, in_text: Question, in_chat: Question) -> tuple[list[An
         model=str(checkpoint_path()),
         enable_return_mm_embedding=True,
         max_model_len=2048,
-        # The model is so small that compiling it takes longer than all that is asked of it here.
-        enforce_eager=True,
+        # The model is so small that compiling it for a CPU takes longer than all that is asked of
+        # it here.
+        enforce_eager=not card_backend_available(),
     )
     prompt = f"<|user|>\n<image>\n{in_text.text}\n<|assistant|>\n"
     generated = llm.generate(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as shape_config
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:
@@ -15,6 +16,9 @@ def compile_blocks(blocks: nn.ModuleList) -> None:
     The blocks share the code of their ``forward``, and their weights are inputs of its graph, so
     the first block's graph serves all of them.
     """
+    # Without this, dimensions that are equal at the first run are taken for one: a prompt's first
+    # chunk has as many queries as keys, and its second would compile everything again.
+    shape_config.use_duck_shape = False
     for block in blocks:
         block.forward = torch.compile(
             block.forward, backend="inductor", dynamic=True, fullgraph=True

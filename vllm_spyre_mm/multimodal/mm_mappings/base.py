@@ -107,7 +107,11 @@ class MMUtils(ABC):
 
     @abstractmethod
     def kv_cache_options(self, for_card: bool = False) -> KVCacheOptions:
-        """Shape of the KV cache; see :meth:`load_overrides` for ``for_card``."""
+        """Shape of the KV cache; see :meth:`load_overrides` for ``for_card``.
+
+        Raises:
+            UnsupportedModelError: the heads cannot be padded to the width that the card wants.
+        """
 
     @abstractmethod
     def load_overrides(self, for_card: bool = False) -> LoadOverrides:

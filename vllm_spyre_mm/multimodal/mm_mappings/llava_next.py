@@ -14,6 +14,7 @@ from vllm_spyre_mm.multimodal.mm_mappings.base import (
     KVCacheOptions,
     LoadOverrides,
     MMUtils,
+    UnsupportedModelError,
 )
 
 CARD_HEAD_DIM = 128
@@ -57,15 +58,16 @@ class LlavaNext(MMUtils):
 
     def kv_cache_options(self, for_card: bool = False) -> KVCacheOptions:
         text = self.text_config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if for_card and CARD_HEAD_DIM % head_dim:
+            raise UnsupportedModelError(
+                f"heads of {head_dim} cannot be padded to the {CARD_HEAD_DIM} that the card wants"
+            )
         return KVCacheOptions(
             num_layers=text.num_hidden_layers,
             num_kv_heads=text.num_key_value_heads,
-            head_dim=CARD_HEAD_DIM if for_card else self._head_dim(),
+            head_dim=CARD_HEAD_DIM if for_card else head_dim,
         )
-
-    def _head_dim(self) -> int:
-        text = self.text_config
-        return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
     def load_overrides(self, for_card: bool = False) -> LoadOverrides:
         from fms.models import llava_next as fms_llava_next
@@ -137,6 +139,11 @@ def first_mismatch(config: Any) -> str | None:
     for name, value, wanted in expected:
         if value != wanted:
             return f"{name} is {value!r}, and only {wanted!r} is implemented"
+    for name, part in (("vision_config", vision), ("text_config", text)):
+        # FMS computes the width of its feed-forward layers from a ratio, in floating point.
+        built = int(part.hidden_size * (part.intermediate_size / part.hidden_size))
+        if built != part.intermediate_size:
+            return f"{name}.intermediate_size {part.intermediate_size} would be built as {built}"
     return _vision_mismatch(config, vision) or _text_mismatch(text)
 
 
