@@ -140,9 +140,7 @@ class SpyreSettings(BaseModel):
             bound = max(CARD_MAX_BATCH_TKV, least) if backend == "sendnn" else everything
             max_batch_tkv = min(bound, everything)
         if max_batch_tkv < least:
-            rows = (
-                "two rows (the least that the card decodes)" if backend == "sendnn" else "one row"
-            )
+            rows = "two rows (a card's least)" if backend == "sendnn" else "one row"
             raise ValueError(
                 f"max_batch_tkv={max_batch_tkv} is less than {rows} of max_model_len="
                 f"{max_model_len} tokens: raise it to {least} or lower --max-model-len"

@@ -31,6 +31,27 @@ def validate_params(params: "SamplingParams | PoolingParams") -> None:
         )
 
 
+def validate_tags(modality: str, num_items: int, num_tags: int) -> None:
+    """Refuse a prompt with fewer tags than pictures.
+
+    Args:
+        modality: vLLM's name, ``image``.
+        num_items: given beside the prompt.
+        num_tags: found in it, one at most for each.
+
+    Raises:
+        VLLMValidationError: names both counts.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    if num_tags < num_items:
+        raise VLLMValidationError(
+            f"the prompt has {num_tags} {modality} tag(s) for {num_items} {modality}(s): put one "
+            "tag into the prompt for each",
+            parameter=modality,
+        )
+
+
 def validate_engine_request(request: "EngineCoreRequest", model_config: "ModelConfig") -> None:
     """Refuse a request whose image tokens are not all inside an image's placeholder.
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a request where vLLM's front end has expanded its placeholders, before the engine.
+"""Checks a request while and after vLLM's front end expands its placeholders, before the engine.
 
 Leans on: ``InputProcessor.process_inputs`` returns every ``EngineCoreRequest`` and has the
-``vllm_config``; an exception from it fails that request alone (HTTP 400).
+``vllm_config``; ``BaseMultiModalProcessor._matched_updates_from_result`` gets, for each picture,
+the tag that was found for it, or None (where vLLM would fail an assertion that does not say what
+is wrong). An exception from either fails that request alone (HTTP 400).
 """
 
 import functools
@@ -10,7 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from vllm_spyre_mm.requests import validate_engine_request
+from vllm_spyre_mm.requests import validate_engine_request, validate_tags
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
@@ -18,6 +20,7 @@ from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 def install() -> None:
     """Extend vLLM's input processor as soon as it exists."""
     when_loaded("vllm.v1.engine.input_processor", _extend_input_processor)
+    when_loaded("vllm.multimodal.processing.processor", _extend_multimodal_processor)
 
 
 def _extend_input_processor(module: ModuleType) -> None:
@@ -38,3 +41,23 @@ def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
         return request
 
     return process_inputs
+
+
+def _extend_multimodal_processor(module: ModuleType) -> None:
+    require_attributes(module, ("BaseMultiModalProcessor",))
+    processor = module.BaseMultiModalProcessor
+    require_attributes(processor, ("_matched_updates_from_result",))
+    if hasattr(processor._matched_updates_from_result, "__wrapped__"):
+        return
+    require_parameters(processor._matched_updates_from_result, ("match_result",))
+    processor._matched_updates_from_result = _explaining(processor._matched_updates_from_result)
+
+
+def _explaining(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _matched_updates_from_result(self: Any, updates: Any, match_result: Any) -> Any:
+        for modality, matches in match_result.items():
+            validate_tags(modality, len(matches), sum(match is not None for match in matches))
+        return original(self, updates, match_result)
+
+    return _matched_updates_from_result
