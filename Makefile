@@ -20,8 +20,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m vllm_spyre_mm.demo
 
+# A process for each file of end-to-end tests: an engine that ran in the test's own process leaves
+# threads and process groups behind.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/e2e $(ARGS)
+	@for file in tests/e2e/test_*.py; do \
+		echo "== $$file"; $(BIN)/python -m pytest $$file $(ARGS) || exit 1; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

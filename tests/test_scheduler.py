@@ -131,8 +131,7 @@ class Simulation:
         requests = [scheduler.requests[name] for name in scheduled]
         self._check_kind(requests, scheduled, new)
         tokens = [
-            [3] if request.num_computed_tokens >= request.num_tokens else []
-            for request in requests
+            [3] if request.num_computed_tokens >= request.num_tokens else [] for request in requests
         ]
         results = scheduler.update_from_output(
             output,
@@ -154,7 +153,9 @@ class Simulation:
         geometry = self.scheduler.geometry
         if not requests:
             return
-        starts = [request.num_computed_tokens - scheduled[request.request_id] for request in requests]
+        starts = [
+            request.num_computed_tokens - scheduled[request.request_id] for request in requests
+        ]
         decode = all(
             start == request.num_tokens - 1 and request.num_output_tokens > 0
             for start, request in zip(starts, requests, strict=True)
@@ -298,9 +299,7 @@ def test_the_bound_on_batch_and_length_pauses_and_lets_the_oldest_go_on(
     scheduler: SpyreScheduler,
 ) -> None:
     """Four requests that grow: 4 × 512 fits, 4 × 576 does not."""
-    requests = [
-        make_request(f"r{i}", 450, max_tokens=200, fill=20 + i) for i in range(4)
-    ]
+    requests = [make_request(f"r{i}", 450, max_tokens=200, fill=20 + i) for i in range(4)]
     simulation = run(scheduler, *requests)
     assert simulation.outputs == {f"r{i}": 200 for i in range(4)}
     sizes = [len(kind[1]) for kind in simulation.kinds if kind[0] == "decode"]
@@ -383,9 +382,7 @@ def test_any_workload_finishes_within_the_rules(
             place = (length // 4, length // 2)
             images = {f"i{contents}-{length}": place} if length > 8 else {}
             scheduler.add_request(
-                make_request(
-                    f"r{number}", length, max_tokens=wanted, fill=contents, images=images
-                )
+                make_request(f"r{number}", length, max_tokens=wanted, fill=contents, images=images)
             )
         simulation.step()
         if step == 20:

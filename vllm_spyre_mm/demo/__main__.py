@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws a picture, asks about it, and shows the answers and the features that came back.
 
-python -m vllm_spyre_mm.demo [--output FILE.png] [--seed N]
+Run it with ``python -m vllm_spyre_mm.demo [--output FILE.png] [--seed N]``.
 """
 
 import argparse
@@ -64,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m vllm_spyre_mm.demo", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_spyre_mm.demo",
+        description="Draw a picture, ask about it, show the answers and the features.",
+    )
     parser.add_argument(
         "--output",
         type=Path,
