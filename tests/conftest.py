@@ -42,12 +42,12 @@ def llava_next_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_reference(demo_checkpoint: Path) -> Iterator[Reference]:
+def demo_reference(demo_checkpoint: Path) -> Reference:
     """Transformers on the demo checkpoint, fp32."""
-    yield Reference(demo_checkpoint)
+    return Reference(demo_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def llava_next_reference(llava_next_checkpoint: Path) -> Iterator[Reference]:
+def llava_next_reference(llava_next_checkpoint: Path) -> Reference:
     """Transformers on the random LLaVA-Next, fp32."""
-    yield Reference(llava_next_checkpoint)
+    return Reference(llava_next_checkpoint)

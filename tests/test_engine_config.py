@@ -124,7 +124,7 @@ def test_a_model_that_nothing_serves_is_refused_by_name(
 ) -> None:
     checkpoint = shutil.copytree(demo_checkpoint, tmp_path / "clip")
     edit_config(checkpoint, vision_config={"model_type": "clip_vision_model"})
-    with pytest.raises(ValueError, match="clip_vision_model.*Supported: GraniteVision"):
+    with pytest.raises(ValueError, match=r"clip_vision_model.*Supported: GraniteVision"):
         configure(checkpoint)
 
 

@@ -335,9 +335,10 @@ def test_queues_are_restored_when_scheduling_fails(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no blocks today")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no blocks today"):
+    with monkeypatch.context() as patch:
         patch.setattr(scheduler.kv_cache_manager, "allocate_slots", fail)
-        scheduler.schedule()
+        with pytest.raises(RuntimeError, match="no blocks today"):
+            scheduler.schedule()
     assert scheduler.running == running
     assert scheduler.max_num_active_reqs == limit
     simulation.run()

@@ -171,8 +171,10 @@ class TestAsyncLLM:
     ) -> None:
         async def abandon() -> None:
             parameters = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
-            async for _ in llm.generate(ask(6, num_images=3).prompt, parameters, "abandoned"):
+            outputs = llm.generate(ask(6, num_images=3).prompt, parameters, "abandoned")
+            async for _ in outputs:
                 break
+            await outputs.aclose()  # not whenever the garbage collector comes to it
 
         run(abandon())
         assert run(self.stream(llm, ask(7), "after"))[-1].outputs[0].mm_embedding is not None
