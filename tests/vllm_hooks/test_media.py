@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A picture that Pillow refuses is the client's error, whatever Pillow raises for it.
+
+vLLM answers HTTP 400 where ``load_bytes`` raises ValueError, and HTTP 500 or 501 for most others.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from vllm.multimodal.media import image as vllm_image
+from vllm.multimodal.media.image import ImageMediaIO
+
+from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError, media
+
+SIGNATURE_LENGTH = 8  # of a PNG file
+
+
+@pytest.fixture(autouse=True)
+def installed() -> None:
+    """As the platform's entry point does it; more than once is harmless."""
+    media.install()
+
+
+def saved(image_format: str, mode: str = "RGB") -> bytes:
+    """Noise, so that its pixels take many bytes in every format."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, image_format)
+    return file.getvalue()
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    """One chunk of a PNG file."""
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def bomb() -> bytes:
+    """A hundred bytes that say they are 3.6 gigapixels."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return saved("PNG")[:SIGNATURE_LENGTH] + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+
+
+def truncated() -> bytes:
+    """The first half of a picture, as a broken connection leaves it."""
+    whole = saved("PNG")
+    return whole[: len(whole) // 2]
+
+
+def broken_chunk() -> bytes:
+    """A picture whose pixels end, by their header, in the middle of themselves."""
+    file = bytearray(saved("PNG"))
+    start = file.index(b"IDAT") - 4
+    (length,) = struct.unpack_from(">I", file, start)
+    struct.pack_into(">I", file, start, length // 2)
+    return bytes(file)
+
+
+def unknown_pixel_format() -> bytes:
+    """A texture with none of the flags that say how its pixels are laid out."""
+    file = bytearray(saved("DDS"))
+    struct.pack_into("<I", file, 80, 0)
+    return bytes(file)
+
+
+def load(data: bytes) -> Any:
+    return ImageMediaIO().load_bytes(data)
+
+
+def load_without_hook(data: bytes) -> Any:
+    return ImageMediaIO.load_bytes.__wrapped__(ImageMediaIO(), data)
+
+
+# -- pictures that pass ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "BMP", "GIF", "TIFF"])
+def test_a_good_picture_is_what_vllm_makes_of_it(image_format: str):
+    data = saved(image_format)
+    loaded, expected = load(data), load_without_hook(data)
+    assert loaded.media.mode == "RGB"
+    assert loaded.media.size == (40, 30)
+    assert loaded.media.tobytes() == expected.media.tobytes()
+    assert loaded.original_bytes == data
+
+
+def test_the_mode_that_is_asked_for_is_kept():
+    loaded = ImageMediaIO(image_mode="L").load_bytes(saved("PNG", "RGBA"))
+    assert loaded.media.mode == "L"
+
+
+# -- pictures that Pillow refuses ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "without_hook", "sentence"),
+    [
+        (bomb, Image.DecompressionBombError, "3600000000 pixels"),
+        (broken_chunk, SyntaxError, "broken PNG file"),
+    ],
+)
+def test_what_vllm_would_call_its_own_error_is_the_clients(
+    make: Callable[[], bytes], without_hook: type[Exception], sentence: str
+):
+    data = make()
+    with pytest.raises(without_hook):
+        load_without_hook(data)
+    with pytest.raises(ValueError, match=f"Failed to load image: .*{sentence}") as error:
+        load(data)
+    assert isinstance(error.value.__cause__, without_hook)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=NotImplementedError, reason="media.py lets it pass: HTTP 501"
+)
+def test_a_texture_with_an_unknown_pixel_format_is_the_clients_error():
+    with pytest.raises(ValueError, match="Unknown pixel format"):
+        load(unknown_pixel_format())
+
+
+@pytest.mark.parametrize(
+    "raised", [EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError]
+)
+def test_whatever_a_decoder_raises_for_damage_is_the_clients_error(
+    raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+):
+    """Which of them a damaged file meets depends on the format and on Pillow's version."""
+
+    def refuse(_: Any) -> Any:
+        raise raised("the decoder's words")
+
+    monkeypatch.setattr(vllm_image, "open_image", refuse)
+    with pytest.raises(raised):
+        load_without_hook(saved("PNG"))
+    with pytest.raises(ValueError, match="Failed to load image: the decoder's words"):
+        load(saved("PNG"))
+
+
+@pytest.mark.parametrize("data", [truncated(), b"", b"no picture at all", b"GIF89a"])
+def test_what_vllm_refuses_itself_stays_its_sentence(data: bytes):
+    with pytest.raises(ValueError, match="Failed to load image") as expected:
+        load_without_hook(data)
+    with pytest.raises(ValueError, match="Failed to load image") as error:
+        load(data)
+    # Pillow's sentence for bytes of no format has the address of the buffer.
+    assert str(error.value).partition(" at 0x")[0] == str(expected.value).partition(" at 0x")[0]
+
+
+def test_vllms_own_limit_of_pixels_still_speaks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLLM_MAX_IMAGE_PIXELS", "100")
+    with pytest.raises(ValueError, match=r"40x30 \(1200 pixels\) exceed"):
+        load(saved("PNG"))
+
+
+@pytest.mark.parametrize("raised", [MemoryError, KeyboardInterrupt])
+def test_what_no_picture_is_to_blame_for_passes(
+    raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(_: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(vllm_image, "open_image", fail)
+    with pytest.raises(raised):
+        load(saved("PNG"))
+
+
+# -- installing ------------------------------------------------------------------------------------
+
+
+def test_installing_again_wraps_nothing_twice():
+    before = ImageMediaIO.load_bytes
+    media.install()
+    assert ImageMediaIO.load_bytes is before
+    assert not hasattr(before.__wrapped__, "__wrapped__")
+
+
+def test_a_loader_that_is_not_as_expected_is_refused_before_it_is_changed():
+    module = ModuleType("vllm.multimodal.media.image")
+    with pytest.raises(UnsupportedVllmError, match="no 'ImageMediaIO'"):
+        media._extend_image_loader(module)
+
+    class Loader:
+        def load_bytes(self, content: bytes) -> None:
+            """A vLLM that calls its parameter otherwise."""
+
+    module.ImageMediaIO = Loader
+    original = Loader.load_bytes
+    with pytest.raises(UnsupportedVllmError, match="no parameter 'data'"):
+        media._extend_image_loader(module)
+    assert Loader.load_bytes is original
