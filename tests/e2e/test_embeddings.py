@@ -42,7 +42,6 @@ def scheduler_of(llm: LLM) -> SpyreScheduler:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-@pytest.mark.skip(reason="passes, but its engine now and then hangs at shutdown: cause not found yet")
 class TestAsyncLLM:
     """An engine in a process of its own, as ``vllm serve`` uses it."""
 
@@ -67,9 +66,15 @@ class TestAsyncLLM:
         async def start() -> AsyncLLM:
             return AsyncLLM.from_engine_args(arguments)
 
+        async def stop(llm: AsyncLLM) -> None:
+            # On its running loop: vLLM leaves the closing of its sockets to the loop, and a
+            # context whose sockets stay open blocks whoever collects it.
+            llm.shutdown()
+            await asyncio.sleep(0)  # what shutdown cancelled ends here
+
         llm = run(start())
         yield llm
-        llm.shutdown()
+        run(stop(llm))
 
     @staticmethod
     async def stream(
