@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a request may ask for. Each refusal is a sentence, raised before the engine sees it."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,31 @@ def validate_params(params: "SamplingParams | PoolingParams") -> None:
             "token only. logprobs of generated tokens are supported.",
             parameter="prompt_logprobs",
         )
+
+
+def validate_images(images: Iterable[object]) -> None:
+    """Refuse a picture without pixels.
+
+    Args:
+        images: PIL pictures and arrays of a prompt, in its order; None for one that is named by
+            its ``uuid`` alone.
+
+    Raises:
+        VLLMValidationError: says which picture and how large it is.
+    """
+    from PIL import Image
+    from vllm.exceptions import VLLMValidationError
+
+    for index, image in enumerate(images):
+        if isinstance(image, Image.Image):
+            shape, said = image.size, f"{image.width}x{image.height} pixels (width x height)"
+        else:  # an array; vLLM refuses other types in its own words
+            shape = tuple(getattr(image, "shape", ()))
+            said = f"an array of shape {shape}"
+        if 0 in shape:
+            raise VLLMValidationError(
+                f"image {index} of the prompt is empty: {said}", parameter="image"
+            )
 
 
 def validate_tags(modality: str, num_items: int, num_tags: int) -> None:

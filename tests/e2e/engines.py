@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams, envs
 
 
 @contextlib.contextmanager
@@ -35,6 +35,7 @@ def engine(checkpoint: Path, *, own_process: bool = False, **arguments: Any) -> 
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if own_process else "0")
+        envs.disable_envs_cache()  # an engine that still runs in this process has filled it
         llm = LLM(model=str(checkpoint), **(defaults | arguments))
         try:
             yield llm

@@ -125,11 +125,12 @@ def answer(reference: Reference, question: str, image: Image.Image) -> str:
     return reference.processor.decode(tokens, skip_special_tokens=True)
 
 
-def still_works(client: openai.OpenAI, reference: Reference) -> None:
-    drawn, question = picture(1), "What is in the picture?"
-    assert chat(client, question, data_url(png(drawn.image))) == answer(
-        reference, question, drawn.image
-    )
+def still_works(
+    client: openai.OpenAI, reference: Reference, image: Image.Image | None = None
+) -> None:
+    """The next request is answered: about ``image``, where the refused one showed a picture."""
+    image, question = image or picture(1).image, "What is in the picture?"
+    assert chat(client, question, data_url(png(image))) == answer(reference, question, image)
 
 
 def test_chat_about_pictures(client: openai.OpenAI, demo_reference: Reference) -> None:
@@ -187,10 +188,10 @@ def test_a_decompression_bomb_is_a_400(client: openai.OpenAI, demo_reference: Re
 def test_more_pictures_than_the_limit_are_a_400(
     client: openai.OpenAI, demo_reference: Reference
 ) -> None:
-    url = data_url(png(picture(3).image))
+    image = picture(3).image
     with pytest.raises(openai.BadRequestError, match="At most 4 image"):
-        chat(client, "How many pictures are there?", *[url] * 5)
-    still_works(client, demo_reference)
+        chat(client, "How many pictures are there?", *[data_url(png(image))] * 5)
+    still_works(client, demo_reference, image)
 
 
 def test_an_image_tag_without_a_picture_is_a_400(
@@ -200,24 +201,37 @@ def test_an_image_tag_without_a_picture_is_a_400(
         client.completions.create(
             model="demo", prompt="<|user|>\n<image>\nWhat?\n<|assistant|>\n", max_tokens=4
         )
+    image = picture(4).image
     with pytest.raises(openai.BadRequestError):
-        chat(client, "What is <image> in the picture?", data_url(png(picture(4).image)))
-    still_works(client, demo_reference)
+        chat(client, "What is <image> in the picture?", data_url(png(image)))
+    still_works(client, demo_reference, image)
 
 
 def test_a_prompt_beyond_the_model_length_is_a_400(
     client: openai.OpenAI, demo_reference: Reference
 ) -> None:
-    url = data_url(png(Image.new("RGB", (400, 400), "blue")))
+    image = Image.new("RGB", (400, 400), "blue")
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
-        chat(client, "How many pictures are there?", *[url] * 4)
-    still_works(client, demo_reference)
+        chat(client, "How many pictures are there?", *[data_url(png(image))] * 4)
+    still_works(client, demo_reference, image)
 
 
-def test_prompt_logprobs_are_a_400(client: openai.OpenAI, demo_reference: Reference) -> None:
-    with pytest.raises(openai.BadRequestError, match="prompt_logprobs is not supported"):
-        chat(client, "What?", extra_body={"prompt_logprobs": 1})
-    still_works(client, demo_reference)
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"prompt_logprobs": 1}, "prompt_logprobs is not supported"),
+        ({"logprobs": True, "top_logprobs": 9999}, "9999"),
+        ({"logit_bias": {"1000000": 1.0}}, "1000000"),
+    ],
+    ids=["prompt_logprobs", "too many logprobs", "a token that does not exist"],
+)
+def test_parameters_that_cannot_be_honoured_are_a_400(
+    client: openai.OpenAI, demo_reference: Reference, asked: dict[str, Any], sentence: str
+) -> None:
+    image = picture(10 + len(sentence)).image  # one that no other request has shown
+    with pytest.raises(openai.BadRequestError, match=sentence):
+        chat(client, "What?", data_url(png(image)), extra_body=asked)
+    still_works(client, demo_reference, image)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20000, 10), (10, 5000), (3, 700)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import AutoConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -19,7 +20,12 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_spyre_mm.demo import checkpoint_path
-from vllm_spyre_mm.requests import validate_engine_request, validate_params, validate_tags
+from vllm_spyre_mm.requests import (
+    validate_engine_request,
+    validate_images,
+    validate_params,
+    validate_tags,
+)
 from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError, input_processor
 
 MODEL_CONFIG: Any = SimpleNamespace(hf_config=AutoConfig.from_pretrained(checkpoint_path()))
@@ -176,16 +182,45 @@ def test_missing_tags_are_refused_with_both_counts(num_items: int, num_tags: int
     assert error.value.parameter == "image"
 
 
+PICTURE = Image.new("RGB", (4, 3))
+
+
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        ([Image.new("RGB", (0, 10))], r"image 0 of the prompt is empty: 0x10 pixels"),
+        ([PICTURE, Image.new("L", (10, 0))], r"image 1 of the prompt is empty: 10x0 pixels"),
+        ([None, np.zeros((0, 5, 3))], r"image 1 .* empty: an array of shape \(0, 5, 3\)"),
+        ([torch.zeros(3, 7, 0)], r"image 0 .* empty: an array of shape \(3, 7, 0\)"),
+    ],
+)
+def test_a_picture_without_pixels_is_refused_with_its_size(images: list[Any], sentence: str):
+    with pytest.raises(VLLMValidationError, match=sentence) as error:
+        validate_images(images)
+    assert error.value.parameter == "image"
+
+
+def test_other_pictures_are_left_to_vllm():
+    validate_images([PICTURE, None, np.zeros((1, 1, 3)), torch.zeros(3, 1, 1), "picture.png"])
+
+
 # -- through vLLM's classes ------------------------------------------------------------------------
 
 
-def processor_returning(made: EngineCoreRequest) -> Any:
+class Renderer:
+    """As much of vLLM's as the hook looks at: no cache of processed pictures."""
+
+    mm_processor_cache = None
+
+
+def processor_returning(made: EngineCoreRequest, renderer: Any = Renderer) -> Any:
     """The hook around a front end that makes one request of everything."""
 
     class Processor:
         vllm_config = SimpleNamespace(model_config=MODEL_CONFIG)
 
         def __init__(self, vllm_config: Any = None) -> None:
+            self.renderer = renderer
             self.asked: list[Any] = []
 
         def process_inputs(
@@ -195,7 +230,7 @@ def processor_returning(made: EngineCoreRequest) -> Any:
             return made
 
     module = ModuleType("vllm.v1.engine.input_processor")
-    module.InputProcessor = Processor
+    module.InputProcessor, module.BaseRenderer = Processor, Renderer
     input_processor._extend_input_processor(module)
     return Processor()
 
@@ -232,9 +267,17 @@ def test_pictures_with_tags_get_what_vllm_matched():
 
 
 def test_installing_again_wraps_nothing_twice():
-    before = InputProcessor.process_inputs, BaseMultiModalProcessor._matched_updates_from_result
+    def hooked() -> tuple[Any, ...]:
+        processor = BaseMultiModalProcessor
+        return (
+            InputProcessor.process_inputs,
+            processor.apply,
+            processor._matched_updates_from_result,
+        )
+
+    before = hooked()
     input_processor.install()
-    after = InputProcessor.process_inputs, BaseMultiModalProcessor._matched_updates_from_result
+    after = hooked()
     assert after == before
     assert not any(hasattr(method.__wrapped__, "__wrapped__") for method in after)
 
@@ -254,9 +297,10 @@ def test_classes_that_are_not_as_expected_are_refused_before_they_are_changed():
             """A vLLM that cannot stream its input."""
 
     module.InputProcessor, module.BaseMultiModalProcessor = Processor, Processor
+    module.BaseRenderer = Renderer
     original = Processor.process_inputs
     with pytest.raises(UnsupportedVllmError, match="no parameter 'resumable'"):
         input_processor._extend_input_processor(module)
     assert Processor.process_inputs is original
-    with pytest.raises(UnsupportedVllmError, match="no '_matched_updates_from_result'"):
+    with pytest.raises(UnsupportedVllmError, match="no 'apply'"):
         input_processor._extend_multimodal_processor(module)

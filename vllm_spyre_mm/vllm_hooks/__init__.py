@@ -24,6 +24,7 @@ def install() -> None:
         input_processor,
         media,
         output_processor,
+        sender_cache,
         shutdown,
     )
 
@@ -31,5 +32,6 @@ def install() -> None:
     engine_output.install()
     output_processor.install()
     input_processor.install()
+    sender_cache.install()
     media.install()
     shutdown.install()

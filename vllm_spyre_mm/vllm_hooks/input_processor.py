@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks a request while and after vLLM's front end expands its placeholders, before the engine.
 
-Leans on: ``InputProcessor.process_inputs`` returns every ``EngineCoreRequest`` and has the
-``vllm_config``; ``BaseMultiModalProcessor._matched_updates_from_result`` gets, for each picture,
-the tag that was found for it, or None (where vLLM would fail an assertion that does not say what
-is wrong). An exception from either fails that request alone (HTTP 400).
+Leans on: ``InputProcessor.process_inputs`` returns every ``EngineCoreRequest``, which vLLM hands to
+the engine next, and has the ``vllm_config`` and the ``renderer``, whose ``mm_processor_cache``
+processed the pictures; ``BaseMultiModalProcessor.apply`` gets every prompt's pictures before they
+are processed; ``BaseMultiModalProcessor._matched_updates_from_result`` gets, for each picture, the
+tag that was found for it, or None (where vLLM would fail an assertion that does not say what is
+wrong). An exception from any of them fails that request alone (HTTP 400).
 """
 
 import functools
@@ -12,9 +14,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from vllm_spyre_mm.requests import validate_engine_request, validate_tags
+from vllm_spyre_mm.requests import validate_engine_request, validate_images, validate_tags
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
+from vllm_spyre_mm.vllm_hooks.sender_cache import SenderCache
 
 
 def install() -> None:
@@ -24,7 +27,8 @@ def install() -> None:
 
 
 def _extend_input_processor(module: ModuleType) -> None:
-    require_attributes(module, ("InputProcessor",))
+    require_attributes(module, ("InputProcessor", "BaseRenderer"))
+    require_attributes(module.BaseRenderer, ("mm_processor_cache",))
     processor = module.InputProcessor
     if hasattr(processor.process_inputs, "__wrapped__"):
         return
@@ -38,6 +42,9 @@ def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         validate_engine_request(request, self.vllm_config.model_config)
+        cache = self.renderer.mm_processor_cache
+        if isinstance(cache, SenderCache):
+            cache.accept(request)
         return request
 
     return process_inputs
@@ -46,11 +53,26 @@ def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
 def _extend_multimodal_processor(module: ModuleType) -> None:
     require_attributes(module, ("BaseMultiModalProcessor",))
     processor = module.BaseMultiModalProcessor
-    require_attributes(processor, ("_matched_updates_from_result",))
+    require_attributes(processor, ("apply", "_matched_updates_from_result"))
     if hasattr(processor._matched_updates_from_result, "__wrapped__"):
         return
+    require_parameters(processor.apply, ("inputs", "timing_ctx"))
     require_parameters(processor._matched_updates_from_result, ("match_result",))
+    processor.apply = _checking_images(processor.apply)
     processor._matched_updates_from_result = _explaining(processor._matched_updates_from_result)
+
+
+def _checking_images(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.multimodal.parse import ImageProcessorItems
+
+    @functools.wraps(original)
+    def apply(self: Any, inputs: Any, timing_ctx: Any) -> Any:
+        images = inputs.mm_data_items.get("image")
+        if isinstance(images, ImageProcessorItems):  # and not ready-made embeddings
+            validate_images(images.get_all())
+        return original(self, inputs, timing_ctx)
+
+    return apply
 
 
 def _explaining(original: Callable[..., Any]) -> Callable[..., Any]:
