@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine's configuration becomes, and what is refused before anything starts."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,18 @@ def test_defaults(demo_checkpoint: Path) -> None:
     assert settings.resolved
     assert settings.backend == "inductor"
     assert not settings.enable_return_mm_embedding
+
+
+def test_spyres_block_size_may_be_said(demo_checkpoint: Path) -> None:
+    assert configure(demo_checkpoint, block_size=64).cache_config.block_size == 64
+
+
+def test_a_configuration_that_vllm_builds_anew_is_accepted(demo_checkpoint: Path) -> None:
+    """vLLM does so for a part of a model, in every process."""
+    config = configure(demo_checkpoint)
+    again = dataclasses.replace(config)
+    assert again.cache_config.block_size == 64
+    assert again.additional_config == config.additional_config
 
 
 def test_both_encoder_bounds_hold_a_whole_prompt(demo_checkpoint: Path) -> None:
@@ -75,6 +88,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "data parallelism": ({"data_parallel_size": 2}, "data parallelism"),
     "fp16 on a CPU": ({"dtype": "float16"}, "dtype='float16' is not supported without a card"),
     "block size": ({"block_size": 32}, "block-size=32"),
+    "vLLM's own block size": ({"block_size": 16}, "block-size=16"),
     "chunk size": ({"max_num_batched_tokens": 100}, "multiple of 64, got 100"),
     "unknown setting": ({"additional_config": {"chunk": 3}}, "chunk: Extra inputs"),
     "setting of another type": (

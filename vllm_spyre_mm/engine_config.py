@@ -102,7 +102,6 @@ def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
     scheduler = vllm_config.scheduler_config
     model = vllm_config.model_config
     multimodal = model.multimodal_config
-    default_block = cache.DEFAULT_BLOCK_SIZE
     refusals = (
         (vllm_config.lora_config is not None, "LoRA (--enable-lora)"),
         (vllm_config.speculative_config is not None, "speculative decoding"),
@@ -131,7 +130,7 @@ def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
         ),
         (scheduler.disable_chunked_mm_input, "--disable-chunked-mm-input: images may span chunks"),
         (
-            cache.user_specified_block_size and cache.block_size not in (BLOCK_SIZE, default_block),
+            cache.user_specified_block_size and cache.block_size != BLOCK_SIZE,
             f"block-size={cache.block_size} (Spyre's blocks have {BLOCK_SIZE} tokens)",
         ),
         (rust_frontend_requested(), "vLLM's Rust front end (VLLM_USE_RUST_FRONTEND)"),
