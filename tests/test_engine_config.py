@@ -78,6 +78,30 @@ def test_every_stored_dtype_is_served_in_the_hosts_fastest(
     assert configure(checkpoint, dtype="float32").model_config.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"enforce_eager": True},
+        {"additional_config": {"backend": "eager"}},
+        {"additional_config": {"backend": "inductor"}},
+    ],
+    ids=str,
+)
+def test_the_cpu_beside_a_card_takes_its_own_dtype(
+    demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
+) -> None:
+    """Where the card's compiler can be imported, vLLM is told of the card's float16 alone."""
+    from vllm_spyre_mm.platform import host_dtypes
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "e2e" / "stand_in"))
+    assert configure(demo_checkpoint).model_config.dtype == torch.float16
+    assert configure(demo_checkpoint, **arguments).model_config.dtype == host_dtypes()[0]
+    asked = configure(demo_checkpoint, dtype="float32", **arguments)
+    assert asked.model_config.dtype == torch.float32
+    with pytest.raises(ValueError, match="not supported by the CPU's backends: use --dtype"):
+        configure(demo_checkpoint, dtype="float16", **arguments)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "LoRA": ({"enable_lora": True}, "LoRA"),
     "speculative decoding": (
@@ -86,7 +110,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "pipeline parallelism": ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
     "data parallelism": ({"data_parallel_size": 2}, "data parallelism"),
-    "fp16 on a CPU": ({"dtype": "float16"}, "dtype='float16' is not supported without a card"),
+    "fp16 on a CPU": (
+        {"dtype": "float16"},
+        "dtype='float16' is not supported by the CPU's backends",
+    ),
     "block size": ({"block_size": 32}, "block-size=32"),
     "vLLM's own block size": ({"block_size": 16}, "block-size=16"),
     "chunk size": ({"max_num_batched_tokens": 100}, "multiple of 64, got 100"),

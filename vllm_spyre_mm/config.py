@@ -121,7 +121,7 @@ class SpyreSettings(BaseModel):
             ValueError: the backend is not to be had here, or a bound is below what one request
                 needs.
         """
-        backend = self._resolve_backend(enforce_eager)
+        backend = self.resolve_backend(enforce_eager)
         encoder_dtype: str = self.encoder_dtype
         if encoder_dtype == "auto":
             encoder_dtype = decoder_dtype if decoder_dtype in host_dtypes else host_dtypes[0]
@@ -155,7 +155,12 @@ class SpyreSettings(BaseModel):
             }
         )
 
-    def _resolve_backend(self, enforce_eager: bool) -> Backend:
+    def resolve_backend(self, enforce_eager: bool) -> Backend:
+        """What runs the decoder, ``auto`` replaced.
+
+        Raises:
+            ValueError: it is not to be had here, or contradicts ``--enforce-eager``.
+        """
         if self.backend == "sendnn" and not card_backend_available():
             raise ValueError(
                 "backend='sendnn' needs the package torch_sendnn, which comes with the Spyre "

@@ -167,7 +167,7 @@ def _check_backend(
             )
     elif dtype not in host_dtypes:
         raise ValueError(
-            f"dtype={_name(dtype)!r} is not supported without a card: use "
+            f"dtype={_name(dtype)!r} is not supported by the CPU's backends: use --dtype "
             f"{' or '.join(_name(supported) for supported in host_dtypes)}"
         )
 

@@ -164,7 +164,9 @@ def test_arguments_that_are_not_as_expected_are_refused_by_name():
         __name__ = "vllm.engine.arg_utils"
 
         class EngineArgs:
-            def __init__(self, additional_config: Any, max_num_seqs: Any) -> None:
+            def __init__(
+                self, additional_config: Any, dtype: Any, enforce_eager: Any, max_num_seqs: Any
+            ) -> None:
                 """A vLLM without chunks."""
 
         class AsyncEngineArgs:

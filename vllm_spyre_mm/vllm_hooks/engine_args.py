@@ -12,7 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from vllm_spyre_mm.config import DEFAULT_CHUNK_SIZE, DEFAULT_MAX_NUM_SEQS
+import torch
+
+from vllm_spyre_mm.config import (
+    DEFAULT_CHUNK_SIZE,
+    DEFAULT_MAX_NUM_SEQS,
+    SpyreSettings,
+    card_backend_available,
+)
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
@@ -48,7 +55,7 @@ def _extend_engine_args(module: ModuleType) -> None:
     require_attributes(module, ("EngineArgs", "AsyncEngineArgs"))
     require_parameters(
         module.EngineArgs.__init__,
-        ("additional_config", "max_num_batched_tokens", "max_num_seqs"),
+        ("additional_config", "dtype", "enforce_eager", "max_num_batched_tokens", "max_num_seqs"),
     )
     require_attributes(module.EngineArgs, ("from_cli_args",))
     for cls in (module.EngineArgs, module.AsyncEngineArgs):
@@ -69,9 +76,23 @@ def _accepting_keyword(original: Callable[..., None]) -> Callable[..., None]:
             self.max_num_batched_tokens = DEFAULT_CHUNK_SIZE
         if self.max_num_seqs is None:
             self.max_num_seqs = DEFAULT_MAX_NUM_SEQS
+        if self.dtype == "auto" and card_backend_available():
+            self.dtype = _dtype_beside_card(self.additional_config, self.enforce_eager)
 
     setattr(__init__, KEYWORD, True)
     return __init__
+
+
+def _dtype_beside_card(additional_config: Any, enforce_eager: bool) -> str | torch.dtype:
+    """What ``auto`` is where there is a card.
+
+    vLLM asks the platform what it computes in before it knows the backend, and is told of the
+    card's dtype alone. A backend on the CPU takes the host's, as it does without a card.
+    """
+    from vllm_spyre_mm.platform import host_dtypes
+
+    backend = SpyreSettings.parse(additional_config).resolve_backend(enforce_eager)
+    return "auto" if backend == "sendnn" else host_dtypes()[0]
 
 
 def _reading_flag(original: Callable[..., Any]) -> Any:
