@@ -77,6 +77,8 @@ def test_a_wheel_builds_installs_and_works_from_there(
     assert ", 256) " in line
     assert line.endswith(str(installed / "vllm_spyre_mm" / "__init__.py"))
     assert "Traceback" not in finished.stderr
+    assert "Warming up: 100%" in finished.stderr  # nothing is compiled with --enforce-eager
+    assert "Compiling" not in finished.stderr
 
 
 def test_half_a_checkpoint_stops_the_start(demo_checkpoint: Path, tmp_path: Path) -> None:

@@ -46,9 +46,10 @@ def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
     Uses the first blocks of the KV cache, which no request owns yet.
     """
     requests = list(_requests(vllm_config, runner))
+    backend = runner.spyre_model.backend
     with runner.spyre_model.warmup():
-        _run_all(runner, requests, "Compiling")
-    if runner.spyre_model.backend == "sendnn":
+        _run_all(runner, requests, "Warming up" if backend == "eager" else "Compiling")
+    if backend == "sendnn":
         # What was compiled inside the card's warmup context is deployed by a run outside it.
         _run_all(runner, requests, "Deploying")
 
