@@ -36,9 +36,9 @@ class Reference:
     def logits(self, prompt: str, images: list[Image.Image]) -> torch.Tensor:
         """Logits of the first generated token, ``(vocab_size,)``.
 
-        Since Transformers 4.52 the head of LLaVA-Next is outside the Granite decoder, and Granite's
-        ``logits_scaling`` is lost. FMS and vLLM's own Granite apply it, as do older Transformers;
-        greedy tokens do not depend on it. It is applied here.
+        In Transformers 5 the head of LLaVA-Next is outside the Granite decoder, and Granite's
+        ``logits_scaling`` is lost. FMS and vLLM's own Granite apply it; greedy tokens do not depend
+        on it. It is applied here.
         """
         logits = self.model(**self.inputs(prompt, images)).logits[0, -1].float()
         return logits / self.model.config.text_config.logits_scaling

@@ -20,12 +20,14 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_spyre_mm.scheduler import SpyreScheduler
+from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError
 
 CHUNK = 128
 BLOCK = 64
@@ -392,6 +394,23 @@ def test_any_workload_finishes_within_the_rules(
     for number, (length, wanted, _, _) in enumerate(workload):
         if number != aborted:
             assert simulation.outputs[f"r{number}"] == min(wanted, MAX_MODEL_LEN - length)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_get_local_prefix_cache_hit",
+        "_reserve_prefill_lookahead",
+        "_try_schedule_encoder_inputs",
+    ],
+)
+def test_a_scheduler_that_would_not_ask_is_refused_by_name(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """An override that vLLM never calls would let a chunk leave the grid without an error."""
+    monkeypatch.delattr(Scheduler, name)
+    with pytest.raises(UnsupportedVllmError, match=f"Scheduler has no '{name}'"):
+        make_scheduler(vllm_config)
 
 
 @pytest.fixture(autouse=True)

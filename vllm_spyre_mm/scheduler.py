@@ -17,6 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.engine_config import geometry_of
+from vllm_spyre_mm.vllm_hooks.contract import require_attributes
 from vllm_spyre_mm.vllm_hooks.engine_output import attach_mm_embeddings
 
 if TYPE_CHECKING:
@@ -29,10 +30,28 @@ class SpyreScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._check_base()
         self.geometry = geometry_of(self.vllm_config)
         settings = SpyreSettings.from_vllm_config(self.vllm_config)
         self.return_mm_embedding = settings.enable_return_mm_embedding
         self._last_step_was_prefill = False
+
+    def _check_base(self) -> None:
+        """Check that vLLM's scheduler has what is overridden and set here.
+
+        Raises:
+            UnsupportedVllmError: names what is missing.
+        """
+        require_attributes(
+            Scheduler,
+            (
+                "_get_local_prefix_cache_hit",
+                "_reserve_prefill_lookahead",
+                "_try_schedule_encoder_inputs",
+            ),
+        )
+        require_attributes(self, ("max_num_active_reqs", "num_waiting_for_streaming_input"))
+        require_attributes(type(self.kv_cache_manager), ("truncate_computed_blocks",))
 
     # -- the kind of step ---------------------------------------------------------------------
 

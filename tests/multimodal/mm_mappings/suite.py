@@ -266,6 +266,7 @@ class MappingSuite:
         modules = self.attention_modules(mapping, model, for_card)
         assert options.num_layers == len(modules)
         for attention in modules:
+            assert attention.nheads == mapping.text_config.num_attention_heads
             assert attention.kvheads == options.num_kv_heads
             assert attention.emb_kq_per_head == options.head_dim
             assert attention.emb_v_per_head == options.head_dim
