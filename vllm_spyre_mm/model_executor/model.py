@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from vllm_spyre_mm.config import Backend
 from vllm_spyre_mm.model_executor.attention import (
@@ -16,6 +17,7 @@ from vllm_spyre_mm.model_executor.attention import (
 )
 from vllm_spyre_mm.model_executor.compile import compile_blocks, compile_for_card, warmup_context
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
+from vllm_spyre_mm.model_executor.linear import pack_linears
 from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, MMUtils
 
 
@@ -46,7 +48,8 @@ class SpyreModel:
     """An FMS model with its mapping, placed for one backend.
 
     Args:
-        fms_model: as ``loader.load_model`` returns it.
+        fms_model: as ``loader.load_model`` returns it; the linear layers of what runs on the host
+            are replaced (:mod:`linear`).
         mapping: of its architecture.
         backend: what executes the decoder.
     """
@@ -62,7 +65,17 @@ class SpyreModel:
         else:
             self.attn_name = CPU_ATTENTION
             register_cpu_attention()
+        for part in self._parts_on_host():
+            pack_linears(part)
         self._run: Any = fms_model
+
+    def _parts_on_host(self) -> list[nn.Module]:
+        if self.backend != "sendnn":
+            return [self.fms_model]
+        parts = [
+            getattr(self.fms_model, name) for name in self.mapping.load_overrides().encoder_modules
+        ]
+        return [part for part in parts if isinstance(part, nn.Module)]
 
     def compile(self) -> None:
         """Wrap what is to be compiled; each graph is made at its first run, in warmup."""

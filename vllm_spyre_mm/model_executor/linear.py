@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers on the CPU: weights that oneDNN reads as they lie in memory.
+
+oneDNN rearranges a bf16 weight in a checkpoint's row-major layout at every call, which for the few
+rows of a decode costs more than the arithmetic. Here it is rearranged once, and replaces the
+original. (For fp32 there is nothing to gain.) The operation is opaque to the compiler, and the weight an input of its graph: one
+graph serves every layer.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class HostLinear(nn.Module):
+    """``nn.Linear`` on the host.
+
+    Args:
+        linear: what it replaces; its weight is left to whoever else refers to it.
+        pack: hold the weight in oneDNN's own layout. Not for a weight that others read.
+    """
+
+    def __init__(self, linear: nn.Linear, *, pack: bool) -> None:
+        super().__init__()
+        _define_op()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()
+        if pack:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        return torch.ops.spyre_mm.linear(x, self.weight, self.bias, self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shape and layout, for ``print(model)``."""
+        return f"{self.in_features}, {self.out_features}, packed={self.weight.is_mkldnn}"
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Replace every ``nn.Linear`` below a module on the host, one at a time.
+
+    A weight that an embedding shares (a tied head) stays as it is: packed, it would be held twice.
+    """
+    embeddings = {part.weight for part in module.modules() if isinstance(part, nn.Embedding)}
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                gains = child.weight.dtype == torch.bfloat16 and child.weight not in embeddings
+                setattr(parent, name, HostLinear(child, pack=gains))
+
+
+@functools.cache
+def _define_op() -> torch.library.Library:
+    """Define the operator; it lives as long as the returned library, which the cache keeps."""
+    library = torch.library.Library("spyre_mm", "FRAGMENT")
+    library.define("linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor")
+    library.impl("linear", _linear_packed, "MkldnnCPU")
+    library.impl("linear", _linear_dense, "CPU")
+    library.impl("linear", _linear_shape, "Meta")
+    return library
+
+
+def _linear_packed(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
+) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _linear_dense(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
+) -> torch.Tensor:
+    # As a matrix: F.linear copies the weight for a slice of a three-dimensional tensor.
+    rows = x.reshape(-1, x.shape[-1])
+    return F.linear(rows, weight, bias).view(*x.shape[:-1], out_features)
+
+
+def _linear_shape(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
