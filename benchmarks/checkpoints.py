@@ -47,7 +47,7 @@ SMALL = ModelSize(
     vocab_size=24_576,
     feature_layers=(-9, -6, -3, -1),
 )
-"""160 M parameters. A picture of 448×448 makes 1,312 features."""
+"""160 M parameters. A picture of 448 x 448 makes 1,312 features."""
 
 TOWER = ModelSize(
     name="granite-vision-tower",
@@ -58,7 +58,7 @@ TOWER = ModelSize(
     vocab_size=512,
     feature_layers=(-24, -20, -12, -1),
 )
-"""The vision tower of Granite Vision 3.x (27 × 1152, 729 patches) under a decoder of one layer."""
+"""The vision tower of Granite Vision 3.x (27 layers of 1152, 729 patches), one decoder layer."""
 
 
 def ensure_checkpoint(size: ModelSize, folder: Path) -> Path:

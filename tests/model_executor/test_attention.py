@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU's paged attention computes what FMS's reference does, and reads nothing else."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import fms.utils.spyre.paged  # noqa: F401 - registers the reference
 import pytest
 import torch
+import torch.nn.functional as F
 from fms.modules.attention import get_attention_type
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,12 +18,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from vllm_spyre_mm.model_executor.attention import (
     CARD_ATTENTION,
     CPU_ATTENTION,
+    CPU_COMPILED_ATTENTION,
     cpu_attention_kwargs,
     register_cpu_attention,
 )
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
-HEAD_DIM = 16
+CPU_ALGORITHMS = st.sampled_from([CPU_ATTENTION, CPU_COMPILED_ATTENTION])
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 EXTRA_BLOCKS = 3
 """Blocks of other requests in every cache, block 0 besides."""
@@ -38,6 +41,7 @@ class Shape:
         block_size: tokens in a block.
         kv_heads: KV heads.
         group: query heads that share a KV head.
+        head_dim: width of a head.
         seed: of the numbers and of the order of the blocks.
     """
 
@@ -47,6 +51,7 @@ class Shape:
     block_size: int = 4
     kv_heads: int = 2
     group: int = 2
+    head_dim: int = 16
     seed: int = 0
 
 
@@ -115,12 +120,12 @@ def make_step(shape: Shape, dtype: torch.dtype = torch.float32) -> Step:
         return torch.randn(dims, generator=generator).to(dtype)
 
     new = (batch, shape.query_length)
-    cache = (num_blocks, size, shape.kv_heads, HEAD_DIM)
+    cache = (num_blocks, size, shape.kv_heads, shape.head_dim)
     return Step(
         shape=shape,
-        query=random(*new, shape.kv_heads * shape.group, HEAD_DIM),
-        keys=random(*new, shape.kv_heads, HEAD_DIM),
-        values=random(*new, shape.kv_heads, HEAD_DIM),
+        query=random(*new, shape.kv_heads * shape.group, shape.head_dim),
+        keys=random(*new, shape.kv_heads, shape.head_dim),
+        values=random(*new, shape.kv_heads, shape.head_dim),
         caches=(random(*cache), random(*cache)),
         kwargs={
             "slot_mapping": torch.tensor([slots[-shape.query_length :] for slots in own]),
@@ -172,11 +177,13 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 # -- against the reference -----------------------------------------------------------------------
 
 
-@given(steps, st.sampled_from(list(TOLERANCE)), st.sampled_from([None, 0.3]))
+@given(CPU_ALGORITHMS, steps, st.sampled_from(list(TOLERANCE)), st.sampled_from([None, 0.3]))
 @PROPERTY
-def test_a_step_is_what_fms_computes(shape: Shape, dtype: torch.dtype, scale: float | None):
+def test_a_step_is_what_fms_computes(
+    algorithm: str, shape: Shape, dtype: torch.dtype, scale: float | None
+):
     step = make_step(shape, dtype)
-    attended, *caches = step.run(CPU_ATTENTION, scale=scale)
+    attended, *caches = step.run(algorithm, scale=scale)
     expected, *expected_caches = step.run(CARD_ATTENTION, scale=scale)
     assert attended.dtype == dtype
     assert attended.is_contiguous()
@@ -184,17 +191,88 @@ def test_a_step_is_what_fms_computes(shape: Shape, dtype: torch.dtype, scale: fl
     assert all(torch.equal(*pair) for pair in zip(caches, expected_caches, strict=True))
 
 
-@given(steps)
+@given(CPU_ALGORITHMS, steps)
 @PROPERTY
-def test_what_is_derived_once_a_step_is_what_each_layer_would_derive(shape: Shape):
+def test_what_is_derived_once_a_step_is_what_each_layer_would_derive(algorithm: str, shape: Shape):
     step = make_step(shape)
-    derived = step.run(CPU_ATTENTION, **step.cpu_kwargs())
-    assert all(torch.equal(*pair) for pair in zip(derived, step.run(CPU_ATTENTION), strict=True))
+    derived = step.run(algorithm, **step.cpu_kwargs())
+    assert all(torch.equal(*pair) for pair in zip(derived, step.run(algorithm), strict=True))
 
 
-def test_rows_of_a_decode_do_not_depend_on_their_neighbours():
+@given(CPU_ALGORITHMS, steps)
+@PROPERTY
+def test_the_queries_of_a_step_may_lie_in_one_row(algorithm: str, shape: Shape):
+    step = make_step(shape)
+    expected, *caches = step.run(algorithm)
+    kwargs = {**step.cpu_kwargs(), "slot_mapping": step.kwargs["slot_mapping"].view(1, -1)}
+    flat = dataclasses.replace(
+        step,
+        query=step.query.flatten(0, 1)[None],
+        keys=step.keys.flatten(0, 1)[None],
+        values=step.values.flatten(0, 1)[None],
+        kwargs=kwargs,
+    )
+    attended, *flat_caches = flat.run(algorithm)
+    assert torch.equal(attended[0], expected.flatten(0, 1))
+    assert all(torch.equal(*pair) for pair in zip(flat_caches, caches, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(1, 8, 64), (2, 4, 128), (4, 1, 72)])
+@pytest.mark.parametrize("query_length", [1, 70])
+def test_real_shapes(
+    dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, query_length: int
+):
+    """Long enough for several spans of the kernel and for several blocks of PyTorch's."""
+    lengths = [700, 1, 256, 65] if query_length == 1 else [700]
+    shape = Shape(
+        lengths=lengths,
+        query_length=query_length,
+        block_size=64,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+    )
+    step = make_step(shape, dtype)
+    expected = exact(step)
+    for algorithm in (CPU_ATTENTION, CPU_COMPILED_ATTENTION):
+        attended, *_ = step.run(algorithm)
+        assert_close(attended, expected.to(dtype))
+
+
+def exact(step: Step) -> torch.Tensor:
+    """Attention in float64, one query at a time."""
+    rows = []
+    for row, own in enumerate(step.own):
+        _, *caches = step.run(CPU_ATTENTION)
+        keys, values = (
+            cache.flatten(0, 1)[own].double().repeat_interleave(step.shape.group, 1)
+            for cache in caches
+        )
+        scores = torch.einsum("qhd,khd->hqk", step.query[row].double(), keys)
+        scores *= step.query.shape[-1] ** -0.5
+        ends = len(own) - step.shape.query_length + torch.arange(step.shape.query_length)
+        scores.masked_fill_(torch.arange(len(own)) > ends[:, None], -torch.inf)
+        rows.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+    return torch.stack(rows)
+
+
+def test_the_kernel_gives_zeros_for_a_row_of_padding():
+    """And looks at none of its blocks."""
+    step = make_step(Shape(lengths=[9, 5]))
+    expected, *_ = step.run(CPU_COMPILED_ATTENTION)
+    kwargs = step.cpu_kwargs()
+    kwargs["kv_lengths"][1] = 0
+    kwargs["kv_blocks"][1] = 1 << 30
+    attended, *_ = step.run(CPU_COMPILED_ATTENTION, **kwargs)
+    assert torch.equal(attended[0], expected[0])
+    assert not attended[1].any()
+
+
+@pytest.mark.parametrize("algorithm", [CPU_ATTENTION, CPU_COMPILED_ATTENTION])
+def test_rows_of_a_decode_do_not_depend_on_their_neighbours(algorithm: str):
     together = make_step(Shape(lengths=[3, 29, 12, 1]))
-    attended, *_ = together.run(CPU_ATTENTION)
+    attended, *_ = together.run(algorithm)
     for row in range(4):
         kwargs = {name: tensor[row : row + 1] for name, tensor in together.kwargs.items()}
         alone = Step(
@@ -206,7 +284,7 @@ def test_rows_of_a_decode_do_not_depend_on_their_neighbours():
             kwargs=kwargs,
             own=together.own[row : row + 1],
         )
-        assert_close(alone.run(CPU_ATTENTION)[0][0], attended[row])
+        assert_close(alone.run(algorithm)[0][0], attended[row])
 
 
 # -- the store -------------------------------------------------------------------------------------
@@ -241,48 +319,41 @@ def test_a_store_without_a_cache_is_refused(missing: int):
 # -- what is read ----------------------------------------------------------------------------------
 
 
-@given(steps, st.sampled_from(list(TOLERANCE)))
+@given(CPU_ALGORITHMS, steps, st.sampled_from(list(TOLERANCE)))
 @PROPERTY
-def test_nothing_but_a_requests_own_tokens_is_read(shape: Shape, dtype: torch.dtype):
+def test_nothing_but_a_requests_own_tokens_is_read(
+    algorithm: str, shape: Shape, dtype: torch.dtype
+):
     """NaN in block 0, in all blocks of others and beyond the end in the last block."""
     step = make_step(shape, dtype)
-    expected, *_ = step.run(CPU_ATTENTION)
+    expected, *_ = step.run(algorithm)
     foreign = torch.ones(len(step.caches[0].flatten(0, 1)), dtype=torch.bool)
     foreign[[slot for slots in step.own for slot in slots]] = False
     assert foreign[: shape.block_size].all(), "block 0 is nobody's"
     for cache in step.caches:
         cache.flatten(0, 1)[foreign] = torch.nan
-    attended, *_ = step.run(CPU_ATTENTION)
+    attended, *_ = step.run(algorithm)
     assert torch.equal(attended, expected)
 
 
 @given(steps)
 @PROPERTY
-def test_the_cache_rows_of_a_sequence_are_its_own_in_order(shape: Shape):
+def test_the_blocks_of_a_sequence_are_its_own_from_the_left(shape: Shape):
     step = make_step(shape)
     kwargs = step.cpu_kwargs()
-    longest = max(*shape.lengths, 2)
-    for slots, own in zip(kwargs["kv_slots"].tolist(), step.own, strict=True):
-        assert len(slots) == longest
-        assert slots == own + own[-1:] * (longest - len(own))
-
-
-@given(steps)
-@PROPERTY
-def test_a_query_sees_the_keys_up_to_its_own_position(shape: Shape):
-    mask = make_step(shape).cpu_kwargs()["kv_mask"]
-    assert mask.dtype == torch.bool
-    for row, length in zip(mask, shape.lengths, strict=True):
-        for i, seen in enumerate(row.tolist()):
-            position = length - shape.query_length + i
-            assert seen == [key <= position for key in range(len(seen))]
+    assert kwargs["kv_lengths"].tolist() == shape.lengths
+    assert kwargs["query_lengths"].tolist() == [shape.query_length] * len(shape.lengths)
+    size = shape.block_size
+    for blocks, own in zip(kwargs["kv_blocks"].tolist(), step.own, strict=True):
+        assert own == [blocks[i // size] * size + i % size for i in range(len(own))]
 
 
 # -- the compiler ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("shape", [Shape(lengths=[5, 9]), Shape(lengths=[11], query_length=3)])
-def test_the_operators_are_what_their_schemas_say(shape: Shape):
+def test_the_operators_are_what_their_schemas_say(shape: Shape, compiled: bool):
     step = make_step(shape)
     kwargs = step.cpu_kwargs()
     torch.library.opcheck(
@@ -291,7 +362,7 @@ def test_the_operators_are_what_their_schemas_say(shape: Shape):
     )
     torch.library.opcheck(
         torch.ops.spyre_mm.paged_attention.default,
-        (step.query, *step.caches, kwargs["kv_slots"], kwargs["kv_mask"], 0.25),
+        (step.query, *step.caches, *kwargs.values(), 0.25, compiled),
     )
 
 
@@ -304,31 +375,11 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize(
-    "shapes",
-    [
-        [
-            Shape(lengths=[5, 9, 3]),
-            Shape(lengths=[2, 2]),
-            Shape(lengths=[1, 1]),
-            Shape(lengths=[1, 30, 17, 3, 8]),
-        ],
-        [
-            Shape(lengths=[23], query_length=7),
-            Shape(lengths=[7], query_length=7),
-            Shape(lengths=[2], query_length=2),
-            Shape(lengths=[28], query_length=20),
-            Shape(lengths=[18], query_length=2, padding_blocks=1),
-        ],
-    ],
-    ids=["decode", "prefill"],
-)
-def test_one_graph_serves_every_length(shapes: list[Shape]):
-    """As the runner calls it: what is derived from the block table comes from outside.
-
-    No two dimensions of the first shapes are equal by chance: the compiler would rely on it.
-    """
-    algorithm = get_attention_type(attn_name=CPU_ATTENTION)
+@pytest.mark.parametrize("name", [CPU_ATTENTION, CPU_COMPILED_ATTENTION])
+def test_one_graph_serves_every_step(name: str):
+    """As the runner calls it: in one row, with metadata of one shape that comes from outside."""
+    algorithm = get_attention_type(attn_name=name)
+    most_rows, most_blocks = 6, 9
 
     def layer(step: dict[str, torch.Tensor], **kwargs: torch.Tensor) -> torch.Tensor:
         keys, values, _, _ = algorithm["store"](
@@ -340,15 +391,36 @@ def test_one_graph_serves_every_length(shapes: list[Shape]):
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
-    for shape in shapes:
+    for shape in [
+        Shape(lengths=[23], query_length=7),
+        Shape(lengths=[7], query_length=7),
+        Shape(lengths=[5, 9, 3]),
+        Shape(lengths=[2], query_length=2),
+        Shape(lengths=[1, 1]),
+        Shape(lengths=[28], query_length=20),
+        Shape(lengths=[1, 30, 17, 3, 8]),
+    ]:
         step = make_step(shape)
-        kwargs = {**step.kwargs, **step.cpu_kwargs()}
+        derived = step.cpu_kwargs()
+        rows, width = derived["kv_blocks"].shape
+        pad = (0, most_rows - rows)
+        kwargs = {
+            "slot_mapping": step.kwargs["slot_mapping"].view(1, -1).clone(),
+            "kv_blocks": F.pad(derived["kv_blocks"], (0, most_blocks - width, *pad)),
+            "kv_lengths": F.pad(derived["kv_lengths"], pad),
+            "query_lengths": F.pad(derived["query_lengths"], pad),
+        }
         results = []
         for run in (layer, compiled):
-            inputs = {"query": step.query, "keys": step.keys, "values": step.values}
-            caches = dict(
-                zip(("key_cache", "value_cache"), (c.clone() for c in step.caches), strict=True)
-            )
+            inputs = {
+                name: getattr(step, name).flatten(0, 1)[None].clone()
+                for name in ("query", "keys", "values")
+            }
+            # Larger than any step's own: how many blocks there are is fixed.
+            caches = {
+                name: F.pad(cache, (0, 0, 0, 0, 0, 0, 0, 40 - len(cache)))
+                for name, cache in zip(("key_cache", "value_cache"), step.caches, strict=True)
+            }
             results.append((run({**inputs, **caches}, **kwargs), *caches.values()))
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert counter.frame_count == 1
@@ -357,4 +429,5 @@ def test_one_graph_serves_every_length(shapes: list[Shape]):
 def test_registering_twice_is_harmless():
     register_cpu_attention()
     register_cpu_attention()
-    assert get_attention_type(attn_name=CPU_ATTENTION)["is_prefill"]()
+    for name in (CPU_ATTENTION, CPU_COMPILED_ATTENTION):
+        assert get_attention_type(attn_name=name)["is_prefill"]()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged attention on the CPU, as an FMS attention algorithm.
+"""Paged attention on the CPU, as FMS attention algorithms.
 
-It takes the keyword arguments of FMS's ``spyre_paged_attn`` (which the card runs, and which on a
-CPU copies the whole cache at every store and loops over tokens in Python), and two more that are
-derived from them once a step rather than once a layer: see :func:`cpu_attention_kwargs`.
+They take the keyword arguments of FMS's ``spyre_paged_attn`` (which the card runs, and which on a
+CPU copies the whole cache at every store and loops over tokens in Python), or what is derived from
+them once a step rather than once a layer: see :func:`cpu_attention_kwargs`.
 
-Both operations are opaque to the compiler, so that one compiled block serves every length.
+The operations are opaque to the compiler, so that one compiled block serves every step.
 """
 
 import functools
@@ -14,8 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vllm_spyre_mm.model_executor import paged_decode
+
 CPU_ATTENTION = "spyre_mm_cpu_paged_attn"
-"""Name of the algorithm, FMS's ``attn_name``."""
+"""Name of the algorithm made of PyTorch's operations, FMS's ``attn_name``."""
+
+CPU_COMPILED_ATTENTION = "spyre_mm_cpu_paged_attn_compiled"
+"""Name of the algorithm whose decode is compiled (:mod:`paged_decode`)."""
 
 CARD_ATTENTION = "spyre_paged_attn"
 """Name of FMS's own algorithm for the card."""
@@ -23,16 +28,17 @@ CARD_ATTENTION = "spyre_paged_attn"
 
 @functools.cache
 def register_cpu_attention() -> None:
-    """Make :data:`CPU_ATTENTION` known to FMS; repeatable."""
+    """Make both CPU algorithms known to FMS; repeatable."""
     from fms.modules.attention import register_attention_op
 
     _define_ops()
-    register_attention_op(
-        CPU_ATTENTION,
-        store_op=_store,
-        compute_op=_compute,
-        is_prefill_op=lambda **_: True,
-    )
+    for name, compiled in ((CPU_ATTENTION, False), (CPU_COMPILED_ATTENTION, True)):
+        register_attention_op(
+            name,
+            store_op=_store,
+            compute_op=functools.partial(_compute, compiled=compiled),
+            is_prefill_op=lambda **_: True,
+        )
 
 
 def cpu_attention_kwargs(
@@ -42,30 +48,31 @@ def cpu_attention_kwargs(
     query_length: int,
     block_size: int,
 ) -> dict[str, torch.Tensor]:
-    """Cache rows to read and which of them each query sees; the same for every layer of a step.
+    """What each sequence's queries attend to; the same for every layer of a step.
+
+    A step is one query of each sequence, or several of one. Its queries may be laid out as
+    ``(sequences, queries)`` or all in one row.
 
     Args:
         block_table: int64 ``(batch, blocks)``.
         current_tkv_mask: int64 ``(batch,)``: end of each sequence, in padded positions.
-        left_padded_prompt_mask: int64 ``(batch,)``: padding before each sequence.
+        left_padded_prompt_mask: int64 ``(batch,)``: padding before each sequence, whole blocks.
         query_length: queries of each sequence; the last of its positions.
         block_size: tokens in a block.
 
     Returns:
-        ``kv_slots``: int64 ``(batch, longest)``, the cache row of each key. Beyond the end of a
-        shorter sequence it repeats that sequence's last row, so that nothing else is ever read:
-        neither block 0 nor another request's block, whatever they hold.
-        ``kv_mask``: bool ``(batch, query_length, longest)``, True where a query sees a key.
+        ``kv_blocks``: int32 ``(batch, width)``, the blocks of each sequence from the left; what
+        follows them is not read.
+        ``kv_lengths``: int32 ``(batch,)``, tokens of each.
+        ``query_lengths``: int32 ``(batch,)``, queries of each.
     """
+    padding_blocks = (left_padded_prompt_mask // block_size).unsqueeze(1)
+    columns = torch.arange(block_table.shape[1]) + padding_blocks
     lengths = current_tkv_mask - left_padded_prompt_mask
-    # At least two keys: the compiler would make a graph of its own for a single one.
-    keys = torch.arange(max(int(lengths.max()), 2), device=block_table.device)
-    own = torch.minimum(keys, lengths.unsqueeze(1) - 1) + left_padded_prompt_mask.unsqueeze(1)
-    blocks = block_table.gather(1, own // block_size)
-    queries = lengths.unsqueeze(1) - query_length + torch.arange(query_length)
     return {
-        "kv_slots": blocks * block_size + own % block_size,
-        "kv_mask": keys <= queries.unsqueeze(2),
+        "kv_blocks": block_table.gather(1, columns.clamp(max=block_table.shape[1] - 1)).int(),
+        "kv_lengths": lengths.int(),
+        "query_lengths": torch.full_like(lengths, query_length, dtype=torch.int32),
     }
 
 
@@ -92,10 +99,12 @@ def _compute(
     kvheads: int,
     p_dropout: float,
     scale_factor: float | None,
+    *,
+    compiled: bool,
     **attn_kwargs: Any,
 ) -> torch.Tensor:
     scale = scale_factor if scale_factor is not None else query.shape[-1] ** -0.5
-    if "kv_slots" not in attn_kwargs:
+    if "kv_blocks" not in attn_kwargs:
         attn_kwargs |= cpu_attention_kwargs(
             attn_kwargs["block_table"],
             attn_kwargs["current_tkv_mask"],
@@ -103,8 +112,9 @@ def _compute(
             query.shape[1],
             key_cache.shape[1],
         )
+    names = ("kv_blocks", "kv_lengths", "query_lengths")
     return torch.ops.spyre_mm.paged_attention(
-        query, key_cache, value_cache, attn_kwargs["kv_slots"], attn_kwargs["kv_mask"], scale
+        query, key_cache, value_cache, *(attn_kwargs[name] for name in names), scale, compiled
     )
 
 
@@ -117,8 +127,8 @@ def _define_ops() -> torch.library.Library:
         "Tensor slot_mapping) -> ()"
     )
     library.define(
-        "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor kv_slots, "
-        "Tensor kv_mask, float scale) -> Tensor"
+        "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor kv_blocks, "
+        "Tensor kv_lengths, Tensor query_lengths, float scale, bool compiled) -> Tensor"
     )
     library.impl("paged_store", _store_cpu, "CPU")
     library.impl("paged_store", lambda *_: None, "Meta")
@@ -148,34 +158,94 @@ def _attend_cpu(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    kv_slots: torch.Tensor,
-    kv_mask: torch.Tensor,
+    kv_blocks: torch.Tensor,
+    kv_lengths: torch.Tensor,
+    query_lengths: torch.Tensor,
+    scale: float,
+    compiled: bool,
+) -> torch.Tensor:
+    """Attention of ``query`` ``(batch, length, heads, head_dim)``, in either layout of a step."""
+    rows = query.flatten(0, 1)
+    caches = (key_cache, value_cache)
+    if int(query_lengths[0]) > 1:
+        attended = _attend_chunk(rows, *caches, kv_blocks[0], int(kv_lengths[0]), scale)
+    elif compiled and paged_decode.supports(query.shape[-1], query.dtype):
+        attended = paged_decode.paged_decode(rows, *caches, kv_blocks, kv_lengths, scale)
+    else:
+        attended = _attend_tokens(rows, *caches, kv_blocks, kv_lengths, scale)
+    return attended.view(query.shape)
+
+
+def _attend_chunk(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    num_keys: int,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of ``query`` ``(batch, length, heads, head_dim)`` to the rows ``kv_slots``."""
-    batch, length, heads, head_dim = query.shape
-    kv_heads = key_cache.shape[2]
+    """Attention of the last tokens of one sequence, ``(length, heads, head_dim)``, to all of it.
+
+    The tokens before the chunk are seen by every query, those of the chunk by the later ones. Each
+    part goes without a mask, and their softmaxes are joined by their logarithms of sums.
+    """
+    length, heads, head_dim = query.shape
+    block_size, kv_heads = key_cache.shape[1:3]
+    group, context = heads // kv_heads, num_keys - length
+    blocks = blocks[: -(-num_keys // block_size)]
+    # KV heads take the place of the batch, so that those who share one need no copy of it.
+    queries = query.view(length, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    keys, values = (
+        cache.index_select(0, blocks).flatten(0, 1).permute(1, 0, 2).unsqueeze(1)
+        for cache in (key_cache, value_cache)
+    )
+
+    def attend(first: int, last: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        shared = (part[:, :, first:last].expand(-1, group, -1, -1) for part in (keys, values))
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, *shared, 0.0, causal, scale=scale
+        )
+
+    attended, log_sum = attend(context, num_keys, True)
+    if context:
+        before, log_sum_before = attend(0, context, False)
+        share = torch.sigmoid(log_sum_before - log_sum).unsqueeze(-1)
+        attended = torch.lerp(attended.float(), before.float(), share).to(query.dtype)
+    return attended.permute(2, 0, 1, 3).reshape(query.shape)
+
+
+def _attend_tokens(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    kv_blocks: torch.Tensor,
+    kv_lengths: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one token of each sequence, ``(sequences, heads, head_dim)``.
+
+    Beyond the end of a shorter sequence that sequence's last token is read again, so that nothing
+    else ever is: neither block 0 nor another request's block, whatever they hold.
+    """
+    rows, heads, head_dim = query.shape
+    block_size, kv_heads = key_cache.shape[1:3]
+    lengths = kv_lengths[:rows].long().unsqueeze(1)
+    positions = torch.arange(int(lengths.max()))
+    own = torch.minimum(positions, lengths - 1)
+    slots = kv_blocks[:rows].gather(1, own // block_size) * block_size + own % block_size
     keys, values = (
         cache.flatten(0, 1)
-        .index_select(0, kv_slots.flatten())
-        .view(batch, -1, kv_heads, head_dim)
+        .index_select(0, slots.flatten())
+        .view(rows, -1, kv_heads, head_dim)
         .transpose(1, 2)
         for cache in (key_cache, value_cache)
     )
     # The query heads that share a KV head become rows of one head: no key is repeated.
-    group = heads // kv_heads
-    rows = query.reshape(batch, length, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-    mask = kv_mask[:, None, None].expand(batch, 1, group, length, -1)
     attended = F.scaled_dot_product_attention(
-        rows.reshape(batch, kv_heads, group * length, head_dim),
+        query.view(rows, kv_heads, heads // kv_heads, head_dim),
         keys,
         values,
-        attn_mask=mask.reshape(batch, 1, group * length, -1),
+        attn_mask=(positions < lengths)[:, None, None],
         scale=scale,
     )
-    return (
-        attended.view(batch, kv_heads, group, length, head_dim)
-        .permute(0, 3, 1, 2, 4)
-        .reshape(batch, length, heads, head_dim)
-        .contiguous()
-    )
+    return attended.reshape(query.shape)

@@ -3,8 +3,10 @@
 
 oneDNN rearranges a bf16 weight in a checkpoint's row-major layout at every call, which for the few
 rows of a decode costs more than the arithmetic. Here it is rearranged once, and replaces the
-original. (For fp32 there is nothing to gain.) The operation is opaque to the compiler, and the weight an input of its graph: one
-graph serves every layer.
+original. For fp32 there is nothing to gain.
+
+The operation is opaque to the compiler, and the weight an input of its graph: one graph serves
+every layer.
 """
 
 import functools

@@ -13,6 +13,7 @@ from vllm_spyre_mm.config import Backend
 from vllm_spyre_mm.model_executor.attention import (
     CARD_ATTENTION,
     CPU_ATTENTION,
+    CPU_COMPILED_ATTENTION,
     register_cpu_attention,
 )
 from vllm_spyre_mm.model_executor.compile import compile_blocks, compile_for_card, warmup_context
@@ -25,23 +26,23 @@ from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, MMUtils
 class DecoderInputs:
     """One forward pass of the decoder; made by ``worker.prefill`` and ``worker.decode``.
 
-    All on the host; *padded* as in :mod:`vllm_spyre_mm.geometry`.
+    All on the host; *padded* as in :mod:`vllm_spyre_mm.geometry`. On the CPU the batch is 1: the
+    tokens of all sequences are in one row.
 
     Attributes:
         embeds: ``(batch, length, hidden_size)``, the decoder's dtype.
         position_ids: int64 ``(batch, length)``: positions in real tokens, 0 on padding.
         attention: keyword arguments of the attention op: ``slot_mapping`` int64
-            ``(batch, length)``; ``block_table`` int64 ``(batch, blocks)``; ``current_tkv_mask``
-            and ``left_padded_prompt_mask`` int64 ``(batch,)``.
-        last_n_tokens: how many positions from the end get logits.
-        logits_row: which of those each sequence wants, as a negative index.
+            ``(batch, length)``; for the card ``block_table`` int64 ``(batch, blocks)`` and
+            ``current_tkv_mask`` and ``left_padded_prompt_mask`` int64 ``(batch,)``; for the CPU
+            what ``worker.host_steps`` describes.
+        last_n_tokens: how many positions from the end get logits; 0: all.
     """
 
     embeds: torch.Tensor
     position_ids: torch.Tensor
     attention: Mapping[str, torch.Tensor]
     last_n_tokens: int
-    logits_row: int
 
 
 class SpyreModel:
@@ -63,7 +64,7 @@ class SpyreModel:
             self.attn_name = CARD_ATTENTION
             import fms.utils.spyre.paged  # noqa: F401 - registers the algorithm
         else:
-            self.attn_name = CPU_ATTENTION
+            self.attn_name = CPU_ATTENTION if backend == "eager" else CPU_COMPILED_ATTENTION
             register_cpu_attention()
         for part in self._parts_on_host():
             pack_linears(part)
@@ -103,7 +104,7 @@ class SpyreModel:
         """Run the decoder and write to its KV cache.
 
         Returns:
-            Logits of one position of each sequence, ``(batch, vocab_size)``.
+            Logits of the last positions, ``(batch, last_n_tokens or length, vocab_size)``.
         """
         logits, kv_cache = self._run(
             inputs.embeds,
@@ -118,4 +119,4 @@ class SpyreModel:
             # FMS's op for the card is functional; what it returns stands for the device's cache
             # and is never read on the host. The CPU's op wrote in place.
             self.kv_cache = kv_cache
-        return logits[:, inputs.logits_row]
+        return logits

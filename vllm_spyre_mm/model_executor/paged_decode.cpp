@@ -9,9 +9,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 constexpr int HEADS = KV_HEADS * GROUP;
 constexpr int SPAN = 4 * BLOCK_SIZE;  // tokens that one thread takes at a time
+constexpr int AHEAD = 8;              // tokens between a prefetch and its use
 constexpr int LANES = 16;
 constexpr int VECTORS = HEAD_DIM / LANES;
 // Vectors of a head that are summed up at once: GROUP * TILE of them stay in registers.
@@ -45,6 +48,12 @@ static inline Floats load(const Element* from) {
 }
 static inline void store(Element* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
 #endif
+
+// A row of a head, some tokens ahead of its use: the blocks lie anywhere.
+static inline void prefetch(const Element* row) {
+  constexpr int line = 64 / sizeof(Element);
+  for (int i = 0; i < HEAD_DIM; i += line) __builtin_prefetch(row + i);
+}
 
 static inline float sum_of(Floats values) {
   typedef float Eight __attribute__((vector_size(32)));
@@ -80,10 +89,6 @@ struct Partial {
   float values[HEADS][HEAD_DIM];
 };
 
-extern "C" int64_t partial_bytes() { return sizeof(Partial); }
-
-extern "C" int64_t spans_of(int64_t length) { return (length + SPAN - 1) / SPAN; }
-
 static void attend_span(const Element* query, const Element* keys, const Element* values,
                         const int32_t* blocks, int64_t count, float scale, Partial& result) {
   constexpr int64_t token = int64_t(KV_HEADS) * HEAD_DIM, block = token * BLOCK_SIZE;
@@ -98,6 +103,7 @@ static void attend_span(const Element* query, const Element* keys, const Element
     for (int64_t t = 0; t < count; ++t) {
       const Element* key =
           keys + blocks[t / BLOCK_SIZE] * block + t % BLOCK_SIZE * token + head * HEAD_DIM;
+      prefetch(key + AHEAD * token);
       Floats dots[GROUP] = {};
       for (int v = 0; v < VECTORS; ++v) {
         Floats part = load(key + v * LANES);
@@ -127,6 +133,7 @@ static void attend_span(const Element* query, const Element* keys, const Element
       for (int64_t t = 0; t < count; ++t) {
         const Element* value = values + blocks[t / BLOCK_SIZE] * block + t % BLOCK_SIZE * token +
                                head * HEAD_DIM + first * LANES;
+        if (first == 0) prefetch(value + AHEAD * token);
         for (int v = 0; v < TILE; ++v) {
           Floats part = load(value + v * LANES);
           for (int g = 0; g < GROUP; ++g) tile[g][v] += weights[g][t] * part;
@@ -156,18 +163,21 @@ static void join(const Partial* partials, int64_t spans, int head, Element* out)
 }
 
 // query and out: (rows, HEADS, HEAD_DIM); caches: (blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM);
-// table: (rows, table_width); lengths: (rows,), 0 for a row of padding, which yields zeros;
-// first_span: (rows + 1,), sums of spans_of(length); partials: first_span[rows] of them.
+// table: (rows, table_width), a sequence's blocks from the left; lengths: (rows,), tokens of each,
+// 0 for a row of padding, which yields zeros.
 extern "C" void paged_decode(const Element* query, const Element* keys, const Element* values,
                              Element* out, const int32_t* table, const int32_t* lengths,
-                             const int64_t* first_span, void* scratch, int64_t rows,
-                             int64_t table_width, float scale) {
-  Partial* partials = static_cast<Partial*>(scratch);
+                             int64_t rows, int64_t table_width, float scale) {
+  std::vector<int64_t> first_span(rows + 1, 0);
+  for (int64_t row = 0; row < rows; ++row)
+    first_span[row + 1] = first_span[row] + (lengths[row] + SPAN - 1) / SPAN;
+  std::unique_ptr<Partial[]> partials(new Partial[first_span[rows]]);
 #pragma omp parallel
   {
 #pragma omp for schedule(dynamic)
     for (int64_t span = 0; span < first_span[rows]; ++span) {
-      int64_t row = std::upper_bound(first_span, first_span + rows, span) - first_span - 1;
+      int64_t row = std::upper_bound(first_span.begin(), first_span.end(), span) -
+                    first_span.begin() - 1;
       int64_t start = (span - first_span[row]) * SPAN;
       attend_span(query + row * HEADS * HEAD_DIM, keys, values,
                   table + row * table_width + start / BLOCK_SIZE,
@@ -176,7 +186,7 @@ extern "C" void paged_decode(const Element* query, const Element* keys, const El
 #pragma omp for
     for (int64_t item = 0; item < rows * HEADS; ++item) {
       int64_t row = item / HEADS;
-      join(partials + first_span[row], first_span[row + 1] - first_span[row], item % HEADS,
+      join(&partials[first_span[row]], first_span[row + 1] - first_span[row], item % HEADS,
            out + item * HEAD_DIM);
     }
   }

@@ -2,18 +2,35 @@
 """The requests that are sampled together: vLLM's input batch, and what it keeps of the tokens."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker.block_table import SlotMappingMode
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
-from vllm_spyre_mm.worker.decode import DecodeBatch, decode_batch
 from vllm_spyre_mm.worker.requests import RequestState
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """The members of a batch by row, in vLLM's own arrays.
+
+    Attributes:
+        token_ids: int32 ``(batch,)``, the last token of each request.
+        num_computed: int32 ``(batch,)``, tokens of each that are in the KV cache.
+        block_rows: int32 ``(num_rows, blocks)``, the block ids of each, from the left; rows
+            beyond the batch are of no meaning.
+    """
+
+    token_ids: np.ndarray
+    num_computed: np.ndarray
+    block_rows: np.ndarray
 
 
 class SamplingBatch:
@@ -30,7 +47,8 @@ class SamplingBatch:
     def __init__(self, vllm_config: "VllmConfig", num_rows: int) -> None:
         model_config = vllm_config.model_config
         device = torch.device("cpu")
-        self.block_size = vllm_config.cache_config.block_size
+        block_size = vllm_config.cache_config.block_size
+        self._rows = np.arange(num_rows)
         custom = model_config.logits_processors or ()
         self.inputs = InputBatch(
             max_num_reqs=num_rows,
@@ -38,12 +56,12 @@ class SamplingBatch:
             max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             device=device,
             vocab_size=model_config.get_vocab_size(),
-            block_sizes=[self.block_size],
-            max_num_blocks_per_req=[-(-model_config.max_model_len // self.block_size)],
+            block_sizes=[block_size],
+            max_num_blocks_per_req=[-(-model_config.max_model_len // block_size)],
             logitsprocs=build_logitsprocs(vllm_config, device, False, False, custom),
             logitsprocs_need_output_token_ids=bool(custom),
             reasoning_config=vllm_config.reasoning_config,
-            # The rows' cache slots are computed in worker.decode.
+            # The rows' cache slots are computed in worker.decode and worker.host_steps.
             slot_mapping_modes=[SlotMappingMode.NONE],
         )
 
@@ -93,15 +111,12 @@ class SamplingBatch:
                 self.inputs.num_tokens_no_spec[row] = position + 1
             state.output_token_ids.append(token_id)
 
-    def decode_inputs(self, at_least: int) -> DecodeBatch:
-        """Inputs of a decode of all members; see ``decode.decode_batch`` for ``at_least``."""
+    def decode_rows(self) -> DecodeRows:
+        """What a decode of all members is made from."""
         num_rows = len(self)
         num_computed = self.inputs.num_computed_tokens_cpu[:num_rows]
-        rows = torch.arange(num_rows).numpy()
-        return decode_batch(
-            token_ids=self.inputs.token_ids_cpu[rows, num_computed],
+        return DecodeRows(
+            token_ids=self.inputs.token_ids_cpu[self._rows[:num_rows], num_computed],
             num_computed=num_computed,
-            block_rows=self.inputs.block_table[0].get_numpy_array()[:num_rows],
-            block_size=self.block_size,
-            at_least=at_least,
+            block_rows=self.inputs.block_table[0].get_numpy_array(),
         )

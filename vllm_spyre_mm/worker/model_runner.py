@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -15,12 +16,13 @@ from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from vllm_spyre_mm.geometry import Geometry
 from vllm_spyre_mm.log import get_logger
-from vllm_spyre_mm.model_executor.attention import cpu_attention_kwargs
 from vllm_spyre_mm.model_executor.compile import mark_for_card
 from vllm_spyre_mm.model_executor.model import DecoderInputs, SpyreModel
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
 from vllm_spyre_mm.multimodal.merge import plan_merge
-from vllm_spyre_mm.worker.batch import SamplingBatch
+from vllm_spyre_mm.worker.batch import DecodeRows, SamplingBatch
+from vllm_spyre_mm.worker.decode import decode_batch
+from vllm_spyre_mm.worker.host_steps import HostSteps
 from vllm_spyre_mm.worker.prefill import PrefillChunk, prefill_chunk
 from vllm_spyre_mm.worker.requests import RequestState, RequestTable, SpyreModelRunnerOutput
 
@@ -71,6 +73,12 @@ class SpyreModelRunner:
         self.prefilled = SamplingBatch(vllm_config, 1)
         self.sampler = Sampler(logprobs_mode=vllm_config.model_config.logprobs_mode)
         self._for_card = model.backend == "sendnn"
+        self.host_steps = HostSteps(
+            max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+            max_blocks=geometry.num_blocks(vllm_config.model_config.max_model_len),
+            block_size=geometry.block_size,
+            least_tokens=2 if model.backend == "inductor" else 1,
+        )
         self._pending: PendingSample | None = None
 
     @property
@@ -187,7 +195,9 @@ class SpyreModelRunner:
         if self.return_mm_embedding:
             self._collect(state, end)
         state.prefilled = end == num_tokens
-        return self.spyre_model.forward(self._prefill_inputs(chunk, embeds))
+        if self._for_card:
+            return self.spyre_model.forward(self._card_chunk(chunk, embeds))[:, chunk.last_row]
+        return self.spyre_model.forward(self._host_chunk(chunk, embeds))[:, 0]
 
     def _collect(self, state: RequestState, end: int) -> None:
         """Take what the merge consumed: the images that begin before ``end``, in prompt order.
@@ -207,57 +217,65 @@ class SpyreModelRunner:
 
     def _decode(self) -> torch.Tensor:
         """Run the decode batch; returns logits ``(batch, vocab_size)``."""
-        batch = self.decodes.decode_inputs(at_least=2 if self._for_card else 1)
-        attention = {
-            "slot_mapping": batch.slot_mapping,
-            "block_table": batch.block_table,
-            "current_tkv_mask": batch.current_tkv,
-            "left_padded_prompt_mask": batch.left_padding,
-        }
-        embeds = self.spyre_model.embed(batch.token_ids)
+        rows = self.decodes.decode_rows()
+        num_rows = len(self.decodes)
         if self._for_card:
-            mark_for_card(embeds, dynamic=(0,), static=(1, 2))
-            mark_for_card(batch.position_ids, dynamic=(0,), static=(1,))
-            mark_for_card(batch.slot_mapping, dynamic=(0,), static=(1,))
-            mark_for_card(batch.block_table, dynamic=(0, 1))
-            mark_for_card(batch.current_tkv, dynamic=(0,))
-            mark_for_card(batch.left_padding, dynamic=(0,))
-        else:
-            attention |= self._cpu_attention(attention, query_length=1)
-        logits = self.spyre_model.forward(
-            DecoderInputs(embeds, batch.position_ids, attention, last_n_tokens=1, logits_row=-1)
+            logits = self.spyre_model.forward(self._card_decode(rows, num_rows))
+            return logits[:num_rows, -1]
+        step = self.host_steps.decode(
+            token_ids=rows.token_ids, num_computed=rows.num_computed, block_rows=rows.block_rows
         )
-        return logits[: len(self.decodes)]
+        embeds = self.spyre_model.embed(step.token_ids)
+        inputs = DecoderInputs(embeds, step.position_ids, step.attention, last_n_tokens=0)
+        return self.spyre_model.forward(inputs)[0, :num_rows]
 
-    def _prefill_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
+    def _card_decode(self, rows: DecodeRows, num_rows: int) -> DecoderInputs:
+        batch = decode_batch(
+            token_ids=rows.token_ids,
+            num_computed=rows.num_computed,
+            block_rows=rows.block_rows[:num_rows],
+            block_size=self.geometry.block_size,
+            at_least=2,
+        )
+        embeds = mark_for_card(self.spyre_model.embed(batch.token_ids), dynamic=(0,), static=(1, 2))
+        attention = {
+            "slot_mapping": mark_for_card(batch.slot_mapping, dynamic=(0,), static=(1,)),
+            "block_table": mark_for_card(batch.block_table, dynamic=(0, 1)),
+            "current_tkv_mask": mark_for_card(batch.current_tkv, dynamic=(0,)),
+            "left_padded_prompt_mask": mark_for_card(batch.left_padding, dynamic=(0,)),
+        }
+        position_ids = mark_for_card(batch.position_ids, dynamic=(0,), static=(1,))
+        return DecoderInputs(embeds, position_ids, attention, last_n_tokens=1)
+
+    def _card_chunk(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
+        for tensor in (embeds, chunk.position_ids, chunk.slot_mapping):
+            mark_for_card(tensor, static=tuple(range(tensor.ndim)))
         attention = {
             "slot_mapping": chunk.slot_mapping,
-            "block_table": chunk.block_table,
-            "current_tkv_mask": chunk.current_tkv,
-            "left_padded_prompt_mask": chunk.left_padding,
+            "block_table": mark_for_card(chunk.block_table, dynamic=(1,), static=(0,)),
+            "current_tkv_mask": mark_for_card(chunk.current_tkv, static=(0,)),
+            "left_padded_prompt_mask": mark_for_card(chunk.left_padding, static=(0,)),
         }
-        if self._for_card:
-            for tensor in (embeds, chunk.position_ids, chunk.slot_mapping):
-                mark_for_card(tensor, static=tuple(range(tensor.ndim)))
-            mark_for_card(chunk.block_table, dynamic=(1,), static=(0,))
-            mark_for_card(chunk.current_tkv, static=(0,))
-            mark_for_card(chunk.left_padding, static=(0,))
-        else:
-            attention |= self._cpu_attention(attention, query_length=embeds.shape[1])
-        # The card's chunk may end with padding inside the last block: its last block gets logits,
-        # and the last real token's are picked. Without padding the last token's are enough.
-        last_n = self.geometry.block_size if self._for_card else 1
-        return DecoderInputs(embeds, chunk.position_ids, attention, last_n, chunk.last_row)
+        # The chunk may end with padding inside the last block: the whole block gets logits.
+        return DecoderInputs(
+            embeds, chunk.position_ids, attention, last_n_tokens=self.geometry.block_size
+        )
 
-    def _cpu_attention(
-        self, attention: Mapping[str, torch.Tensor], query_length: int
-    ) -> dict[str, torch.Tensor]:
-        return cpu_attention_kwargs(
-            attention["block_table"],
-            attention["current_tkv_mask"],
-            attention["left_padded_prompt_mask"],
-            query_length,
-            self.geometry.block_size,
+    def _host_chunk(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
+        length = embeds.shape[1]
+        missing = max(0, self.host_steps.least_tokens - length)
+        pad = (0, missing)
+        attention = {
+            "slot_mapping": F.pad(chunk.slot_mapping, pad),
+            **self.host_steps.chunk_attention(
+                block_ids=chunk.block_table[0].numpy(), end=int(chunk.current_tkv), length=length
+            ),
+        }
+        return DecoderInputs(
+            F.pad(embeds, (0, 0, *pad)),
+            F.pad(chunk.position_ids, pad),
+            attention,
+            last_n_tokens=1 + missing,
         )
 
 

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled attention of a decode: reads the KV cache where it lies.
+
+PyTorch's attention takes keys and values that lie side by side, and gathering those of a paged
+cache costs as much as the attention of a single query. The kernel is C++ that Inductor's own
+tool chain compiles, with its flags and into its cache, for the shape of one model.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from importlib import resources
+
+import torch
+
+LANES = 16
+"""The kernel takes heads whose width is a multiple of this."""
+
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def supports(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes such heads."""
+    return head_dim % LANES == 0 and dtype in SUPPORTED_DTYPES
+
+
+def paged_decode(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    kv_blocks: torch.Tensor,
+    kv_lengths: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one query of each sequence.
+
+    Args:
+        query: ``(rows, heads, head_dim)``.
+        key_cache: ``(blocks, block_size, kv_heads, head_dim)``, contiguous.
+        value_cache: likewise.
+        kv_blocks: int32 ``(at least rows, width)``, the blocks of each sequence from the left.
+        kv_lengths: int32 ``(at least rows,)``, tokens of each; 0 for padding, which yields zeros.
+        scale: of the products of queries and keys.
+
+    Returns:
+        Shaped like ``query``.
+    """
+    _, block_size, kv_heads, head_dim = key_cache.shape
+    rows, heads, _ = query.shape
+    kernel = _kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    kernel(
+        query.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        out.data_ptr(),
+        kv_blocks.data_ptr(),
+        kv_lengths.data_ptr(),
+        rows,
+        kv_blocks.stride(0),
+        scale,
+    )
+    return out
+
+
+@functools.cache
+def _kernel(
+    head_dim: int, group: int, kv_heads: int, block_size: int, dtype: torch.dtype
+) -> Callable[..., None]:
+    """Compile the kernel, or find it in Inductor's cache."""
+    from torch._inductor.codecache import CppCodeCache
+
+    constants = {
+        "HEAD_DIM": head_dim,
+        "GROUP": group,
+        "KV_HEADS": kv_heads,
+        "BLOCK_SIZE": block_size,
+        "BF16": int(dtype == torch.bfloat16),
+    }
+    source = resources.files(__package__).joinpath("paged_decode.cpp").read_text()
+    defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    function = CppCodeCache.load(defines + source).paged_decode
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [*[pointer] * 6, size, size, ctypes.c_float]
+    function.restype = None
+    return function

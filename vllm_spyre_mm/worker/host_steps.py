@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of a step on the CPU: the tokens of all its sequences in one row.
+
+A chunk of one prompt and one token of each running request look alike to everything but attention:
+a row of tokens. So one compiled graph serves both, and what tells them apart are small tensors of
+fixed shape, which are updated in place.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class HostDecode:
+    """One token of each running request, and padding up to the least number of tokens.
+
+    Valid until the next step: the tensors are views of memory that is used again.
+
+    Attributes:
+        token_ids: int64 ``(1, tokens)``, 0 on padding.
+        position_ids: int64 ``(1, tokens)``, 0 on padding.
+        attention: ``slot_mapping`` int64 ``(1, tokens)``, the cache row of each token, 0 (in
+            block 0, which is nobody's) on padding; and what ``attention.cpu_attention_kwargs``
+            describes, for all the rows there may be.
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention: Mapping[str, torch.Tensor]
+
+
+class HostSteps:
+    """Lays out steps for the CPU, in memory that is allocated once.
+
+    Args:
+        max_num_seqs: most requests that decode together.
+        max_blocks: most blocks of a request.
+        block_size: tokens in a block.
+        least_tokens: tokens of a step at least. The compiler takes a dimension of one for a
+            constant and would make a second graph; 1 where nothing is compiled.
+    """
+
+    def __init__(
+        self, *, max_num_seqs: int, max_blocks: int, block_size: int, least_tokens: int
+    ) -> None:
+        rows = max(max_num_seqs, least_tokens)
+        self.block_size = block_size
+        self.least_tokens = least_tokens
+        self._rows = np.arange(max_num_seqs)
+        self._token_ids, self._position_ids, self._slots = np.zeros((3, rows), dtype=np.int64)
+        self._kv_lengths, self._query_lengths = np.zeros((2, rows), dtype=np.int32)
+        self._kv_blocks = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+
+    def decode(
+        self, *, token_ids: np.ndarray, num_computed: np.ndarray, block_rows: np.ndarray
+    ) -> HostDecode:
+        """Lay out one token of each request.
+
+        Args:
+            token_ids: int ``(batch,)``, the last token of each request.
+            num_computed: int ``(batch,)``, tokens of each that are in the KV cache.
+            block_rows: int32 ``(max_num_seqs, max_blocks)``, contiguous: the block ids of each,
+                from the left. It is not copied.
+        """
+        batch = len(token_ids)
+        tokens = max(batch, self.least_tokens)
+        size = self.block_size
+        for values in (self._token_ids, self._position_ids, self._slots, self._kv_lengths):
+            values[batch:] = 0
+        self._token_ids[:batch] = token_ids
+        self._position_ids[:batch] = num_computed
+        blocks = block_rows[self._rows[:batch], num_computed // size]
+        self._slots[:batch] = blocks.astype(np.int64) * size + num_computed % size
+        self._kv_lengths[:batch] = num_computed + 1
+        self._query_lengths[:] = 1
+        return HostDecode(
+            token_ids=_row(self._token_ids, tokens),
+            position_ids=_row(self._position_ids, tokens),
+            attention={
+                "slot_mapping": _row(self._slots, tokens),
+                **self._attention(block_rows),
+            },
+        )
+
+    def chunk_attention(
+        self, *, block_ids: np.ndarray, end: int, length: int
+    ) -> Mapping[str, torch.Tensor]:
+        """What the tokens of a chunk of one prompt attend to.
+
+        Args:
+            block_ids: int ``(blocks,)``, of the prompt as far as it is computed after the chunk.
+            end: position after the chunk.
+            length: tokens of the chunk.
+        """
+        self._kv_blocks[0, : len(block_ids)] = block_ids
+        for values, first in ((self._kv_lengths, end), (self._query_lengths, length)):
+            values[:] = 0
+            values[0] = first
+        return self._attention(self._kv_blocks)
+
+    def _attention(self, block_rows: np.ndarray) -> dict[str, torch.Tensor]:
+        return {
+            "kv_blocks": torch.from_numpy(block_rows),
+            "kv_lengths": torch.from_numpy(self._kv_lengths),
+            "query_lengths": torch.from_numpy(self._query_lengths),
+        }
+
+
+def _row(values: np.ndarray, length: int) -> torch.Tensor:
+    """The first values as ``(1, length)``, with the strides of a tensor of that shape."""
+    return torch.from_numpy(values[:length]).unsqueeze(0)
