@@ -11,18 +11,33 @@ from torch.fx.experimental import _config as shape_config
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:
-    """Compile the repeated blocks of a model for the CPU, in place.
+    """Compile the repeated blocks of an encoder for the CPU, in place; every length is dynamic.
 
     The blocks share the code of their ``forward``, and their weights are inputs of its graph, so
     the first block's graph serves all of them.
     """
-    # Without this, dimensions that are equal at the first run are taken for one: a prompt's first
-    # chunk has as many queries as keys, and its second would compile everything again.
+    # Without this, dimensions that are equal at the first run are taken for one.
     shape_config.use_duck_shape = False
     for block in blocks:
         block.forward = torch.compile(
             block.forward, backend="inductor", dynamic=True, fullgraph=True
         )
+
+
+def compile_decoder_blocks(blocks: nn.ModuleList) -> None:
+    """Compile the repeated blocks of a decoder for the CPU, in place; as :func:`compile_blocks`.
+
+    Only the number of tokens is dynamic: each further symbol costs time at every call.
+    """
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend="inductor", fullgraph=True)
+    # The first call of the first block makes the graph of all of them.
+    blocks[0].register_forward_pre_hook(_mark_tokens_dynamic, with_kwargs=True)
+
+
+def _mark_tokens_dynamic(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for name in ("x", "position_ids", "slot_mapping"):
+        torch._dynamo.mark_dynamic(kwargs[name], 1)
 
 
 def compile_for_card(model: nn.Module) -> Callable[..., Any]:

@@ -21,15 +21,14 @@ class HostLinear(nn.Module):
 
     Args:
         linear: what it replaces; its weight is left to whoever else refers to it.
-        pack: hold the weight in oneDNN's own layout. Not for a weight that others read.
     """
 
-    def __init__(self, linear: nn.Linear, *, pack: bool) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         _define_op()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
-        if pack:
+        if weight.dtype == torch.bfloat16:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias
@@ -46,14 +45,12 @@ class HostLinear(nn.Module):
 def pack_linears(module: nn.Module) -> None:
     """Replace every ``nn.Linear`` below a module on the host, one at a time.
 
-    A weight that an embedding shares (a tied head) stays as it is: packed, it would be held twice.
+    A head that is tied to the embedding is packed too: the embedding keeps its rows.
     """
-    embeddings = {part.weight for part in module.modules() if isinstance(part, nn.Embedding)}
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                gains = child.weight.dtype == torch.bfloat16 and child.weight not in embeddings
-                setattr(parent, name, HostLinear(child, pack=gains))
+                setattr(parent, name, HostLinear(child))
 
 
 @functools.cache

@@ -16,7 +16,12 @@ from vllm_spyre_mm.model_executor.attention import (
     CPU_COMPILED_ATTENTION,
     register_cpu_attention,
 )
-from vllm_spyre_mm.model_executor.compile import compile_blocks, compile_for_card, warmup_context
+from vllm_spyre_mm.model_executor.compile import (
+    compile_blocks,
+    compile_decoder_blocks,
+    compile_for_card,
+    warmup_context,
+)
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
 from vllm_spyre_mm.model_executor.linear import pack_linears
 from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, MMUtils
@@ -84,7 +89,7 @@ class SpyreModel:
         if self.backend != "eager":
             compile_blocks(overrides.encoder_blocks(self.fms_model))
         if self.backend == "inductor":
-            compile_blocks(overrides.decoder_blocks(self.fms_model))
+            compile_decoder_blocks(overrides.decoder_blocks(self.fms_model))
         elif self.backend == "sendnn":
             self._run = compile_for_card(self.fms_model)
 
