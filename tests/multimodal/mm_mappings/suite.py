@@ -312,10 +312,6 @@ REFUSED = {
     "vision_config.hidden_act 'quick_gelu'": {"vision_config.hidden_act": "quick_gelu"},
     "image_grid_pinpoints has [48, 50]": {"image_grid_pinpoints": [[48, 48], [48, 50]]},
     "image_grid_pinpoints has [0, 48]": {"image_grid_pinpoints": [[48, 48], [0, 48]]},
-    "image_size 50 is no multiple of patch_size 8": {
-        "vision_config.image_size": 50,
-        "image_grid_pinpoints": [[50, 50]],
-    },
     "vision_config.hidden_size": {"vision_config.num_attention_heads": 7},
 }
 """What FMS would not honour: the name that the refusal has to give, and how to provoke it."""

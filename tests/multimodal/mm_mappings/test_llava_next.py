@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA-Next with one feature layer: a random checkpoint with an untied head."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,26 @@ class TestLlavaNext(LlavaNextSuite):
         checkpoint = save_random_checkpoint(tmp_path, config)
         mapping = get_mm_mapping(AutoConfig.from_pretrained(checkpoint))
         assert type(mapping) is LlavaNext
+        model, reference = load_model(mapping, checkpoint, FP32), Reference(checkpoint)
+        images = [picture(100, 60)]
+        (features,) = self.features(mapping, model, reference, images)
+        assert_close(features, reference.features(self.prompt(reference, 1), images), 1e-4)
+        assert_close(*self.logits(mapping, model, reference, images), 1e-4)
+
+    def test_a_tile_need_not_be_a_whole_number_of_patches(self, tmp_path: Path):
+        """Granite Vision 3.x has tiles of 384 and patches of 14: the last 6 pixels are not read."""
+        side, pinpoints = 52, [[52, 52], [52, 104], [104, 104]]
+        config = llava_next_config(
+            vision_config__image_size=side, image_grid_pinpoints=pinpoints, image_seq_length=36
+        )
+        checkpoint = save_random_checkpoint(tmp_path, config)
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            content = json.loads((checkpoint / name).read_text())
+            image = content.get("image_processor", content)
+            image["size"] = image["crop_size"] = {"height": side, "width": side}
+            image["image_grid_pinpoints"] = pinpoints
+            (checkpoint / name).write_text(json.dumps(content))
+        mapping = get_mm_mapping(AutoConfig.from_pretrained(checkpoint))
         model, reference = load_model(mapping, checkpoint, FP32), Reference(checkpoint)
         images = [picture(100, 60)]
         (features,) = self.features(mapping, model, reference, images)

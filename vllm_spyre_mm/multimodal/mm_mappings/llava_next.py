@@ -150,8 +150,6 @@ def first_mismatch(config: Any) -> str | None:
 def _vision_mismatch(config: Any, vision: Any) -> str | None:
     if vision.hidden_act not in ("gelu_pytorch_tanh", "gelu"):
         return f"vision_config.hidden_act {vision.hidden_act!r} is not implemented"
-    if vision.image_size % vision.patch_size:
-        return f"image_size {vision.image_size} is no multiple of patch_size {vision.patch_size}"
     if vision.hidden_size % vision.num_attention_heads:
         return "vision_config.hidden_size is no multiple of its num_attention_heads"
     layers = config.vision_feature_layer
