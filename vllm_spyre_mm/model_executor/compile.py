@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx.experimental import _config as shape_config
 
 
-def compile_blocks(blocks: nn.ModuleList) -> None:
+def compile_encoder_blocks(blocks: nn.ModuleList) -> None:
     """Compile the repeated blocks of an encoder for the CPU, in place; every length is dynamic.
 
     The blocks share the code of their ``forward``, and their weights are inputs of its graph, so
@@ -22,10 +22,13 @@ def compile_blocks(blocks: nn.ModuleList) -> None:
         block.forward = torch.compile(
             block.forward, backend="inductor", dynamic=True, fullgraph=True
         )
+    # A convolution leaves the patches of an image transposed, and every block would keep it so:
+    # each linear layer would copy its input, and each norm read across the rows.
+    blocks[0].register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
 
 def compile_decoder_blocks(blocks: nn.ModuleList) -> None:
-    """Compile the repeated blocks of a decoder for the CPU, in place; as :func:`compile_blocks`.
+    """Compile the repeated blocks of a decoder for the CPU, in place; one graph serves all.
 
     Only the number of tokens is dynamic: each further symbol costs time at every call.
     """

@@ -10,9 +10,11 @@ every layer.
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fms.modules.feedforward import FeedForwardBlock
 from torch import nn
 
 
@@ -21,11 +23,13 @@ class HostLinear(nn.Module):
 
     Args:
         linear: what it replaces; its weight is left to whoever else refers to it.
+        activation: a GELU that follows it and is computed with it, if there is one.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, activation: nn.GELU | None = None) -> None:
         super().__init__()
         _define_op()
+        self.gelu = None if activation is None else activation.approximate
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
         if weight.dtype == torch.bfloat16:
@@ -35,11 +39,12 @@ class HostLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        return torch.ops.spyre_mm.linear(x, self.weight, self.bias, self.out_features)
+        return torch.ops.spyre_mm.linear(x, self.weight, self.bias, self.out_features, self.gelu)
 
     def extra_repr(self) -> str:
         """Shape and layout, for ``print(model)``."""
-        return f"{self.in_features}, {self.out_features}, packed={self.weight.is_mkldnn}"
+        packed = self.weight.is_mkldnn
+        return f"{self.in_features}, {self.out_features}, packed={packed}, gelu={self.gelu}"
 
 
 def pack_linears(module: nn.Module) -> None:
@@ -48,6 +53,9 @@ def pack_linears(module: nn.Module) -> None:
     A head that is tied to the embedding is packed too: the embedding keeps its rows.
     """
     for parent in list(module.modules()):
+        if isinstance(parent, FeedForwardBlock) and isinstance(parent.a, nn.GELU):
+            first: Any = parent.w1
+            parent.w1, parent.a = HostLinear(first, parent.a), nn.Identity()
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, HostLinear(child))
@@ -57,7 +65,9 @@ def pack_linears(module: nn.Module) -> None:
 def _define_op() -> torch.library.Library:
     """Define the operator; it lives as long as the returned library, which the cache keeps."""
     library = torch.library.Library("spyre_mm", "FRAGMENT")
-    library.define("linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor")
+    library.define(
+        "linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, str? gelu) -> Tensor"
+    )
     library.impl("linear", _linear_packed, "MkldnnCPU")
     library.impl("linear", _linear_dense, "CPU")
     library.impl("linear", _linear_shape, "Meta")
@@ -65,20 +75,35 @@ def _define_op() -> torch.library.Library:
 
 
 def _linear_packed(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    gelu: str | None,
 ) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    name, variant = ("none", "") if gelu is None else ("gelu", gelu)
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, name, [], variant)
 
 
 def _linear_dense(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    gelu: str | None,
 ) -> torch.Tensor:
     # As a matrix: F.linear copies the weight for a slice of a three-dimensional tensor.
-    rows = x.reshape(-1, x.shape[-1])
-    return F.linear(rows, weight, bias).view(*x.shape[:-1], out_features)
+    rows = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    if gelu is not None:
+        rows = F.gelu(rows, approximate=gelu)
+    return rows.view(*x.shape[:-1], out_features)
 
 
 def _linear_shape(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    gelu: str | None,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))

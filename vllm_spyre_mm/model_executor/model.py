@@ -17,8 +17,8 @@ from vllm_spyre_mm.model_executor.attention import (
     register_cpu_attention,
 )
 from vllm_spyre_mm.model_executor.compile import (
-    compile_blocks,
     compile_decoder_blocks,
+    compile_encoder_blocks,
     compile_for_card,
     warmup_context,
 )
@@ -87,7 +87,7 @@ class SpyreModel:
         """Wrap what is to be compiled; each graph is made at its first run, in warmup."""
         overrides = self.mapping.load_overrides()
         if self.backend != "eager":
-            compile_blocks(overrides.encoder_blocks(self.fms_model))
+            compile_encoder_blocks(overrides.encoder_blocks(self.fms_model))
         if self.backend == "inductor":
             compile_decoder_blocks(overrides.decoder_blocks(self.fms_model))
         elif self.backend == "sendnn":
