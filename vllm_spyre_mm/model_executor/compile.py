@@ -2,12 +2,18 @@
 """Compilation: one block at a time for the CPU, the whole decoder for the card."""
 
 import contextlib
+import os
+import platform
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx.experimental import _config as shape_config
+
+MAX_COMPILE_THREADS = 4
+"""Processes that compile kernels at the same time; a graph has about as many."""
 
 
 def compile_encoder_blocks(blocks: nn.ModuleList) -> None:
@@ -51,6 +57,38 @@ def compile_for_card(model: nn.Module) -> Callable[..., Any]:
     import torch_sendnn  # noqa: F401
 
     return torch.compile(model, backend="sendnn", dynamic=False, fullgraph=True)
+
+
+@contextlib.contextmanager
+def cpu_compile_context() -> Iterator[None]:
+    """Make the CPU's graphs in as little time as may be; the second start finds them on disk."""
+    from torch._dynamo import config as dynamo_config
+    from torch._inductor import config
+    from torch._inductor.async_compile import shutdown_compile_workers
+
+    settings: dict[str, Any] = {"compile_threads": min(MAX_COMPILE_THREADS, os.cpu_count() or 1)}
+    if _compiler_knows_cpu():
+        settings["cpp.vec_isa_ok"] = True
+    # Numbers of a module, an epsilon for one, are constants; only lengths vary.
+    with config.patch(settings), dynamo_config.patch(specialize_float=True):
+        try:
+            yield
+        finally:
+            shutdown_compile_workers()
+
+
+def _compiler_knows_cpu() -> bool:
+    """Whether the C++ compiler takes the flags of every instruction set that Inductor may use.
+
+    Inductor builds and runs a program for each, which takes seconds; asking takes milliseconds.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    if platform.machine() != "x86_64":
+        return False
+    flags = ["-march=native", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mavx512vnni"]
+    command = [get_cpp_compiler(), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from vllm_spyre_mm.model_executor.compile import (
     compile_decoder_blocks,
     compile_encoder_blocks,
     compile_for_card,
+    cpu_compile_context,
     warmup_context,
 )
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
@@ -95,7 +96,8 @@ class SpyreModel:
 
     def warmup(self) -> AbstractContextManager[None]:
         """The context that graphs are made in."""
-        return warmup_context() if self.backend == "sendnn" else nullcontext()
+        contexts = {"sendnn": warmup_context, "inductor": cpu_compile_context}
+        return contexts.get(self.backend, nullcontext)()
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Text embeddings ``(batch, length, hidden_size)`` of int64 ``(batch, length)``."""

@@ -52,6 +52,8 @@ def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
     if backend == "sendnn":
         # What was compiled inside the card's warmup context is deployed by a run outside it.
         _run_all(runner, requests, "Deploying")
+    shapes = ", ".join(request.name for request in requests)
+    logger.info("The warmup ran %d made-up requests: %s", len(requests), shapes)
 
 
 def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[WarmupRequest]:

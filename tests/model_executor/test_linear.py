@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers of the host compute what nn.Linear does, and hold a weight once."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fms.modules.feedforward import FeedForwardBlock
+from torch import nn
+from torch._dynamo.utils import counters
+
+from vllm_spyre_mm.model_executor.linear import HostLinear, pack_linears
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+SHAPES = [(7, 48), (1, 5, 48), (3, 1, 48), (1, 1, 48)]
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = DTYPES[actual.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("approximate", [None, "none", "tanh"])
+def test_it_computes_what_the_layer_does(
+    dtype: torch.dtype, bias: bool, shape: tuple[int, ...], approximate: str | None
+):
+    linear = nn.Linear(48, 80, bias=bias, dtype=dtype)
+    gelu = None if approximate is None else nn.GELU(approximate)
+    x = torch.randn(shape, dtype=dtype)
+    expected = linear(x) if gelu is None else gelu(linear(x))
+    assert_close(HostLinear(linear, gelu)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_slice_of_a_sequence_is_taken(dtype: torch.dtype):
+    """The head gets the last positions of a longer tensor."""
+    linear = nn.Linear(48, 80, dtype=dtype)
+    x = torch.randn(1, 9, 48, dtype=dtype)[:, -2:]
+    assert_close(HostLinear(linear)(x), linear(x))
+
+
+class Model(nn.Module):
+    """An embedding, a feed-forward block of FMS, and a head that is tied to the embedding."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(80, 48, dtype=dtype)
+        self.block = FeedForwardBlock(48, activation_fn=nn.GELU("tanh"), p_dropout=0.0).to(dtype)
+        self.head = nn.Linear(48, 80, bias=False, dtype=dtype)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.embedding(token_ids)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_layers_of_a_model_are_replaced(dtype: torch.dtype):
+    model = Model(dtype)
+    token_ids = torch.tensor([[3, 1, 79]])
+    hidden = model.embedding(token_ids)
+    first, second = model.block.w1, model.block.w2
+    expected = F.linear(second(F.gelu(first(hidden), approximate="tanh")), model.embedding.weight)
+    pack_linears(model)
+    assert not any(isinstance(part, nn.Linear | nn.GELU) for part in model.modules())
+    assert_close(model(token_ids), expected)
+
+
+def test_the_weight_of_a_layer_is_held_once():
+    model = Model(torch.bfloat16)
+    pack_linears(model)
+    for name, parameter in model.named_parameters():
+        wanted = name.endswith("weight") and not name.startswith("embedding")
+        assert parameter.is_mkldnn == wanted, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_graph_serves_every_layer(dtype: torch.dtype):
+    torch._dynamo.reset()
+    counters.clear()
+    blocks = [FeedForwardBlock(48, activation_fn=nn.GELU(), p_dropout=0.0).to(dtype) for _ in "ab"]
+    for block in blocks:
+        pack_linears(block)
+        eager = block.forward
+        compiled = torch.compile(eager, fullgraph=True, backend="aot_eager", dynamic=True)
+        for length in (4, 9):
+            x = torch.randn(1, length, 48, dtype=dtype)
+            assert torch.equal(compiled(x), eager(x))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_operator_is_what_its_schema_says():
+    linear = HostLinear(nn.Linear(48, 80))
+    torch.library.opcheck(
+        torch.ops.spyre_mm.linear.default,
+        (torch.randn(1, 3, 48), linear.weight, linear.bias, 80, "tanh"),
+    )
