@@ -17,6 +17,10 @@ MAX_NAMES_SHOWN = 8
 """Names that an error lists of each kind of fault."""
 
 
+ELEMENTS_AT_ONCE = 1 << 20
+"""Elements of a tensor that are looked at together."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint does not hold exactly what the model needs."""
 
@@ -137,9 +141,10 @@ def check_initialised(path: Path, model: nn.Module) -> None:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    # A sum is NaN or infinite if an element is, and needs no temporary of the tensor's size. It
-    # may overflow by itself in a narrow dtype, so it is taken in fp32.
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
+    # A sum is NaN or infinite if an element is. It may overflow by itself in a narrow dtype, so it
+    # is taken in fp32, of a part at a time: PyTorch converts before it adds.
+    parts = tensor.flatten().split(ELEMENTS_AT_ONCE)
+    return all(bool(torch.isfinite(part.sum(dtype=torch.float32))) for part in parts)
 
 
 def raise_if_any(path: Path, **faults: list[str]) -> None:

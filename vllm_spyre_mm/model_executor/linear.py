@@ -10,7 +10,7 @@ every layer.
 """
 
 import functools
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -52,13 +52,13 @@ def pack_linears(module: nn.Module) -> None:
 
     A head that is tied to the embedding is packed too: the embedding keeps its rows.
     """
-    for parent in list(module.modules()):
+    # Nothing here may keep a layer that was replaced: its weight has to go before the next comes.
+    parents = [part for part in module.modules() if not isinstance(part, nn.Linear)]
+    for parent in parents:
         if isinstance(parent, FeedForwardBlock) and isinstance(parent.a, nn.GELU):
-            first: Any = parent.w1
-            parent.w1, parent.a = HostLinear(first, parent.a), nn.Identity()
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, HostLinear(child))
+            parent.w1, parent.a = HostLinear(cast("nn.Linear", parent.w1), parent.a), nn.Identity()
+        for name in [name for name, child in parent.named_children() if type(child) is nn.Linear]:
+            setattr(parent, name, HostLinear(cast("nn.Linear", getattr(parent, name))))
 
 
 @functools.cache

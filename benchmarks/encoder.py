@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision tower at Granite Vision 3.x's size, beside the machine's bf16 ceiling."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from benchmarks.ceilings import Ceilings
+from benchmarks.checkpoints import TOWER
+from benchmarks.measure import Row, Timing, constant, interleaved
+from vllm_spyre_mm.model_executor.compile import cpu_compile_context
+from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
+from vllm_spyre_mm.model_executor.model import SpyreModel
+from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+
+GRIDS = {2: (1, 1), 5: (2, 2), 10: (3, 3)}
+"""Rows and columns of tiles, by tiles altogether; LLaVA-Next has a base tile besides the grid."""
+
+TARGET = 0.8
+PATCHES = (TOWER.tile // TOWER.patch) ** 2
+
+
+def encoder_rows(checkpoint: Path, ceilings: Ceilings, quick: bool) -> Iterator[Row]:
+    """Images of 2, 5 and 10 tiles, compiled and (in the full run) as eager FMS."""
+    mapping = get_mm_mapping(AutoConfig.from_pretrained(checkpoint))
+    options = LoadOptions(torch.bfloat16, torch.bfloat16)
+    compiled = SpyreModel(load_model(mapping, checkpoint, options), mapping, "inductor")
+    compiled.compile()
+    eager = load_model(mapping, checkpoint, options)
+    with torch.inference_mode():
+        with cpu_compile_context():
+            compiled.encode(_image(2))
+        for tiles in (2, 5) if quick else GRIDS:
+            image = _image(tiles)
+            cases = {
+                "ours": lambda image=image: compiled.encode(image),
+                "eager FMS": lambda image=image: mapping.compute_features(eager, image),
+            }
+            timings = interleaved(cases, 2 if quick else 5)
+            floor = _flops(compiled, tiles) / ceilings.gemm_flops
+            for name, timing in timings.items():
+                yield _row(f"{tiles} tiles, {name}", timing, floor, ours=name == "ours")
+
+
+def _row(name: str, timing: Timing, floor: float, *, ours: bool) -> Row:
+    share = floor / timing.median
+    return Row(
+        section="vision tower",
+        name=name,
+        measured=timing,
+        reference=constant(floor),
+        reference_name="all operations at the bf16 ceiling",
+        ratio=share,
+        target=f"share of the ceiling, at least {TARGET:g}" if ours else "for comparison",
+        met=share >= TARGET if ours else None,
+    )
+
+
+def _image(tiles: int) -> dict[str, Any]:
+    rows, columns = GRIDS[tiles]
+    return {
+        "pixel_values": torch.randn(1, tiles, 3, TOWER.tile, TOWER.tile),
+        "image_sizes": torch.tensor([[rows * TOWER.tile, columns * TOWER.tile]]),
+    }
+
+
+def _flops(model: SpyreModel, tiles: int) -> float:
+    """Of the products of matrices: projections, attention, patches and the projector."""
+    width, inner, _, _ = TOWER.vision
+    layers = len(model.fms_model.vision_tower.base_model.encoder.layers)
+    hidden = TOWER.text[0]
+    rows = tiles * PATCHES
+    layer = 2 * rows * (4 * width * width + 2 * width * inner) + 4 * rows * PATCHES * width
+    patches = 2 * rows * width * 3 * TOWER.patch**2
+    projector = 2 * rows * (len(TOWER.feature_layers) * width * hidden + hidden * hidden)
+    return float(layers * layer + patches + projector)

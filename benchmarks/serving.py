@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole requests: beside vLLM's CPU backend and Transformers, with and without embeddings."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Row, Timing, compare, constant
+from benchmarks.process import Driver
+
+ENGINE: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "max_model_len": 2048,
+    "max_num_seqs": 16,
+    "limit_mm_per_prompt": {"image": 1},
+}
+KV_BYTES = 1 << 28
+WORKLOAD = {"requests": 4, "max_tokens": 32}
+SECTION = "4 requests, a picture each"
+
+
+def serving_rows(checkpoint: Path, vllm_cpu: str | None, quick: bool) -> Iterator[Row]:
+    """The workload on every engine at hand, in turn."""
+    engine = {**ENGINE, "kv_cache_memory_bytes": KV_BYTES}
+    with contextlib.ExitStack() as stack:
+        drivers = {
+            "ours": stack.enter_context(Driver(checkpoint, **engine)),
+            "with embeddings": stack.enter_context(
+                Driver(checkpoint, **engine, enable_return_mm_embedding=True)
+            ),
+        }
+        if vllm_cpu is not None:
+            drivers["vLLM's CPU backend"] = stack.enter_context(
+                Driver(
+                    checkpoint,
+                    python=vllm_cpu,
+                    environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
+                    **ENGINE,
+                )
+            )
+        if not quick:
+            drivers["Transformers fp32, one by one"] = stack.enter_context(
+                Driver(checkpoint, kind="transformers")
+            )
+        timings = _rounds(drivers, rounds=3 if quick else 7)
+    ours = timings["ours"]
+    yield compare(
+        SECTION,
+        "end to end",
+        ours,
+        timings.get("vLLM's CPU backend"),
+        "vLLM's CPU backend" if vllm_cpu else "vLLM's CPU backend (absent: make bench-reference)",
+        at_least=1.3,
+    )
+    if not quick:
+        name = "Transformers fp32, one by one"
+        yield compare(SECTION, "end to end", ours, timings[name], name, at_least=1.3)
+    yield compare(
+        SECTION, "embeddings returned", timings["with embeddings"], ours, "off", at_most=1.02
+    )
+
+
+def _rounds(drivers: dict[str, Driver], rounds: int) -> dict[str, Timing]:
+    """New pictures in every round; the first is not counted. The slowest takes one round."""
+    seconds: dict[str, list[float]] = {name: [] for name in drivers}
+    for number in range(rounds + 1):
+        for name, driver in drivers.items():
+            if name.startswith("Transformers") and number > 1:
+                continue
+            answer = driver.ask("workload", **WORKLOAD, seed=100 * number)
+            if number:
+                seconds[name].append(answer["seconds"])
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def again_row(checkpoint: Path, quick: bool) -> Row:
+    """The same picture asked about again: features, pixels and prefix are cached."""
+    first, second = [], []
+    with Driver(checkpoint, **ENGINE, kv_cache_memory_bytes=KV_BYTES) as driver:
+        driver.ask("workload", requests=1, max_tokens=1, seed=1)
+        for number in range(3 if quick else 7):
+            for taken in (first, second):
+                answer = driver.ask("workload", requests=1, max_tokens=1, seed=1000 * (number + 1))
+                taken.append(answer["seconds"])
+    return compare(
+        "the same picture again",
+        "time to the first token",
+        constant(second),
+        constant(first),
+        "first time",
+        at_least=5,
+    )
