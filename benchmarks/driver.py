@@ -8,6 +8,7 @@ It answers each JSON line on its standard input with one on its standard output 
 the other. Nothing of this project is imported: the same file measures the references.
 """
 
+import importlib
 import json
 import os
 import random
@@ -19,6 +20,8 @@ from typing import Any
 
 PROMPT = "<|user|>\n<image>\nWhat is in the picture?\n<|assistant|>\n"
 SIDE = 448
+IMPORTS = {"vllm": ["vllm", "vllm.entrypoints.llm"], "transformers": ["transformers"]}
+"""What is imported before the clock starts, besides what the command line names."""
 
 
 def picture(seed: int) -> Any:
@@ -144,11 +147,8 @@ def main() -> None:
     """Start, say how long it took, and obey."""
     arguments = json.loads(sys.argv[1])
     started = time.perf_counter()
-    if arguments["kind"] == "vllm":
-        import vllm  # noqa: F401
-        from vllm import LLM  # noqa: F401
-    else:
-        import transformers  # noqa: F401
+    for name in IMPORTS[arguments["kind"]] + arguments.get("imports", []):
+        importlib.import_module(name)
     imported = time.perf_counter()
     target = {"vllm": Vllm, "transformers": Transformers}[arguments["kind"]](
         arguments["model"], arguments.get("engine", {})

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class Driver:
         kind: ``vllm`` or ``transformers``.
         python: the interpreter; its environment decides what is measured.
         environment: variables besides this process's own.
+        imports: modules to import before the clock starts, besides vLLM or Transformers.
         engine: arguments of ``LLM``.
 
     Raises:
@@ -36,9 +38,12 @@ class Driver:
         kind: str = "vllm",
         python: str = sys.executable,
         environment: dict[str, str] | None = None,
+        imports: Sequence[str] = (),
         **engine: Any,
     ) -> None:
-        arguments = json.dumps({"model": str(model), "kind": kind, "engine": engine})
+        arguments = json.dumps(
+            {"model": str(model), "kind": kind, "imports": [*imports], "engine": engine}
+        )
         variables = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", **(environment or {})}
         if python != sys.executable:
             variables.pop("PYTHONPATH", None)

@@ -9,6 +9,7 @@ The operation is opaque to the compiler, and the weight an input of its graph: o
 every layer.
 """
 
+import ctypes
 import functools
 from typing import cast
 
@@ -59,6 +60,14 @@ def pack_linears(module: nn.Module) -> None:
             parent.w1, parent.a = HostLinear(cast("nn.Linear", parent.w1), parent.a), nn.Identity()
         for name in [name for name, child in parent.named_children() if type(child) is nn.Linear]:
             setattr(parent, name, HostLinear(cast("nn.Linear", getattr(parent, name))))
+    _return_free_memory()
+
+
+def _return_free_memory() -> None:
+    """Give the operating system what the replaced weights left behind; glibc would keep it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @functools.cache
