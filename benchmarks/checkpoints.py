@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from vllm_spyre_mm.demo import checkpoint_path
@@ -81,9 +82,20 @@ def ensure_checkpoint(size: ModelSize, folder: Path) -> Path:
                 parameter.normal_(0, 0.02)
     model.tie_weights()
     model.save_pretrained(path)
+    _rename_tower(path / "model.safetensors")
     _write_processor(size, path)
     (path / COMPLETE).write_text(description)
     return path
+
+
+def _rename_tower(file: Path) -> None:
+    """Give the tower's tensors their names of Transformers 4, which vLLM's own model knows."""
+    tower = "vision_tower."
+    tensors = {
+        name.replace(tower, f"{tower}vision_model.", 1): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _config(size: ModelSize) -> LlavaNextConfig:
