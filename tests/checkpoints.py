@@ -5,14 +5,23 @@ The weights are scaled so that greedy answers vary from token to token and their
 above rounding; the tokenizer, the processor and the chat template are the demo checkpoint's.
 """
 
+import copy
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlavaNextConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from vllm_spyre_mm.demo import checkpoint_path
 
@@ -33,29 +42,43 @@ def llava_next_config(**changes: Any) -> LlavaNextConfig:
         "text_config.num_key_value_heads": 2,
         "tie_word_embeddings": False,
         "text_config.tie_word_embeddings": False,
-        **{name.replace("__", "."): value for name, value in changes.items()},
+        **changes,
     }
-    for name, value in values.items():
-        owner, _, attribute = name.rpartition(".")
+    return with_changes(config, values)
+
+
+def with_changes(config: Any, changes: Mapping[str, Any]) -> Any:
+    """A copy of a configuration; dotted names (or ``__``) reach into its parts."""
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        owner, _, attribute = name.replace("__", ".").rpartition(".")
         setattr(getattr(config, owner) if owner else config, attribute, value)
     return config
 
 
+def model_class(config: PretrainedConfig) -> type[Any]:
+    """Transformers' auto class for a configuration."""
+    if hasattr(config, "vision_config"):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def save_random_checkpoint(
     path: Path,
-    config: LlavaNextConfig,
+    config: PretrainedConfig,
     *,
     seed: int = 0,
     layout: Layout = "transformers5",
     dtype: torch.dtype = torch.float32,
+    processor: "Callable[[Path, PretrainedConfig], None] | None" = None,
 ) -> Path:
-    """Write a checkpoint with random weights.
+    """Write a checkpoint with random weights, with the demo's processor unless one is given.
 
     Every matrix keeps the scale of what it is multiplied with, so that no layer is drowned by the
     residual stream and the logits spread over several units.
     """
     torch.manual_seed(seed)
-    model = LlavaNextForConditionalGeneration(config).float()
+    model: PreTrainedModel = model_class(config).from_config(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
@@ -66,9 +89,12 @@ def save_random_checkpoint(
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0, 0.1)
-        model.lm_head.weight.normal_(0, 8.0 * config.text_config.hidden_size**-0.5)
+        model.lm_head.weight.normal_(0, 8.0 * config.get_text_config().hidden_size ** -0.5)
     model.to(dtype).save_pretrained(path)
-    copy_processor(path)
+    if processor is None:
+        copy_processor(path)
+    else:
+        processor(path, config)
     if layout != "transformers5":
         rename_tensors(path, layout)
     return path
@@ -84,8 +110,12 @@ def copy_processor(path: Path) -> None:
 def rename_tensors(path: Path, layout: Layout) -> None:
     """Give the tensors of a checkpoint the names that an older Transformers wrote."""
 
+    file = path / "model.safetensors"
+    stored = load_file(file)
+    is_pixtral = "vision_tower.patch_conv.weight" in stored
+
     def renamed(name: str) -> str:
-        if name.startswith("vision_tower."):
+        if name.startswith("vision_tower.") and not is_pixtral:
             name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
         if layout == "transformers4":
             return name
@@ -93,8 +123,7 @@ def rename_tensors(path: Path, layout: Layout) -> None:
             return name.removeprefix("language_model.")
         return "model." + name.replace("language_model.model.", "language_model.", 1)
 
-    file = path / "model.safetensors"
-    tensors = {renamed(name): tensor for name, tensor in load_file(file).items()}
+    tensors = {renamed(name): tensor for name, tensor in stored.items()}
     save_file(tensors, file, metadata={"format": "pt"})
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor
+
+from tests.checkpoints import model_class
 
 
 class Reference:
@@ -18,12 +20,28 @@ class Reference:
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32) -> None:
         self.processor = AutoProcessor.from_pretrained(checkpoint)
-        self.model = LlavaNextForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
+        auto_class = model_class(AutoConfig.from_pretrained(checkpoint))
+        self.model = auto_class.from_pretrained(checkpoint, dtype=dtype)
         self.model.eval()
+
+    @property
+    def logits_scaling(self) -> float:
+        """What the decoder divides its logits by and this model does not.
+
+        In Transformers 5 the head of a multimodal model is outside its decoder, and Granite's
+        ``logits_scaling`` is lost. FMS and vLLM's own Granite apply it; greedy tokens do not depend
+        on it.
+        """
+        text = self.model.config.get_text_config()
+        if text is self.model.config:
+            return 1.0
+        return getattr(text, "logits_scaling", 1.0)
 
     def inputs(self, prompt: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """What the processor makes of a prompt and its images."""
-        return self.processor(text=prompt, images=images or None, return_tensors="pt")
+        if not images:
+            return self.processor(text=prompt, return_tensors="pt")
+        return self.processor(text=prompt, images=images, return_tensors="pt")
 
     @torch.inference_mode()
     def generate(self, prompt: str, images: list[Image.Image], max_tokens: int) -> list[int]:
@@ -34,20 +52,13 @@ class Reference:
 
     @torch.inference_mode()
     def logits(self, prompt: str, images: list[Image.Image]) -> torch.Tensor:
-        """Logits of the first generated token, ``(vocab_size,)``.
-
-        In Transformers 5 the head of LLaVA-Next is outside the Granite decoder, and Granite's
-        ``logits_scaling`` is lost. FMS and vLLM's own Granite apply it; greedy tokens do not depend
-        on it. It is applied here.
-        """
+        """Logits of the first generated token, ``(vocab_size,)``; see :attr:`logits_scaling`."""
         logits = self.model(**self.inputs(prompt, images)).logits[0, -1].float()
-        return logits / self.model.config.text_config.logits_scaling
+        return logits / self.logits_scaling
 
     @torch.inference_mode()
     def features(self, prompt: str, images: list[Image.Image]) -> torch.Tensor:
-        """Packed features of all images in order, ``(num_features, hidden_size)``."""
+        """Features of all images in order, ``(num_features, hidden_size)``."""
         inputs = self.inputs(prompt, images)
-        features = self.model.get_image_features(
-            pixel_values=inputs["pixel_values"], image_sizes=inputs["image_sizes"]
-        )
-        return torch.cat(list(features.pooler_output))
+        given = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+        return torch.cat(list(self.model.get_image_features(**given).pooler_output))

@@ -163,9 +163,9 @@ def test_quantised_checkpoints_are_refused(demo_checkpoint: Path, tmp_path: Path
 def test_a_model_that_nothing_serves_is_refused_by_name(
     demo_checkpoint: Path, tmp_path: Path
 ) -> None:
-    checkpoint = shutil.copytree(demo_checkpoint, tmp_path / "clip")
-    edit_config(checkpoint, vision_config={"model_type": "clip_vision_model"})
-    with pytest.raises(ValueError, match=r"clip_vision_model.*Supported: GraniteVision"):
+    checkpoint = shutil.copytree(demo_checkpoint, tmp_path / "dinov2")
+    edit_config(checkpoint, vision_config={"model_type": "dinov2"})
+    with pytest.raises(ValueError, match=r"dinov2.*Supported: GraniteVision"):
         configure(checkpoint)
 
 

@@ -52,15 +52,17 @@ class Ask:
     Attributes:
         question: what the user says.
         images: pictures, in the order of their tags.
+        tag: stands for a picture in the prompt.
     """
 
     question: str
     images: tuple[Image.Image, ...] = ()
+    tag: str = "<image>"
 
     @property
     def text(self) -> str:
         """The prompt, with one tag for each picture."""
-        tags = "<image>\n" * len(self.images)
+        tags = f"{self.tag}\n" * len(self.images)
         return f"<|user|>\n{tags}{self.question}\n<|assistant|>\n"
 
     @property

@@ -174,7 +174,7 @@ def test_poisoned_padding_changes_nothing(
     def poisoned(token_ids: torch.Tensor) -> torch.Tensor:
         embeds = original(token_ids)
         is_padding = token_ids == 0
-        assert runner.model.config.image_token_index != 0
+        assert model.mapping.image_token_id != 0
         return torch.where(is_padding.unsqueeze(-1), torch.nan, embeds)
 
     llm.reset_prefix_cache()

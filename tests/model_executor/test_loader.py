@@ -189,7 +189,7 @@ def test_siglips_pooling_head_is_neither_loaded_nor_computed(tmp_path: Path):
     model = load(checkpoint)
     assert isinstance(model.vision_tower.head, torch.nn.Identity)
     assert not any("head" in name for name in model.vision_tower.state_dict())
-    (features,) = model.get_image_features(torch.randn(2, 3, 48, 48), [[48, 48]])
+    features = model.select_hidden_states(torch.randn(2, 3, 48, 48))
     assert features.isfinite().all()
 
 

@@ -84,7 +84,7 @@ def load_model(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -> FmsM
 
 
 def _build(overrides: LoadOverrides, dtype: torch.dtype, group: ProcessGroup | None) -> FmsModel:
-    """The model's structure, without storage and without what takes no part in the computation.
+    """The model's structure, without storage.
 
     FMS's ``get_model`` would initialise it at random first, which its SigLIP cannot
     (``reset_parameters`` calls itself without end).
@@ -96,7 +96,6 @@ def _build(overrides: LoadOverrides, dtype: torch.dtype, group: ProcessGroup | N
         model = overrides.model_class(
             copy.deepcopy(overrides.config), distributed_strategy=strategy
         )
-    overrides.prune(model)
     return model
 
 

@@ -57,7 +57,7 @@ def test_a_refusal_says_why_each_candidate_declines():
     with pytest.raises(UnsupportedModelError) as error:
         get_mm_mapping(config)
     why = str(error.value).partition("Supported:")[0]
-    assert "LlavaNext: projector_hidden_act is 'relu', and only 'gelu' is implemented" in why
+    assert "LlavaNext: projector_hidden_act 'relu' is not implemented" in why
     assert "GraniteVision: it takes a list of vision_feature_layers" in why
 
 

@@ -52,8 +52,6 @@ class LoadOverrides:
             None for a head of its own. A checkpoint may leave a tied head out.
         encoder_modules: names of the FMS model's modules and parameters that make up the vision
             encoder: they run on the host, in the encoder's dtype.
-        prune: removes the modules that take no part in the computation, from a model without
-            storage; they are then neither demanded from the checkpoint nor computed.
         encoder_blocks: the repeated blocks of the vision encoder, compiled once for all.
         decoder_blocks: the repeated blocks of the decoder.
     """
@@ -65,7 +63,6 @@ class LoadOverrides:
     is_unused: Callable[[str], bool]
     tied: tuple[str, str] | None
     encoder_modules: tuple[str, ...]
-    prune: Callable[[FmsModel], None]
     encoder_blocks: Callable[[FmsModel], nn.ModuleList]
     decoder_blocks: Callable[[FmsModel], nn.ModuleList]
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each architecture in an engine of its own: tokens and embeddings equal those of Transformers.
+
+Zero, one and three pictures, in one batch and alone, prompts in several chunks, a second time from
+the prefix cache.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import PretrainedConfig
+from vllm import LLM, RequestOutput
+
+from tests import architectures
+from tests.e2e.asks import parity_asks
+from tests.e2e.engines import Ask, engine, greedy, relative_error
+from tests.reference import Reference
+
+MAX_TOKENS = 12
+BOUND = 1e-4
+
+ARCHITECTURES: dict[str, PretrainedConfig] = {
+    "LLaVA-Next, CLIP, Mistral": architectures.llava_next(architectures.mistral()),
+    "LLaVA-Next, CLIP, Llama": architectures.llava_next(architectures.llama()),
+}
+
+
+class Served:
+    """An architecture in an engine, with its reference.
+
+    Args:
+        path: where the checkpoint is written.
+        config: of the model.
+    """
+
+    def __init__(self, path: Path, config: PretrainedConfig) -> None:
+        self.checkpoint = architectures.save_checkpoint(path, config)
+        self.reference = Reference(self.checkpoint)
+        tag = getattr(self.reference.processor, "image_token", None)
+        asks = parity_asks(18, seed=3)
+        self.asks = [replace(ask, tag=tag) if tag else ask for ask in asks if tag or not ask.images]
+        self.expected = [
+            self.reference.generate(ask.text, list(ask.images), MAX_TOKENS) for ask in self.asks
+        ]
+        self.llm: LLM
+
+    def ask(self, asks: list[Ask]) -> list[RequestOutput]:
+        return self.llm.generate([ask.prompt for ask in asks], greedy(MAX_TOKENS), use_tqdm=False)
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    served = Served(tmp_path_factory.mktemp("architecture"), ARCHITECTURES[request.param])
+    with engine(served.checkpoint, max_num_batched_tokens=128) as llm:
+        served.llm = llm
+        yield served
+
+
+def test_answers_vary_and_equal_those_of_transformers(served: Served) -> None:
+    assert len({tuple(tokens) for tokens in served.expected}) > len(served.expected) // 2
+    assert sum(len(set(tokens)) > MAX_TOKENS // 2 for tokens in served.expected) >= 4
+    outputs = served.ask(served.asks)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == served.expected
+
+
+def test_alone_and_from_the_prefix_cache(served: Served) -> None:
+    for ask, expected in list(zip(served.asks, served.expected, strict=True))[:6]:
+        (output,) = served.ask([ask])
+        assert list(output.outputs[0].token_ids) == expected
+
+
+def test_embeddings_equal_those_of_transformers(served: Served) -> None:
+    for ask, output in zip(served.asks, served.ask(served.asks), strict=True):
+        embedding = output.outputs[0].mm_embedding
+        if ask.images:
+            expected = served.reference.features(ask.text, list(ask.images))
+            assert relative_error(embedding, expected) < BOUND
+        else:
+            assert embedding is None

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoders: what FMS builds for a Transformers configuration, and what it would not honour.
+
+FMS reads part of a configuration and assumes the rest. Each :class:`Decoder` says what it assumes,
+so that another model is refused by name instead of being computed without an error.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fms.models import granite, llama, ministral3, mistral, qwen3
+from fms.models.hf.config_utils import param_builders
+from fms.utils.config import ModelConfig
+from torch import nn
+
+from vllm_spyre_mm.model_executor.models.yarn import Ministral3Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """One of FMS's decoders.
+
+    Attributes:
+        model_class: the FMS model with its head; made from a configuration and a distributed
+            strategy.
+        config_class: FMS's configuration.
+        params: FMS's reader of the Transformers configuration.
+        adapter: FMS's architecture whose adapter reads the checkpoint.
+        prefix: what that adapter expects before a decoder's names. An adapter of a multimodal
+            architecture takes the configuration of the whole model.
+        rope_types: the scalings of the rotary embedding that it computes.
+        biases: the switches for biases that it honours.
+        has_head_dim: whether a head may be another width than ``hidden_size`` / heads.
+        pads_heads: whether its adapter widens the heads to what the card wants.
+        fuses: whether it may have fused projections.
+    """
+
+    model_class: Callable[..., nn.Module]
+    config_class: Callable[..., ModelConfig]
+    params: Callable[[Any], dict[str, Any]]
+    adapter: str
+    prefix: str = ""
+    rope_types: tuple[str, ...] = ("default",)
+    biases: tuple[str, ...] = ()
+    has_head_dim: bool = True
+    pads_heads: bool = False
+    fuses: bool = True
+
+    def config(self, text: Any, head_dim: int | None = None) -> ModelConfig:
+        """FMS's configuration for a Transformers configuration of the decoder.
+
+        Args:
+            text: the Transformers configuration; :func:`decoder_mismatch` has accepted it.
+            head_dim: width that the heads are padded to, or None for their own.
+        """
+        params = self.params(text)
+        params["multiple_of"] = 1  # some of FMS's defaults round the feed-forward width up
+        if not self.fuses:
+            params["fused_weights"] = False
+        if head_dim is not None:
+            params["head_dim"] = head_dim
+        return self.config_class(**params)
+
+
+def _llama_params(text: Any) -> dict[str, Any]:
+    """FMS's parameters, with the scaling that FMS looks for where Transformers 5 has none."""
+    params = param_builders.build_llama_params(text)
+    if rope_type(text) == "llama3":
+        params["rope_scaling"] = dict(text.rope_parameters)
+    return params
+
+
+def _qwen3_params(text: Any) -> dict[str, Any]:
+    """FMS's parameters under the names of its own configuration, which lacks some of them."""
+    params = param_builders.build_qwen3_embeddings_params(text)
+    params["rope_theta"] = params.pop("rope_base")
+    fields = {field.name for field in dataclasses.fields(qwen3.Qwen3Config)}
+    return {name: value for name, value in params.items() if name in fields}
+
+
+DECODERS: Mapping[str, Decoder] = {
+    "granite": Decoder(
+        granite.Granite,
+        granite.GraniteConfig,
+        param_builders.build_granite_params,
+        # The adapter of "granite" alone takes every head for hidden_size / heads wide.
+        adapter="llava_next",
+        prefix="language_model.",
+        biases=("mlp_bias",),
+        pads_heads=True,
+    ),
+    "llama": Decoder(
+        llama.LLaMA,
+        llama.LLaMAConfig,
+        _llama_params,
+        adapter="llama",
+        rope_types=("default", "llama3"),
+        biases=("attention_bias", "mlp_bias"),
+        has_head_dim=False,
+    ),
+    "mistral": Decoder(
+        mistral.Mistral,
+        mistral.MistralConfig,
+        param_builders.build_mistral_params,
+        adapter="mistral",
+    ),
+    "ministral3": Decoder(
+        Ministral3Decoder,
+        ministral3.Ministral3TextConfig,
+        param_builders.build_ministral3_text_params,
+        adapter="ministral3",
+        prefix="language_model.",
+        rope_types=("yarn",),
+    ),
+    "qwen3": Decoder(
+        qwen3.Qwen3,
+        qwen3.Qwen3Config,
+        _qwen3_params,
+        adapter="qwen3",
+        fuses=False,
+    ),
+}
+"""By the ``model_type`` of Transformers."""
+
+
+def head_dim_of(text: Any) -> int:
+    """Width of a head in a Transformers configuration."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def rope_type(text: Any) -> str:
+    """The scaling of the rotary embedding, by Transformers' name."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def decoder_mismatch(text: Any, name: str = "text_config.") -> str | None:
+    """First property of a decoder's configuration that FMS would not honour, or None.
+
+    Args:
+        text: the Transformers configuration of one of :data:`DECODERS`.
+        name: put before each property, for the reason.
+    """
+    decoder = DECODERS[text.model_type]
+    return (
+        width_mismatch(text, name)
+        or _attention_mismatch(decoder, text, name)
+        or _rope_mismatch(decoder, text, name)
+        or _layer_mismatch(decoder, text, name)
+    )
+
+
+def width_mismatch(part: Any, name: str) -> str | None:
+    """FMS computes the width of feed-forward layers from a ratio, in floating point."""
+    built = int(part.hidden_size * (part.intermediate_size / part.hidden_size))
+    if built != part.intermediate_size:
+        return f"{name}intermediate_size {part.intermediate_size} would be built as {built}"
+    return None
+
+
+def _attention_mismatch(decoder: Decoder, text: Any, name: str) -> str | None:
+    heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+    if heads % kv_heads:
+        return f"{name}num_attention_heads {heads} is no multiple of its {kv_heads} KV heads"
+    if not decoder.has_head_dim and head_dim_of(text) * heads != text.hidden_size:
+        return f"{name}head_dim {head_dim_of(text)} is not hidden_size / num_attention_heads"
+    window = getattr(text, "sliding_window", None)
+    if window is not None and window < text.max_position_embeddings:
+        return f"{name}sliding_window {window} is not implemented: attention is to all tokens"
+    layer_types = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if layer_types and window is None:
+        return f"{name}layer_types has {sorted(layer_types)[0]!r}, which is not implemented"
+    return None
+
+
+def _rope_mismatch(decoder: Decoder, text: Any, name: str) -> str | None:
+    if rope_type(text) not in decoder.rope_types:
+        return f"{name}rope_type {rope_type(text)!r} is not implemented"
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return f"{name}partial_rotary_factor {rope['partial_rotary_factor']} is not implemented"
+    return None
+
+
+def _layer_mismatch(decoder: Decoder, text: Any, name: str) -> str | None:
+    if text.hidden_act not in ("silu", "swish"):
+        return f"{name}hidden_act {text.hidden_act!r} is not implemented"
+    for bias in ("attention_bias", "mlp_bias"):
+        if getattr(text, bias, False) and bias not in decoder.biases:
+            return f"{name}{bias} is not implemented"
+    return None

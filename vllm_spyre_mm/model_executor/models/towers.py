@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision towers: what is built for a Transformers configuration, and what is not honoured."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fms.models.pixtral_vision import PixtralVisionConfig, PixtralVisionModel
+from fms.models.siglip_vision import SiglipVision, SiglipVisionConfig
+from fms.utils.config import ModelConfig
+from torch import nn
+
+from vllm_spyre_mm.model_executor.models import clip_vision
+from vllm_spyre_mm.model_executor.models.clip_vision import CLIPVision, CLIPVisionConfig
+from vllm_spyre_mm.model_executor.models.decoders import width_mismatch
+
+
+def _siglip(config: SiglipVisionConfig) -> nn.Module:
+    """FMS's SigLIP without the pooling head and the final norm, whose outputs nobody reads."""
+    tower: Any = SiglipVision(config)
+    tower.head = nn.Identity()
+    tower.base_model.post_layernorm = nn.Identity()
+    return tower
+
+
+def _siglip_states(tower: Any, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
+    return tower(pixel_values, output_hidden_states=True)[2]
+
+
+def _clip_states(tower: Any, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
+    return tower(pixel_values)
+
+
+def _pixtral_states(tower: Any, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Of one picture: FMS lets the patches of several attend to each other."""
+    assert len(pixel_values) == 1, "one picture at a time"
+    sizes = [tuple(pixel_values.shape[-2:])]
+    # By default FMS's attention is causal.
+    return tower(pixel_values, sizes, output_hidden_states=True, attn_name="sdpa_bidirectional")[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """A vision tower.
+
+    Attributes:
+        build: makes the module from its configuration.
+        hidden_states: the embeddings and the output of each layer, ``(tiles, positions,
+            hidden_size)``, of pixels ``(tiles, 3, height, width)``.
+        config_class: its configuration, in FMS's style.
+        adapter: FMS's architecture whose adapter reads the checkpoint.
+        prefix: what that adapter expects before a tower's names.
+        inner: what Transformers 4 writes between ``vision_tower.`` and a name of the tower.
+        blocks: the repeated blocks of a tower, and what their names begin with in a checkpoint.
+        unused: beginnings of the names, below ``inner``, of what has no part in hidden states.
+        class_token: whether the first position stands for the whole tile and not for a patch.
+        activations: the activations that it computes.
+    """
+
+    build: Callable[[Any], nn.Module]
+    hidden_states: Callable[[nn.Module, torch.Tensor], Sequence[torch.Tensor]]
+    config_class: Callable[..., ModelConfig]
+    adapter: str
+    prefix: str
+    inner: str
+    blocks: tuple[Callable[[Any], nn.ModuleList], str]
+    unused: tuple[str, ...]
+    class_token: bool
+    activations: tuple[str, ...]
+
+    def config(self, vision: Any, num_layers: int) -> ModelConfig:
+        """The configuration of the tower's first layers.
+
+        Args:
+            vision: the Transformers configuration; :func:`tower_mismatch` has accepted it.
+            num_layers: how many layers are built: those that somebody reads.
+        """
+        fields = {
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "nlayers": num_layers,
+            "nheads": vision.num_attention_heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_act": vision.hidden_act,
+        }
+        if self.config_class is PixtralVisionConfig:
+            fields["rope_theta"] = vision.rope_parameters["rope_theta"]
+        else:
+            fields["layer_norm_eps"] = vision.layer_norm_eps
+        return self.config_class(**fields)
+
+
+TOWERS: Mapping[str, Tower] = {
+    "siglip_vision_model": Tower(
+        _siglip,
+        _siglip_states,
+        SiglipVisionConfig,
+        adapter="siglip_vision",
+        prefix="",
+        inner="vision_model.",
+        blocks=(lambda tower: tower.base_model.encoder.layers, "encoder.layers."),
+        unused=("head.", "post_layernorm.", "embeddings.position_ids"),
+        class_token=False,
+        activations=("gelu", "gelu_pytorch_tanh"),
+    ),
+    "clip_vision_model": Tower(
+        CLIPVision,
+        _clip_states,
+        CLIPVisionConfig,
+        adapter=clip_vision.ARCHITECTURE,
+        prefix="",
+        inner="vision_model.",
+        blocks=(lambda tower: tower.encoder.layers, "encoder.layers."),
+        unused=("post_layernorm.", "embeddings.position_ids"),
+        class_token=True,
+        activations=("quick_gelu", "gelu"),
+    ),
+    "pixtral": Tower(
+        PixtralVisionModel,
+        _pixtral_states,
+        PixtralVisionConfig,
+        adapter="mistral3",
+        prefix="vision_tower.",
+        inner="",
+        blocks=(lambda tower: tower.transformer.layers, "transformer.layers."),
+        unused=(),
+        class_token=False,
+        activations=("gelu", "silu"),
+    ),
+}
+"""By the ``model_type`` of Transformers."""
+
+
+def tower_mismatch(vision: Any, layers: list[int]) -> str | None:
+    """First property of a tower's configuration that would not be honoured, or None.
+
+    Args:
+        vision: the Transformers configuration of one of :data:`TOWERS`.
+        layers: the hidden states that are looked at, as the model's configuration counts them.
+    """
+    if vision.hidden_act not in TOWERS[vision.model_type].activations:
+        return f"vision_config.hidden_act {vision.hidden_act!r} is not implemented"
+    for side in ("image_size", "patch_size"):
+        if not isinstance(getattr(vision, side), int):
+            return f"vision_config.{side} {getattr(vision, side)} is not one number"
+    if vision.num_channels != 3:
+        return f"vision_config.num_channels {vision.num_channels} is not implemented, only 3"
+    if vision.hidden_size % vision.num_attention_heads:
+        return "vision_config.hidden_size is no multiple of its num_attention_heads"
+    num_states = vision.num_hidden_layers + 1
+    for layer in layers:
+        if not -num_states <= layer < num_states:
+            return f"vision_feature_layer {layer} is outside the tower's {num_states} hidden states"
+    return width_mismatch(vision, "vision_config.")

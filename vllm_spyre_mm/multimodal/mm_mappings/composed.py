@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the mappings share whose model is a composition of a decoder and perhaps a vision tower."""
+
+import dataclasses
+import re
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from vllm_spyre_mm.model_executor.models.composition import (
+    ARCHITECTURE,
+    DECODER,
+    NEWLINE,
+    PROJECTOR,
+    TOWER,
+    Composition,
+    CompositionConfig,
+)
+from vllm_spyre_mm.model_executor.models.decoders import DECODERS, decoder_mismatch, head_dim_of
+from vllm_spyre_mm.model_executor.models.towers import TOWERS, tower_mismatch
+from vllm_spyre_mm.multimodal.mm_mappings.base import (
+    FmsModel,
+    KVCacheOptions,
+    LoadOverrides,
+    MMUtils,
+    UnsupportedModelError,
+)
+
+CARD_HEAD_DIM = 128
+"""Width of a head that the card's compiler expects."""
+
+TILE_TOWERS = ("siglip_vision_model", "clip_vision_model")
+"""Towers that encode squares of one size."""
+
+TIED = (f"{DECODER}.lm_head.weight", f"{DECODER}.model.embed_tokens.weight")
+"""The head and the embedding, in the one layout of :meth:`Composed.rename`."""
+
+
+class Composed(MMUtils):
+    """A model that :class:`Composition` builds; a text model if it is nothing more than this."""
+
+    model_class: ClassVar[type[Composition]] = Composition
+
+    @property
+    def text_config(self) -> Any:
+        return self.hf_config.text_config
+
+    def kv_cache_options(self, for_card: bool = False) -> KVCacheOptions:
+        text = self.text_config
+        own = head_dim_of(text)
+        return KVCacheOptions(
+            num_layers=text.num_hidden_layers,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=self._card_head_dim(own) if for_card else own,
+        )
+
+    def load_overrides(self, for_card: bool = False) -> LoadOverrides:
+        return LoadOverrides(
+            architecture=ARCHITECTURE,
+            model_class=self.model_class,
+            config=self.composition(for_card),
+            rename=self.rename,
+            is_unused=self.is_unused,
+            tied=TIED if self.text_config.tie_word_embeddings else None,
+            encoder_modules=(),
+            encoder_blocks=lambda _: nn.ModuleList(),
+            decoder_blocks=lambda model: model.language_model.base_model.layers,
+        )
+
+    def composition(self, for_card: bool) -> CompositionConfig:
+        """What is composed; see :meth:`load_overrides` for ``for_card``."""
+        decoder, text = DECODERS[self.text_config.model_type], self.text_config
+        own = head_dim_of(text)
+        padded = self._card_head_dim(own) if for_card else own
+        return CompositionConfig(
+            decoder=decoder,
+            text_config=decoder.config(text, padded if padded != own else None),
+            fused_weights=not for_card,
+        )
+
+    def _card_head_dim(self, own: int) -> int:
+        """Width of a head on the card.
+
+        Raises:
+            UnsupportedModelError: the heads cannot be padded to it.
+        """
+        pads = DECODERS[self.text_config.model_type].pads_heads
+        if own != CARD_HEAD_DIM and (not pads or CARD_HEAD_DIM % own):
+            raise UnsupportedModelError(
+                f"heads of {own} cannot be padded to the {CARD_HEAD_DIM} that the card wants"
+            )
+        return CARD_HEAD_DIM
+
+    def rename(self, name: str) -> str:
+        """A tensor's name as Transformers 4 wrote it, with the decoder below ``language_model.``.
+
+        A text model is stored as its decoder alone.
+        """
+        return f"{DECODER}.{name}"
+
+    def is_unused(self, name: str) -> bool:
+        """Whether a tensor has no part in the computation: tables that old versions stored."""
+        return name.endswith(".rotary_emb.inv_freq")
+
+    def embed_tokens(self, model: FmsModel, token_ids: torch.Tensor) -> torch.Tensor:
+        return model.embed(token_ids)
+
+
+class VisionComposed(Composed):
+    """A composition with a vision tower."""
+
+    @property
+    def image_token_id(self) -> int:
+        return self.hf_config.image_token_index
+
+    @property
+    def feature_layers(self) -> list[int]:
+        """Indices of the hidden states that make the features; 0 is the embeddings'."""
+        num_states = self.hf_config.vision_config.num_hidden_layers + 1
+        return [range(num_states)[i] for i in feature_layers_of(self.hf_config)]
+
+    @abstractmethod
+    def projector(self, config: Any) -> nn.Module:
+        """The FMS module that makes features of hidden states."""
+
+    def composition(self, for_card: bool) -> CompositionConfig:
+        hf_config = self.hf_config
+        tower = TOWERS[hf_config.vision_config.model_type]
+        # Layers above the last that is looked at are not built. Counting from the front keeps
+        # the indices right in the shorter tower.
+        layers = self.feature_layers
+        config = super().composition(for_card)
+        config.tower = tower
+        config.vision_config = tower.config(hf_config.vision_config, max(layers))
+        config.projector = self.projector
+        config.vision_feature_layer = layers if len(layers) > 1 else layers[0]
+        config.projector_hidden_act = hf_config.projector_hidden_act
+        config.multimodal_projector_bias = hf_config.multimodal_projector_bias
+        return config
+
+    def load_overrides(self, for_card: bool = False) -> LoadOverrides:
+        tower = TOWERS[self.hf_config.vision_config.model_type]
+        return dataclasses.replace(
+            super().load_overrides(for_card),
+            encoder_modules=(TOWER, PROJECTOR, NEWLINE),
+            encoder_blocks=lambda model: tower.blocks[0](model.vision_tower),
+        )
+
+    def rename(self, name: str) -> str:
+        # Transformers 4.52 put everything but the head below "model."; Transformers 5 dropped
+        # "vision_model." inside the tower.
+        inner = TOWERS[self.hf_config.vision_config.model_type].inner
+        name = name.removeprefix("model.")
+        name = re.sub(r"^lm_head\.", f"{DECODER}.lm_head.", name)
+        name = re.sub(rf"^{TOWER}\.(?!{re.escape(inner)})", f"{TOWER}.{inner}", name)
+        return re.sub(rf"^{DECODER}\.(?!model\.|lm_head\.)", f"{DECODER}.model.", name)
+
+    def is_unused(self, name: str) -> bool:
+        """Besides: what only the tower's pooled output needs, and layers that nobody looks at."""
+        tower = TOWERS[self.hf_config.vision_config.model_type]
+        beginning = f"{TOWER}.{tower.inner}"
+        if name.startswith(tuple(f"{beginning}{unused}" for unused in tower.unused)):
+            return True
+        layer = re.match(rf"{re.escape(beginning + tower.blocks[1])}(\d+)\.", name)
+        if layer is not None:
+            return int(layer[1]) >= max(self.feature_layers)
+        return super().is_unused(name)
+
+
+def feature_layers_of(config: Any) -> list[int]:
+    """The hidden states that make the features, as a configuration counts them."""
+    layers = config.vision_feature_layer
+    return [layers] if isinstance(layers, int) else list(layers)
+
+
+def first_mismatch(
+    config: Any, towers: tuple[str, ...], decoders: tuple[str, ...] = tuple(DECODERS)
+) -> str | None:
+    """First property of a tower, its projector or a decoder that would not be honoured, or None.
+
+    Args:
+        config: the Transformers configuration of the whole model.
+        towers: ``model_type`` of the towers that are possible.
+        decoders: ``model_type`` of the decoders that are possible.
+    """
+    for name, possible in (("vision_config", towers), ("text_config", decoders)):
+        model_type = getattr(config, name).model_type
+        if model_type not in possible:
+            implemented = ", ".join(possible)
+            return f"{name}.model_type {model_type!r} is not implemented, only {implemented}"
+    if config.projector_hidden_act != "gelu":
+        return f"projector_hidden_act {config.projector_hidden_act!r} is not implemented"
+    if not feature_layers_of(config):
+        return "vision_feature_layer is empty"
+    return tower_mismatch(config.vision_config, feature_layers_of(config)) or decoder_mismatch(
+        config.text_config
+    )
+
+
+def select_mismatch(config: Any) -> str | None:
+    """Why ``vision_feature_select_strategy`` would not be honoured, or None.
+
+    ``default`` leaves the first position out, which is a class token or, in a tower without one,
+    a patch.
+    """
+    strategy = config.vision_feature_select_strategy
+    if strategy not in ("default", "full"):
+        return f"vision_feature_select_strategy {strategy!r} is not implemented"
+    class_token = TOWERS[config.vision_config.model_type].class_token
+    if strategy == "default" and not class_token:
+        return "vision_feature_select_strategy is 'default', but the tower has no class token"
+    return None
