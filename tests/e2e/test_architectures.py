@@ -24,6 +24,7 @@ BOUND = 1e-4
 ARCHITECTURES: dict[str, PretrainedConfig] = {
     "LLaVA-Next, CLIP, Mistral": architectures.llava_next(architectures.mistral()),
     "LLaVA-Next, CLIP, Llama": architectures.llava_next(architectures.llama()),
+    "LLaVA 1.5, CLIP, Llama": architectures.llava(architectures.llama()),
 }
 
 

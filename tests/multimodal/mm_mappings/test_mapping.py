@@ -4,7 +4,7 @@
 from typing import Any
 
 import pytest
-from transformers import GraniteConfig, LlavaConfig, PretrainedConfig, Qwen2VLConfig
+from transformers import PretrainedConfig, Qwen2Config, Qwen2VLConfig, Qwen3VLConfig
 
 from tests.checkpoints import llava_next_config
 from vllm_spyre_mm.multimodal.mm_mappings import (
@@ -27,9 +27,9 @@ class NoConfig:
 @pytest.mark.parametrize(
     ("config", "model_type"),
     [
-        (GraniteConfig(), "granite"),
+        (Qwen2Config(), "qwen2"),
         (Qwen2VLConfig(), "qwen2_vl"),
-        (LlavaConfig(), "llava"),
+        (Qwen3VLConfig(), "qwen3_vl"),
         (HomeMadeConfig(), "home_made"),
         (NoConfig(), "tests.NoConfig"),
     ],

@@ -13,6 +13,7 @@ from vllm_spyre_mm.multimodal.mm_mappings.base import (
     UnsupportedModelError,
 )
 from vllm_spyre_mm.multimodal.mm_mappings.granite_vision import GraniteVision
+from vllm_spyre_mm.multimodal.mm_mappings.llava import Llava
 from vllm_spyre_mm.multimodal.mm_mappings.llava_next import LlavaNext
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
 MAPPINGS: tuple[type[MMUtils], ...] = (
     GraniteVision,
     LlavaNext,
+    Llava,
 )
 
 MM_CFG_MAPPING: dict[str, tuple[type[MMUtils], ...]] = {
