@@ -44,6 +44,8 @@ GRID = [[SIDE * rows, SIDE * columns] for rows in (1, 2, 3) for columns in (1, 2
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 PIXTRAL_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+PIXTRAL_TOKEN_ID = 420
+"""Of the first of them: they are added to the demo checkpoint's 420 tokens."""
 
 DECODER = {
     "vocab_size": 520,
@@ -147,7 +149,7 @@ def mistral3(text: PretrainedConfig, **changes: Any) -> Mistral3Config:
     config = Mistral3Config(
         vision_config=pixtral().to_dict(),
         text_config=text.to_dict(),
-        image_token_index=512,
+        image_token_index=PIXTRAL_TOKEN_ID,
         spatial_merge_size=2,
         tie_word_embeddings=text.tie_word_embeddings,
     )
@@ -166,7 +168,7 @@ def save_processor(path: Path, config: PretrainedConfig) -> None:
     """Write what makes a model's inputs."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
     if config.model_type == "mistral3":
-        tokenizer.add_special_tokens({"additional_special_tokens": list(PIXTRAL_TOKENS)})
+        tokenizer.add_tokens(list(PIXTRAL_TOKENS), special_tokens=True)
         merge = config.spatial_merge_size
         patch = config.vision_config.patch_size
         PixtralProcessor(

@@ -188,6 +188,10 @@ def _take_over_execution(vllm_config: "VllmConfig") -> None:
     parallel.disable_custom_all_reduce = True
     vllm_config.compilation_config.mode = CompilationMode.NONE
     vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal is not None:
+        # For some models vLLM leaves the pixels' normalisation to its own model class.
+        multimodal.mm_device_do_normalize = False
 
 
 def _size_caches(vllm_config: "VllmConfig", settings: SpyreSettings) -> None:

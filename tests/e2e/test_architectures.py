@@ -25,6 +25,8 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "LLaVA-Next, CLIP, Mistral": architectures.llava_next(architectures.mistral()),
     "LLaVA-Next, CLIP, Llama": architectures.llava_next(architectures.llama()),
     "LLaVA 1.5, CLIP, Llama": architectures.llava(architectures.llama()),
+    "Mistral 3, Mistral": architectures.mistral3(architectures.mistral()),
+    "Mistral 3, Ministral 3": architectures.mistral3(architectures.ministral3()),
 }
 
 

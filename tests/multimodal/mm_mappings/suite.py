@@ -174,10 +174,12 @@ class MappingSuite:
     def test_features_of_a_picture_are_those_of_transformers(
         self, mapping: MMUtils, model: Any, reference: Reference, size: tuple[int, int]
     ):
-        images = [picture(*size)]
-        (features,) = self.features(mapping, model, reference, images)
-        assert features.dtype == torch.float32
-        assert_close(features, reference.features(self.prompt(reference, 1), images), 1e-4)
+        """Beside another picture: Transformers fails where a picture alone is one feature."""
+        images = [picture(*size), picture(50, 40)]
+        features = self.features(mapping, model, reference, images)
+        assert all(each.dtype == torch.float32 for each in features)
+        expected = reference.features(self.prompt(reference, 2), images)
+        assert_close(torch.cat(features), expected, 1e-4)
 
     def test_there_is_one_feature_for_every_image_token(
         self, mapping: MMUtils, model: Any, reference: Reference
@@ -211,7 +213,7 @@ class MappingSuite:
         expected = reference.features(prompt, images)
         theirs = Reference(checkpoint, torch.bfloat16).features(prompt, images)
         off = (theirs.float() - expected).abs().max() / expected.abs().max()
-        assert off < 4e-2
+        assert off < 6e-2
         assert_close(torch.cat(features), expected, max(1e-2, 1.5 * off))
 
     def test_features_are_cast_to_the_decoders_dtype_when_they_are_merged(self, mapping: MMUtils):

@@ -14,6 +14,8 @@ from fms.utils import serialization
 from fms.utils.activation import str_to_activation
 from torch import nn
 
+from vllm_spyre_mm.model_executor.models.bidirectional import BIDIRECTIONAL
+
 ARCHITECTURE = "clip_vision"
 """FMS's name of the architecture, by which its adapter is found."""
 
@@ -99,7 +101,9 @@ class CLIPVision(nn.Module):
             token comes first.
         """
         embeddings = self.pre_layrnorm(self.embeddings(pixel_values))
-        _, hidden_states = self.encoder(embeddings, output_hidden_states=True)
+        _, hidden_states = self.encoder(
+            embeddings, output_hidden_states=True, attn_name=BIDIRECTIONAL
+        )
         return hidden_states
 
 

@@ -12,6 +12,7 @@ from fms.utils.config import ModelConfig
 from torch import nn
 
 from vllm_spyre_mm.model_executor.models import clip_vision
+from vllm_spyre_mm.model_executor.models.bidirectional import BIDIRECTIONAL
 from vllm_spyre_mm.model_executor.models.clip_vision import CLIPVision, CLIPVisionConfig
 from vllm_spyre_mm.model_executor.models.decoders import width_mismatch
 
@@ -25,7 +26,7 @@ def _siglip(config: SiglipVisionConfig) -> nn.Module:
 
 
 def _siglip_states(tower: Any, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
-    return tower(pixel_values, output_hidden_states=True)[2]
+    return tower(pixel_values, output_hidden_states=True, attn_name=BIDIRECTIONAL)[2]
 
 
 def _clip_states(tower: Any, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -36,8 +37,7 @@ def _pixtral_states(tower: Any, pixel_values: torch.Tensor) -> Sequence[torch.Te
     """Of one picture: FMS lets the patches of several attend to each other."""
     assert len(pixel_values) == 1, "one picture at a time"
     sizes = [tuple(pixel_values.shape[-2:])]
-    # By default FMS's attention is causal.
-    return tower(pixel_values, sizes, output_hidden_states=True, attn_name="sdpa_bidirectional")[1]
+    return tower(pixel_values, sizes, output_hidden_states=True, attn_name=BIDIRECTIONAL)[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from vllm_spyre_mm.multimodal.mm_mappings.base import (
 from vllm_spyre_mm.multimodal.mm_mappings.granite_vision import GraniteVision
 from vllm_spyre_mm.multimodal.mm_mappings.llava import Llava
 from vllm_spyre_mm.multimodal.mm_mappings.llava_next import LlavaNext
+from vllm_spyre_mm.multimodal.mm_mappings.mistral3 import Mistral3
 
 __all__ = [
     "MAPPINGS",
@@ -30,6 +31,7 @@ MAPPINGS: tuple[type[MMUtils], ...] = (
     GraniteVision,
     LlavaNext,
     Llava,
+    Mistral3,
 )
 
 MM_CFG_MAPPING: dict[str, tuple[type[MMUtils], ...]] = {
