@@ -2,10 +2,11 @@
 """The reference: Transformers on the same checkpoint, one request at a time."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from tests.checkpoints import model_class
 
@@ -19,9 +20,11 @@ class Reference:
     """
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.processor = AutoProcessor.from_pretrained(checkpoint)
-        auto_class = model_class(AutoConfig.from_pretrained(checkpoint))
-        self.model = auto_class.from_pretrained(checkpoint, dtype=dtype)
+        config = AutoConfig.from_pretrained(checkpoint)
+        takes_pictures = hasattr(config, "vision_config")
+        auto_processor = AutoProcessor if takes_pictures else AutoTokenizer
+        self.processor: Any = auto_processor.from_pretrained(checkpoint)
+        self.model = model_class(config).from_pretrained(checkpoint, dtype=dtype)
         self.model.eval()
 
     @property

@@ -2,6 +2,7 @@
 """What an engine's configuration becomes, and what is refused before anything starts."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from tests import architectures
 from tests.checkpoints import edit_config
 from vllm_spyre_mm.config import SpyreSettings
 
@@ -169,12 +171,22 @@ def test_a_model_that_nothing_serves_is_refused_by_name(
         configure(checkpoint)
 
 
-def test_a_text_model_is_refused_by_name(demo_checkpoint: Path, tmp_path: Path) -> None:
-    import json
-
+def test_a_text_model_needs_no_multimodal_configuration(
+    demo_checkpoint: Path, tmp_path: Path
+) -> None:
     checkpoint = shutil.copytree(demo_checkpoint, tmp_path / "text")
     config = json.loads((checkpoint / "config.json").read_text())["text_config"]
     config["architectures"] = ["GraniteForCausalLM"]
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="'granite' is not supported on Spyre"):
-        configure(checkpoint)
+    vllm_config = configure(checkpoint)
+    assert vllm_config.model_config.multimodal_config is None
+    assert SpyreSettings.from_vllm_config(vllm_config).resolved
+
+
+def test_pixels_are_normalised_by_the_processor(tmp_path: Path) -> None:
+    """For Mistral 3 vLLM leaves it to its model class, which does not run here."""
+    config = architectures.mistral3(architectures.mistral())
+    checkpoint = architectures.save_checkpoint(tmp_path, config)
+    multimodal = configure(checkpoint).model_config.multimodal_config
+    assert multimodal is not None
+    assert multimodal.mm_device_do_normalize is False

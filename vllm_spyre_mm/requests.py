@@ -100,6 +100,8 @@ def validate_engine_request(request: "EngineCoreRequest", model_config: "ModelCo
     if request.prompt_token_ids is None:
         raise VLLMValidationError("a prompt given as embeddings is not supported on Spyre")
     image_token_id = get_mm_mapping(model_config.hf_config).image_token_id
+    if image_token_id is None:
+        return  # every token of a text model is text
     stray = np.asarray(request.prompt_token_ids) == image_token_id
     for feature in request.mm_features or ():
         position = feature.mm_position

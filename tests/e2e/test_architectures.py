@@ -27,6 +27,9 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "LLaVA 1.5, CLIP, Llama": architectures.llava(architectures.llama()),
     "Mistral 3, Mistral": architectures.mistral3(architectures.mistral()),
     "Mistral 3, Ministral 3": architectures.mistral3(architectures.ministral3()),
+    "Granite": architectures.granite(),
+    "Llama": architectures.llama(),
+    "Qwen 3": architectures.qwen3(),
 }
 
 

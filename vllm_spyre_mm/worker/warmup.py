@@ -61,13 +61,16 @@ def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[W
     model_config = vllm_config.model_config
     longest = min(2 * runner.geometry.chunk_size, model_config.max_model_len - 4)
     yield WarmupRequest(f"text of {longest} tokens", [0] * longest, [])
-    if not vllm_config.model_config.get_multimodal_config().get_limit_per_prompt("image"):
+    mapping = runner.spyre_model.mapping
+    image_token_id = mapping.image_token_id
+    if image_token_id is None:
+        return
+    if not model_config.get_multimodal_config().get_limit_per_prompt("image"):
         return
     from PIL import Image
 
     processor = MULTIMODAL_REGISTRY.create_processor(model_config)
-    image_token_id = runner.spyre_model.mapping.image_token_id
-    for width, height in runner.spyre_model.mapping.warmup_image_sizes():
+    for width, height in mapping.warmup_image_sizes():
         picture = Image.new("RGB", (width, height))
         items = processor.info.parse_mm_data({"image": [picture]}, validate=False)
         processed = processor([image_token_id], items)

@@ -34,7 +34,7 @@ def _attend(
 
 
 def _store(*_: Any, **__: Any) -> Any:
-    raise AssertionError("a vision tower has no cache")
+    raise NotImplementedError  # a vision tower has no cache
 
 
 register_attention_op(BIDIRECTIONAL, store_op=_store, compute_op=_attend)

@@ -110,8 +110,7 @@ DECODERS: Mapping[str, Decoder] = {
         Ministral3Decoder,
         ministral3.Ministral3TextConfig,
         param_builders.build_ministral3_text_params,
-        adapter="ministral3",
-        prefix="language_model.",
+        adapter="mistral",  # that of "ministral3" wants a vision tower
         rope_types=("yarn",),
     ),
     "qwen3": Decoder(

@@ -16,6 +16,7 @@ from vllm_spyre_mm.multimodal.mm_mappings.granite_vision import GraniteVision
 from vllm_spyre_mm.multimodal.mm_mappings.llava import Llava
 from vllm_spyre_mm.multimodal.mm_mappings.llava_next import LlavaNext
 from vllm_spyre_mm.multimodal.mm_mappings.mistral3 import Mistral3
+from vllm_spyre_mm.multimodal.mm_mappings.text import TextDecoder
 
 __all__ = [
     "MAPPINGS",
@@ -32,6 +33,7 @@ MAPPINGS: tuple[type[MMUtils], ...] = (
     LlavaNext,
     Llava,
     Mistral3,
+    TextDecoder,
 )
 
 MM_CFG_MAPPING: dict[str, tuple[type[MMUtils], ...]] = {

@@ -68,7 +68,7 @@ class LoadOverrides:
 
 
 class MMUtils(ABC):
-    """What is special about one multimodal architecture.
+    """What is special about one architecture, multimodal or text alone.
 
     Args:
         hf_config: the Transformers configuration of the whole model; :meth:`why_not` has accepted
@@ -99,8 +99,8 @@ class MMUtils(ABC):
 
     @property
     @abstractmethod
-    def image_token_id(self) -> int:
-        """Token id that stands for one image feature in a prompt."""
+    def image_token_id(self) -> int | None:
+        """Token id that stands for one image feature in a prompt; None if the model takes none."""
 
     @abstractmethod
     def kv_cache_options(self, for_card: bool = False) -> KVCacheOptions:

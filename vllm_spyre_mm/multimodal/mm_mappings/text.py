@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text models: any decoder of FMS that the compositions have, without a tower."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vllm_spyre_mm.model_executor.models.decoders import decoder_mismatch
+from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel
+from vllm_spyre_mm.multimodal.mm_mappings.composed import Composed
+
+
+class TextDecoder(Composed):
+    """A decoder alone; it is given the embeddings of its tokens, as the others are."""
+
+    config_classes = (
+        "transformers.GraniteConfig",
+        "transformers.LlamaConfig",
+        "transformers.MistralConfig",
+        "transformers.Ministral3Config",
+        "transformers.Qwen3Config",
+        "fms.GraniteConfig",
+        "fms.LLaMAConfig",
+        "fms.MistralConfig",
+        "fms.Ministral3TextConfig",
+        "fms.Qwen3Config",
+    )
+    summary = "text models: Granite, Llama, Mistral, Ministral 3, Qwen 3"
+
+    @classmethod
+    def why_not(cls, hf_config: Any) -> str | None:
+        return decoder_mismatch(hf_config, name="")
+
+    @property
+    def text_config(self) -> Any:
+        return self.hf_config
+
+    @property
+    def image_token_id(self) -> None:
+        return None
+
+    def warmup_image_sizes(self) -> list[tuple[int, int]]:
+        return []
+
+    def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        assert not mm_kwargs, "vLLM takes no pictures for a text model"
+        return []
