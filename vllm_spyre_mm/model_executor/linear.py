@@ -16,7 +16,11 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from fms.modules.feedforward import FeedForwardBlock
+from fms.modules.head import LinearClassificationHead
 from torch import nn
+
+HOST_LINEARS = (nn.Linear, LinearClassificationHead)
+"""What is replaced: FMS's head is a linear layer with a way to shard it."""
 
 
 class HostLinear(nn.Module):
@@ -58,7 +62,9 @@ def pack_linears(module: nn.Module) -> None:
     for parent in parents:
         if isinstance(parent, FeedForwardBlock) and isinstance(parent.a, nn.GELU):
             parent.w1, parent.a = HostLinear(cast("nn.Linear", parent.w1), parent.a), nn.Identity()
-        for name in [name for name, child in parent.named_children() if type(child) is nn.Linear]:
+        for name in [
+            name for name, child in parent.named_children() if type(child) in HOST_LINEARS
+        ]:
             setattr(parent, name, HostLinear(cast("nn.Linear", getattr(parent, name))))
     _return_free_memory()
 

@@ -313,6 +313,12 @@ class MappingSuite(TextMappingSuite):
 
     # -- what the runner is told -----------------------------------------------------------------
 
+    def test_the_encoders_modules_are_parts_of_the_model(self, mapping: MMUtils, model: Any):
+        parts = {name.partition(".")[0] for name, _ in model.named_parameters()}
+        encoder = mapping.load_overrides().encoder_modules
+        assert parts - set(encoder) == {"language_model"}
+        assert set(encoder) < parts
+
     def test_the_encoders_blocks_are_alike_and_not_the_decoders(self, mapping: MMUtils, model: Any):
         overrides = mapping.load_overrides()
         encoder, decoder = overrides.encoder_blocks(model), overrides.decoder_blocks(model)

@@ -12,7 +12,6 @@ from torch import nn
 from vllm_spyre_mm.model_executor.models.composition import (
     ARCHITECTURE,
     DECODER,
-    NEWLINE,
     PROJECTOR,
     TOWER,
     Composition,
@@ -144,7 +143,7 @@ class VisionComposed(Composed):
         tower = TOWERS[self.hf_config.vision_config.model_type]
         return dataclasses.replace(
             super().load_overrides(for_card),
-            encoder_modules=(TOWER, PROJECTOR, NEWLINE),
+            encoder_modules=(TOWER, PROJECTOR),
             encoder_blocks=lambda model: tower.blocks[0](model.vision_tower),
         )
 

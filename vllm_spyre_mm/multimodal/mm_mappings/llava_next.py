@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA-Next: an image as a base tile and a grid of tiles, each through a vision tower."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_spyre_mm.model_executor.models.composition import CompositionConfig, TiledComposition
-from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel
+from vllm_spyre_mm.model_executor.models.composition import (
+    NEWLINE,
+    CompositionConfig,
+    TiledComposition,
+)
+from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, LoadOverrides
 from vllm_spyre_mm.multimodal.mm_mappings.composed import (
     TILE_TOWERS,
     VisionComposed,
@@ -50,6 +55,10 @@ class LlavaNext(VisionComposed):
         config.newline = True
         config.image_grid_pinpoints = self.hf_config.image_grid_pinpoints
         return config
+
+    def load_overrides(self, for_card: bool = False) -> LoadOverrides:
+        overrides = super().load_overrides(for_card)
+        return dataclasses.replace(overrides, encoder_modules=(*overrides.encoder_modules, NEWLINE))
 
     def warmup_image_sizes(self) -> list[tuple[int, int]]:
         # The number of tiles is a dynamic dimension from 2 up: the largest and the smallest grid.
