@@ -16,6 +16,7 @@ from vllm_spyre_mm.multimodal.mm_mappings.granite_vision import GraniteVision
 from vllm_spyre_mm.multimodal.mm_mappings.llava import Llava
 from vllm_spyre_mm.multimodal.mm_mappings.llava_next import LlavaNext
 from vllm_spyre_mm.multimodal.mm_mappings.mistral3 import Mistral3
+from vllm_spyre_mm.multimodal.mm_mappings.not_yet import NOT_YET
 from vllm_spyre_mm.multimodal.mm_mappings.text import TextDecoder
 
 __all__ = [
@@ -71,14 +72,26 @@ def get_mm_mapping(config: Any) -> MMUtils:
         )
     reasons = []
     for mapping in candidates:
-        reason = mapping.why_not(config)
+        reason = _quantisation(config) or mapping.why_not(config)
         if reason is None:
             return mapping(config)
         reasons.append(f"{mapping.__name__}: {reason}")
     model_type = getattr(config, "model_type", name)
+    if model_type in NOT_YET:
+        reasons.append(f"not yet: {NOT_YET[model_type]}")
     supported = "; ".join(f"{mapping.__name__} ({mapping.summary})" for mapping in MAPPINGS)
     why = f" ({'; '.join(reasons)})" if reasons else ""
     raise UnsupportedModelError(
         f"model type {model_type!r} is not supported on Spyre as configured{why}. "
         f"Supported: {supported}."
     )
+
+
+def _quantisation(config: Any) -> str | None:
+    """Why a quantised checkpoint is not served, or None: FMS alone has plain linear layers."""
+    for part in (config, config.get_text_config()):
+        quantization = getattr(part, "quantization_config", None)
+        if quantization is not None:
+            given = quantization if isinstance(quantization, dict) else quantization.to_dict()
+            return f"quantization_config is {given.get('quant_method')!r}: no quantised weights"
+    return None

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-spyre-mm models``: what is served, and whether one checkpoint is. No weights are read."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
+
+SUMMARY = "list the architectures that are served, or check one model's configuration"
+
+LIMITS = """\
+Limits of all: images only, in one piece; no quantised weights, no LoRA, no sliding windows. A card
+wants heads of 128; Granite's heads are padded to it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="a folder with a config.json, such a file, or a hub name; left out: list everything",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """List, or check; the exit status is 1 for a model that is not served."""
+    from vllm_spyre_mm.compat import ensure_torchvision_importable
+
+    ensure_torchvision_importable()  # Transformers looks for it
+    if arguments.model is None:
+        print("\n".join(_listing()))
+        return 0
+    try:
+        config, mapping = _look_up(arguments.model)
+    except (OSError, ValueError) as error:
+        print(f"{arguments.model}: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(_description(config, mapping)))
+    return 0
+
+
+def _look_up(model: str) -> "tuple[Any, MMUtils]":
+    """A model's configuration and the mapping that serves it.
+
+    Raises:
+        OSError: there is no configuration.
+        ValueError: nothing serves it; says why.
+    """
+    from transformers import AutoConfig
+
+    from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.endswith(".json")):
+        raise FileNotFoundError("no such file or folder")
+    config = AutoConfig.from_pretrained(model)
+    return config, get_mm_mapping(config)
+
+
+def _listing() -> list[str]:
+    import transformers
+
+    from vllm_spyre_mm.model_executor.models.decoders import DECODERS
+    from vllm_spyre_mm.multimodal.mm_mappings import MAPPINGS
+    from vllm_spyre_mm.multimodal.mm_mappings.not_yet import NOT_YET
+
+    lines = ["Served, by model_type:"]
+    for mapping in MAPPINGS:
+        for name in mapping.config_classes:
+            library, _, class_name = name.partition(".")
+            if library == "transformers":
+                model_type = getattr(transformers, class_name).model_type
+                lines.append(f"  {model_type:18} {mapping.__name__:14} {mapping.summary}")
+    lines += ["", "Decoders, with the rotations that they know:"]
+    lines += [f"  {name:18} {', '.join(each.rope_types)}" for name, each in DECODERS.items()]
+    lines += ["", LIMITS, "", "Not yet:"]
+    return lines + [f"  {name:18} {why}" for name, why in NOT_YET.items()]
+
+
+def _description(config: Any, mapping: "MMUtils") -> list[str]:
+    """What would be computed, and whether a card could run it."""
+    from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError
+
+    options = mapping.kv_cache_options()
+    text = mapping.text_config
+    lines = [
+        f"served by {type(mapping).__name__} ({mapping.summary})",
+        f"  decoder   {text.model_type}, {options.num_layers} layers, "
+        f"{options.num_kv_heads} KV heads of {options.head_dim}",
+    ]
+    if mapping.image_token_id is not None:
+        vision, built = config.vision_config, mapping.load_overrides().config.vision_config
+        lines.append(
+            f"  vision    {vision.model_type}, {built.nlayers} of {vision.num_hidden_layers} "
+            f"layers, images of {vision.image_size} in patches of {vision.patch_size}"
+        )
+    token_bytes = 2 * 2 * options.num_layers * options.num_kv_heads * options.head_dim
+    lines.append(f"  KV cache  {token_bytes / 1024:g} KiB a token in bfloat16")
+    try:
+        card = f"heads of {mapping.kv_cache_options(for_card=True).head_dim}"
+    except UnsupportedModelError as error:
+        card = f"no: {error}"
+    return [*lines, f"  card      {card}"]

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Architectures that are known and not served yet, each with the reason."""
+
+from collections.abc import Mapping
+
+VIDEO = "video, and images as frames of it"
+AUDIO = "audio"
+POOLING = "pooling: it gives embeddings, not text"
+POSITIONS = "positions in three dimensions, which no decoder of FMS has"
+
+NOT_YET: Mapping[str, str] = {
+    "granite4_vision": "FMS has no model of it",
+    "qwen2_vl": POSITIONS,
+    "qwen2_5_vl": POSITIONS,
+    "qwen3_vl": POSITIONS,
+    "qwen3_vl_moe": POSITIONS,
+    "llava_next_video": VIDEO,
+    "llava_onevision": VIDEO,
+    "video_llava": VIDEO,
+    "granite_speech": AUDIO,
+    "qwen2_audio": AUDIO,
+    "voxtral": AUDIO,
+    "whisper": AUDIO,
+    "clip": POOLING,
+    "siglip": POOLING,
+    "siglip2": POOLING,
+    "roberta": POOLING,
+    "xlm-roberta": POOLING,
+    "mpnet": POOLING,
+    "granitemoehybrid": "state-space layers and experts; the dense ones are not fitted in",
+    "bamba": "state-space layers, whose state is no KV cache",
+    "mixtral": "a mixture of experts",
+    "gpt_oss": "a mixture of experts, attention sinks and sliding windows",
+    "granite_swa": "sliding windows: attention is to all tokens",
+    "gpt_bigcode": "learnt positions, which FMS adds to the embeddings of token ids only",
+}
+"""By the ``model_type`` of Transformers."""
