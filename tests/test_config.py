@@ -65,6 +65,8 @@ def test_nothing_given_means_the_defaults():
 def test_every_setting_is_taken():
     given = {
         "enable_return_mm_embedding": True,
+        "return_mm_embedding_by_default": False,
+        "max_mm_embedding_response_bytes": 1000,
         "backend": "eager",
         "encoder_dtype": "float32",
         "encoder_cache_tokens": 5000,

@@ -136,7 +136,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pooling": ({"runner": "pooling", "convert": "embed"}, "runner='pooling'"),
     "KV cache dtype": ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype='fp8"),
     "prompt embeddings": ({"enable_prompt_embeds": True}, "prompt embeddings"),
-    "image embeddings": ({"enable_mm_embeds": True}, "image embeddings as input"),
     "eager and inductor": (
         {"enforce_eager": True, "additional_config": {"backend": "inductor"}},
         "contradict each other",

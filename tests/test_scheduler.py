@@ -26,6 +26,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.scheduler import SpyreScheduler
 from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError
 
@@ -264,7 +265,7 @@ def test_a_full_prefix_hit_encodes_evicted_images_once(scheduler: SpyreScheduler
 
 
 def test_without_the_embedding_a_covered_image_is_not_encoded(scheduler: SpyreScheduler) -> None:
-    scheduler.return_mm_embedding = False
+    scheduler.settings = SpyreSettings()
     images = {"x": (5, 100)}
     run(scheduler, make_request("a", 300, images=images))
     run(scheduler, make_request("c", 1000, images={"z": (0, 960)}, fill=8))

@@ -47,6 +47,10 @@ class SpyreSettings(BaseModel):
         enable_return_mm_embedding: give back the merged vision features of every request on
             ``CompletionOutput.mm_embedding``. Also ``LLM(enable_return_mm_embedding=True)`` and
             ``--enable-return-mm-embedding``.
+        return_mm_embedding_by_default: give it back to requests that do not say. Off, a request
+            asks with ``extra_args={"return_mm_embedding": True}``. HTTP requests always ask.
+        max_mm_embedding_response_bytes: largest embedding in an HTTP response, in bytes before
+            it is encoded as text.
         backend: what runs the decoder. ``auto`` takes ``sendnn`` where ``torch_sendnn`` is
             importable; otherwise the CPU, compiled by ``inductor``, or ``eager`` with vLLM's
             ``--enforce-eager``.
@@ -63,6 +67,8 @@ class SpyreSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     enable_return_mm_embedding: bool = False
+    return_mm_embedding_by_default: bool = True
+    max_mm_embedding_response_bytes: int = Field(default=64 << 20, gt=0)
     backend: Literal["auto", "sendnn", "inductor", "eager"] = "auto"
     encoder_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     encoder_cache_tokens: int | None = Field(default=None, gt=0)

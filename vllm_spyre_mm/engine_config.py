@@ -101,7 +101,6 @@ def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
     cache = vllm_config.cache_config
     scheduler = vllm_config.scheduler_config
     model = vllm_config.model_config
-    multimodal = model.multimodal_config
     refusals = (
         (vllm_config.lora_config is not None, "LoRA (--enable-lora)"),
         (vllm_config.speculative_config is not None, "speculative decoding"),
@@ -116,10 +115,6 @@ def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
         (model.quantization is not None, f"quantization={model.quantization!r}"),
         (model.enable_sleep_mode, "sleep mode (--enable-sleep-mode)"),
         (model.enable_prompt_embeds, "prompt embeddings (--enable-prompt-embeds)"),
-        (
-            multimodal is not None and multimodal.enable_mm_embeds,
-            "image embeddings as input (--enable-mm-embeds)",
-        ),
         (
             cache.cache_dtype not in ("auto", _name(decoder_dtype_of(vllm_config))),
             f"kv-cache-dtype={cache.cache_dtype!r}",

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a request may ask for. Each refusal is a sentence, raised before the engine sees it."""
 
+import uuid
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
@@ -51,10 +53,94 @@ def validate_images(images: Iterable[object]) -> None:
         else:  # an array; vLLM refuses other types in its own words
             shape = tuple(getattr(image, "shape", ()))
             said = f"an array of shape {shape}"
+            if shape and len(shape) != 3:
+                raise VLLMValidationError(
+                    f"image {index} of the prompt is {said}: a picture has height, width and "
+                    "channels, and embeddings cannot be mixed with pictures in one request",
+                    parameter="image",
+                )
         if 0 in shape:
             raise VLLMValidationError(
                 f"image {index} of the prompt is empty: {said}", parameter="image"
             )
+
+
+def validate_image_embeddings(embeddings: Iterable[torch.Tensor], hidden_size: int) -> None:
+    """Refuse ready-made image features that the decoder cannot take.
+
+    Args:
+        embeddings: of a prompt's images, ``(num_features, hidden_size)`` each.
+        hidden_size: of the decoder.
+
+    Raises:
+        VLLMValidationError: says which one, and whether its rank, width, rows, dtype or values.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    for index, embedding in enumerate(embeddings):
+        fault = None
+        if embedding.ndim != 2:
+            fault = f"it has {embedding.ndim} dimensions, not 2"
+        elif embedding.shape[1] != hidden_size:
+            fault = f"its rows have {embedding.shape[1]} elements, the model's {hidden_size}"
+        elif not len(embedding):
+            fault = "it has no rows"
+        elif not embedding.is_floating_point():
+            fault = f"its dtype is {embedding.dtype}, not a floating-point one"
+        elif not bool(embedding.isfinite().all()):
+            fault = "it holds NaN or infinity"
+        if fault is not None:
+            raise VLLMValidationError(
+                f"image embedding {index} of the prompt, of shape {tuple(embedding.shape)}, cannot "
+                f"be used: {fault}",
+                parameter="image",
+            )
+
+
+def prepare_embedding(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:
+    """Check what a request wants back, in place of a failure in the engine.
+
+    A request that does not run the decoder leaves blocks that hold nothing: it gets a
+    ``cache_salt`` of its own, so that no other ever finds them in the prefix cache.
+
+    Raises:
+        VLLMValidationError: says what is wrong with the choice, or how large the embedding is.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    from vllm_spyre_mm.config import SpyreSettings
+    from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG, choice_of
+
+    params, settings = request.sampling_params, SpyreSettings.from_vllm_config(vllm_config)
+    choice = choice_of(params, settings)
+    if choice is None or params is None:
+        return
+    features = request.mm_features or []
+    if choice.needs_layout and any("image_embeds" in (each.data or {}) for each in features):
+        raise VLLMValidationError(
+            "return_mm_embedding chooses by place, and an image that is given as an embedding "
+            "has none",
+            parameter=EXTRA_ARG,
+        )
+    if choice.max_bytes is not None:
+        rows = choice.num_rows([each.mm_position.get_num_embeds() for each in features])
+        width = vllm_config.model_config.get_hidden_size()
+        dtype = settings.encoder_dtype if choice.dtype == "auto" else choice.dtype
+        size = rows * width * getattr(torch, dtype).itemsize
+        if size > choice.max_bytes:
+            raise VLLMValidationError(
+                f"the embedding would have {rows} rows and {size} bytes, more than the limit of "
+                f"{choice.max_bytes}: choose a pooling, a smaller dtype or fewer images",
+                parameter=EXTRA_ARG,
+            )
+    if not choice.generate:
+        if params.max_tokens != 1 or params.n != 1:
+            raise VLLMValidationError(
+                "return_mm_embedding with generate=false needs max_tokens=1 and n=1: there is no "
+                "text",
+                parameter=EXTRA_ARG,
+            )
+        request.cache_salt = uuid.uuid4().hex
 
 
 def validate_tags(modality: str, num_items: int, num_tags: int) -> None:

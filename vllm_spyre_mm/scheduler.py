@@ -17,8 +17,10 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.engine_config import geometry_of
+from vllm_spyre_mm.multimodal.embedding import choice_of
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes
 from vllm_spyre_mm.vllm_hooks.engine_output import attach_mm_embeddings
+from vllm_spyre_mm.worker.requests import SpyreModelRunnerOutput
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -32,8 +34,7 @@ class SpyreScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self._check_base()
         self.geometry = geometry_of(self.vllm_config)
-        settings = SpyreSettings.from_vllm_config(self.vllm_config)
-        self.return_mm_embedding = settings.enable_return_mm_embedding
+        self.settings = SpyreSettings.from_vllm_config(self.vllm_config)
         self._last_step_was_prefill = False
 
     def _check_base(self) -> None:
@@ -176,9 +177,9 @@ class SpyreScheduler(Scheduler):
     def _collects_from_start(self, request: Request) -> bool:
         """Whether this is the admission of a request whose embedding is still to be collected."""
         return (
-            self.return_mm_embedding
-            and request.status != RequestStatus.RUNNING
+            request.status != RequestStatus.RUNNING
             and request.num_output_tokens == 0
+            and choice_of(request.sampling_params, self.settings) is not None
         )
 
     # -- outputs ------------------------------------------------------------------------------
@@ -188,7 +189,10 @@ class SpyreScheduler(Scheduler):
     ) -> "dict[int, EngineCoreOutputs]":
         """vLLM's bookkeeping, with each embedding put on its request's first output."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        mm_embeddings = getattr(model_runner_output, "mm_embeddings", None)
-        if mm_embeddings:
-            attach_mm_embeddings(outputs, mm_embeddings)
+        if isinstance(model_runner_output, SpyreModelRunnerOutput):
+            attach_mm_embeddings(
+                outputs,
+                model_runner_output.mm_embeddings,
+                model_runner_output.mm_embedding_infos,
+            )
         return outputs

@@ -1,15 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm serve`` with the platform's flags, a real server, and the ``openai`` client."""
 
-import base64
-import io
 import random
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,100 +11,22 @@ import openai
 import pytest
 from PIL import Image
 
+from tests.e2e.serving import chat, data_url, png, running_server, serve_command
 from tests.reference import Reference
 from vllm_spyre_mm.demo import pictures
-
-VLLM = str(Path(sys.executable).parent / "vllm")
-START_SECONDS = 240
-
-
-def serve_command(checkpoint: Path, port: int, *more: str) -> list[str]:
-    return [
-        VLLM,
-        "serve",
-        str(checkpoint),
-        "--device",
-        "spyre",
-        "--enable-return-mm-embedding",
-        "--limit-mm-per-prompt",
-        '{"image": 4}',
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--served-model-name",
-        "demo",
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "1024",
-        "--kv-cache-memory-bytes",
-        "128M",
-        *more,
-    ]
 
 
 @pytest.fixture(scope="module")
 def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a running server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    address = f"http://127.0.0.1:{port}"
-    with (
-        log.open("w") as output,
-        subprocess.Popen(
-            serve_command(demo_checkpoint, port), stdout=output, stderr=subprocess.STDOUT
-        ) as process,
-    ):
-        try:
-            wait_until_healthy(address, process, log)
-            yield address
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.5)
-    pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
+    with running_server(demo_checkpoint, tmp_path_factory.mktemp("server") / "log.txt") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def client(server: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server}/v1", api_key="unused", max_retries=0) as client:
         yield client
-
-
-def data_url(content: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def chat(client: openai.OpenAI, question: str, *urls: str, **more: Any) -> str:
-    parts: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    parts.append({"type": "text", "text": question})
-    response = client.chat.completions.create(
-        model="demo",
-        messages=[{"role": "user", "content": parts}],
-        temperature=0,
-        max_tokens=24,
-        **more,
-    )
-    return response.choices[0].message.content
 
 
 def picture(seed: int) -> pictures.Picture:

@@ -11,6 +11,7 @@ from vllm.v1.engine import EngineCoreOutputs as VllmEngineCoreOutputs
 from vllm.v1.engine import FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
 from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError, engine_output
 from vllm_spyre_mm.vllm_hooks.engine_output import (
     EngineCoreOutput,
@@ -106,9 +107,11 @@ def test_each_request_gets_its_own_embedding_and_keeps_everything_else():
         5: VllmEngineCoreOutputs(outputs=[plain("c")]),
     }
     embeddings = {"a": torch.randn(2, 4), "c": torch.randn(3, 4)}
-    attach_mm_embeddings(outputs, embeddings)
+    infos = {name: MMEmbeddingInfo(items=[], pooling=name) for name in embeddings}
+    attach_mm_embeddings(outputs, embeddings, infos)
     attached, same = outputs[0].outputs
     assert attached.mm_embedding is embeddings["a"]
+    assert attached.mm_embedding_info is infos["a"]
     for name in VllmEngineCoreOutput.__struct_fields__:
         assert getattr(attached, name) == getattr(first, name)
     assert same is untouched
@@ -119,9 +122,9 @@ def test_an_embedding_whose_request_is_gone_is_dropped():
     """It was aborted in the same step."""
     output = plain("a")
     outputs = {0: VllmEngineCoreOutputs(outputs=[output])}
-    attach_mm_embeddings(outputs, {"aborted": torch.zeros(1, 1)})
+    attach_mm_embeddings(outputs, {"aborted": torch.zeros(1, 1)}, {})
     assert outputs[0].outputs == [output]
-    attach_mm_embeddings({}, {"aborted": torch.zeros(1, 1)})
+    attach_mm_embeddings({}, {"aborted": torch.zeros(1, 1)}, {})
 
 
 # -- installing ------------------------------------------------------------------------------------

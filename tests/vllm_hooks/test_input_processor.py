@@ -217,7 +217,7 @@ def processor_returning(made: EngineCoreRequest, renderer: Any = Renderer) -> An
     """The hook around a front end that makes one request of everything."""
 
     class Processor:
-        vllm_config = SimpleNamespace(model_config=MODEL_CONFIG)
+        vllm_config = SimpleNamespace(model_config=MODEL_CONFIG, additional_config={})
 
         def __init__(self, vllm_config: Any = None) -> None:
             self.renderer = renderer

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 
+from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.worker.requests import RequestState, RequestTable, SpyreModelRunnerOutput
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=200)
@@ -28,6 +29,11 @@ def new_request(req_id: str = "a", **changes: Any) -> NewRequestData:
         **changes,
     }
     return NewRequestData(**values)
+
+
+def state_of(**changes: Any) -> RequestState:
+    """What the worker remembers of such a request."""
+    return RequestState.from_new(new_request(**changes), SpyreSettings())
 
 
 def cached(
@@ -60,7 +66,7 @@ def cached(
 def test_token_ids_run_on_from_the_prompt_into_the_output(
     prompt: list[int], output: list[int], data: st.DataObject
 ):
-    state = RequestState.from_new(new_request(prompt_token_ids=prompt))
+    state = state_of(prompt_token_ids=prompt)
     state.output_token_ids.extend(output)
     start = data.draw(st.integers(0, len(prompt) + len(output)))
     end = data.draw(st.integers(start, len(prompt) + len(output)))
@@ -70,7 +76,7 @@ def test_token_ids_run_on_from_the_prompt_into_the_output(
 
 def test_a_new_request_has_nothing_computed_and_collects_nothing_yet():
     features: list[Any] = [object()]
-    state = RequestState.from_new(new_request(mm_features=features, num_computed_tokens=64))
+    state = state_of(mm_features=features, num_computed_tokens=64)
     assert state.req_id == "a"
     assert state.blocks == [1, 2]
     assert state.mm_features is features
@@ -81,7 +87,7 @@ def test_a_new_request_has_nothing_computed_and_collects_nothing_yet():
 
 
 def test_requests_share_no_lists():
-    one, other = (RequestState.from_new(new_request(req_id)) for req_id in "ab")
+    one, other = (state_of(req_id=req_id) for req_id in "ab")
     one.mm_parts.append(torch.zeros(1, 1))
     one.output_token_ids.append(3)
     assert other.mm_parts == []
@@ -89,7 +95,7 @@ def test_requests_share_no_lists():
 
 
 def drawn(params: SamplingParams) -> list[float] | None:
-    generator = RequestState.from_new(new_request(sampling_params=params)).generator
+    generator = state_of(sampling_params=params).generator
     return None if generator is None else torch.rand(4, generator=generator).tolist()
 
 
@@ -113,7 +119,7 @@ def test_without_a_seed_or_at_random_there_is_no_generator(params: SamplingParam
 
 @pytest.fixture
 def table() -> RequestTable:
-    table = RequestTable()
+    table = RequestTable(SpyreSettings())
     table.add([new_request("a"), new_request("b", block_ids=([7],))])
     return table
 
@@ -166,7 +172,7 @@ def test_resuming_starts_the_prefill_again_in_new_blocks(table: RequestTable):
 def test_resuming_keeps_the_generator_where_it_was():
     """The answer of a seeded request does not depend on whether it was preempted."""
     params = SamplingParams(temperature=1.0, seed=7)
-    table = RequestTable()
+    table = RequestTable(SpyreSettings())
     table.add([new_request("a", sampling_params=params), new_request("b", sampling_params=params)])
     for req_id in "ab":
         torch.rand(3, generator=table[req_id].generator)

@@ -23,6 +23,7 @@ def install() -> None:
         engine_output,
         input_processor,
         media,
+        openai_api,
         output_processor,
         sender_cache,
         shutdown,
@@ -34,4 +35,5 @@ def install() -> None:
     input_processor.install()
     sender_cache.install()
     media.install()
+    openai_api.install()
     shutdown.install()

@@ -15,6 +15,7 @@ import torch
 from vllm.v1.engine import EngineCoreOutput as VllmEngineCoreOutput
 from vllm.v1.engine import EngineCoreOutputs as VllmEngineCoreOutputs
 
+from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
 from vllm_spyre_mm.vllm_hooks.contract import require, require_attributes
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
@@ -24,11 +25,13 @@ class EngineCoreOutput(VllmEngineCoreOutput, array_like=True, omit_defaults=True
 
     Attributes:
         mm_embedding: merged vision features of the whole prompt, ``(num_features, hidden_size)``
-            in the encoder's dtype, on the CPU, contiguous. Set on the first output of a request
-            with images that wants it, else None.
+            in the encoder's dtype unless the request chose otherwise, on the CPU, contiguous. Set
+            on the first output of a request with images that wants it, else None.
+        mm_embedding_info: which of its rows are which; set with it.
     """
 
     mm_embedding: torch.Tensor | None = None
+    mm_embedding_info: MMEmbeddingInfo | None = None
 
 
 class EngineCoreOutputs(VllmEngineCoreOutputs, array_like=True, omit_defaults=True, gc=False):
@@ -37,26 +40,38 @@ class EngineCoreOutputs(VllmEngineCoreOutputs, array_like=True, omit_defaults=Tr
     outputs: list[EngineCoreOutput] = []  # type: ignore[assignment]  # noqa: RUF012 - msgspec copies it
 
 
-def attach_mm_embeddings(outputs: dict[int, Any], mm_embeddings: dict[str, torch.Tensor]) -> None:
+def attach_mm_embeddings(
+    outputs: dict[int, Any],
+    mm_embeddings: dict[str, torch.Tensor],
+    mm_embedding_infos: dict[str, MMEmbeddingInfo],
+) -> None:
     """Put each request's embedding on its output, in place.
 
     Args:
         outputs: vLLM's ``EngineCoreOutputs`` by client index.
         mm_embeddings: embeddings by request id. One whose request has no output in this step (it
             was aborted meanwhile) is dropped.
+        mm_embedding_infos: by request id, one for each embedding.
     """
     for client_outputs in outputs.values():
         for i, output in enumerate(client_outputs.outputs):
             embedding = mm_embeddings.get(output.request_id)
             if embedding is not None:
                 fields = {name: getattr(output, name) for name in output.__struct_fields__}
-                client_outputs.outputs[i] = EngineCoreOutput(**fields, mm_embedding=embedding)
+                client_outputs.outputs[i] = EngineCoreOutput(
+                    **fields,
+                    mm_embedding=embedding,
+                    mm_embedding_info=mm_embedding_infos[output.request_id],
+                )
 
 
 def install() -> None:
     """Let the front end decode the embedding."""
     own, theirs = EngineCoreOutput.__struct_fields__, VllmEngineCoreOutput.__struct_fields__
-    require(own == (*theirs, "mm_embedding"), "EngineCoreOutput cannot be extended at its end")
+    require(
+        own == (*theirs, "mm_embedding", "mm_embedding_info"),
+        "EngineCoreOutput cannot be extended at its end",
+    )
     require(
         EngineCoreOutputs.__struct_fields__ == VllmEngineCoreOutputs.__struct_fields__,
         "EngineCoreOutputs cannot be redefined field by field",

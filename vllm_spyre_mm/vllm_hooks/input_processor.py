@@ -14,7 +14,13 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from vllm_spyre_mm.requests import validate_engine_request, validate_images, validate_tags
+from vllm_spyre_mm.requests import (
+    prepare_embedding,
+    validate_engine_request,
+    validate_image_embeddings,
+    validate_images,
+    validate_tags,
+)
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 from vllm_spyre_mm.vllm_hooks.sender_cache import SenderCache
@@ -42,6 +48,7 @@ def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         validate_engine_request(request, self.vllm_config.model_config)
+        prepare_embedding(request, self.vllm_config)
         cache = self.renderer.mm_processor_cache
         if isinstance(cache, SenderCache):
             cache.accept(request)
@@ -63,13 +70,16 @@ def _extend_multimodal_processor(module: ModuleType) -> None:
 
 
 def _checking_images(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm.multimodal.parse import ImageProcessorItems
+    from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 
     @functools.wraps(original)
     def apply(self: Any, inputs: Any, timing_ctx: Any) -> Any:
         images = inputs.mm_data_items.get("image")
-        if isinstance(images, ImageProcessorItems):  # and not ready-made embeddings
+        if isinstance(images, ImageProcessorItems):
             validate_images(images.get_all())
+        elif isinstance(images, ImageEmbeddingItems):
+            hidden_size = self.info.ctx.model_config.get_hidden_size()
+            validate_image_embeddings(images.get_all(), hidden_size)
         return original(self, inputs, timing_ctx)
 
     return apply

@@ -15,10 +15,13 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import msgspec
+import torch
+
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
-ATTRIBUTE = "mm_embedding"
+ATTRIBUTE, INFO = "mm_embedding", "mm_embedding_info"
 
 
 def install() -> None:
@@ -33,7 +36,7 @@ def _extend_outputs(module: ModuleType) -> None:
     if hasattr(completion, ATTRIBUTE):
         return
     require_parameters(request.add, ("next_output", "aggregate"))
-    completion.mm_embedding = None
+    completion.mm_embedding = completion.mm_embedding_info = None
     completion.__repr__ = _showing_embedding(completion.__repr__)
     request.add = _keeping_embedding(request.add)
 
@@ -54,14 +57,15 @@ def _keeping_embedding(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def add(self: Any, next_output: Any, aggregate: bool) -> None:
         original(self, next_output, aggregate)
-        embeddings = {
-            completion.index: completion.mm_embedding
+        finished = {
+            completion.index: completion
             for completion in next_output.outputs
             if completion.mm_embedding is not None
         }
-        for completion in self.outputs if embeddings else ():
-            if completion.index in embeddings:
-                completion.mm_embedding = embeddings[completion.index]
+        for completion in self.outputs if finished else ():
+            if completion.index in finished:
+                completion.mm_embedding = finished[completion.index].mm_embedding
+                completion.mm_embedding_info = finished[completion.index].mm_embedding_info
 
     return add
 
@@ -73,7 +77,7 @@ def _extend_output_processor(module: ModuleType) -> None:
         return
     require_parameters(processor.process_outputs, ("engine_core_outputs",))
     require_parameters(state._new_completion_output, ("token_ids", "finish_reason", "stop_reason"))
-    state.mm_embedding = None
+    state.mm_embedding = state.mm_embedding_info = None
     processor.process_outputs = _receiving_embedding(processor.process_outputs)
     state._new_completion_output = _finishing_with_embedding(state._new_completion_output)
 
@@ -86,13 +90,20 @@ def _receiving_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
         for output in engine_core_outputs:
             embedding = getattr(output, ATTRIBUTE, None)
             if embedding is not None and output.request_id in self.request_states:
-                # Memory that PyTorch does not own is a message frame: do not keep it alive.
-                owned = embedding.untyped_storage().resizable()
                 state = self.request_states[output.request_id]
-                state.mm_embedding = embedding if owned else embedding.clone()
+                state.mm_embedding = _owned(embedding)
+                info = output.mm_embedding_info
+                if info is not None and info.scales is not None:
+                    info = msgspec.structs.replace(info, scales=_owned(info.scales))
+                state.mm_embedding_info = info
         return original(self, engine_core_outputs, *args, **kwargs)
 
     return process_outputs
+
+
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory of PyTorch's: a message frame is not to be kept alive."""
+    return tensor if tensor.untyped_storage().resizable() else tensor.clone()
 
 
 def _finishing_with_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,6 +114,7 @@ def _finishing_with_embedding(original: Callable[..., Any]) -> Callable[..., Any
         completion = original(self, token_ids, finish_reason, stop_reason)
         if finish_reason is not None:
             completion.mm_embedding = self.mm_embedding
+            completion.mm_embedding_info = self.mm_embedding_info
         return completion
 
     return _new_completion_output

@@ -14,10 +14,12 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
+from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.geometry import Geometry
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.compile import mark_for_card
 from vllm_spyre_mm.model_executor.model import DecoderInputs, SpyreModel
+from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo, assemble
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
 from vllm_spyre_mm.multimodal.merge import plan_merge
 from vllm_spyre_mm.worker.batch import DecodeRows, SamplingBatch
@@ -54,7 +56,8 @@ class SpyreModelRunner:
         vllm_config: of the engine.
         model: placed, with its KV cache.
         geometry: sizes that the scheduler uses too.
-        return_mm_embedding: collect each request's embedding. Off on every rank but the first.
+        return_mm_embedding: collect the embeddings that requests choose. Off on every rank but
+            the first.
     """
 
     def __init__(
@@ -67,11 +70,14 @@ class SpyreModelRunner:
         self.spyre_model = model
         self.geometry = geometry
         self.return_mm_embedding = return_mm_embedding
-        self.requests = RequestTable()
+        settings = SpyreSettings.from_vllm_config(vllm_config)
+        self.requests = RequestTable(settings)
+        self.encoder_dtype: torch.dtype = getattr(torch, settings.encoder_dtype)
         self.encoder_cache = EncoderCache()
         self.decodes = SamplingBatch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
         self.prefilled = SamplingBatch(vllm_config, 1)
         self.sampler = Sampler(logprobs_mode=vllm_config.model_config.logprobs_mode)
+        self.vocab_size = vllm_config.model_config.get_vocab_size()
         self._for_card = model.backend == "sendnn"
         self.host_steps = HostSteps(
             max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
@@ -131,6 +137,7 @@ class SpyreModelRunner:
 
         req_ids = list(inputs.req_ids)
         states = [self.requests[req_id] for req_id in req_ids]
+        embeddings, infos = _take_embeddings(states)
         pending.batch.append_tokens(states, token_ids)
         if pending.batch is self.prefilled:
             self.prefilled.discard(req_ids)  # it decodes from the next step on
@@ -139,7 +146,8 @@ class SpyreModelRunner:
             req_id_to_index={req_id: row for row, req_id in enumerate(req_ids)},
             sampled_token_ids=[[token_id] for token_id in token_ids],
             logprobs=logprobs,
-            mm_embeddings=_take_embeddings(states),
+            mm_embeddings=embeddings,
+            mm_embedding_infos=infos,
         )
 
     def reset_encoder_cache(self) -> None:
@@ -167,7 +175,11 @@ class SpyreModelRunner:
         ]
         encoded: list[torch.Tensor] = []
         for _, _, batch in group_and_batch_mm_kwargs(mm_kwargs):
-            encoded.extend(self.spyre_model.encode(batch))
+            given: Any = batch.get("image_embeds")
+            if given is not None:
+                encoded.extend(each.to(self.encoder_dtype) for each in given)
+            else:
+                encoded.extend(self.spyre_model.encode(batch))
         for feature, output in zip(features, encoded, strict=True):
             self.encoder_cache.put(feature, output)
 
@@ -192,9 +204,11 @@ class SpyreModelRunner:
         if self._for_card:
             # The card's attention masks padding by adding -inf, which a NaN would survive.
             embeds = embeds.masked_fill(chunk.is_padding.unsqueeze(-1), 0.0)
-        if self.return_mm_embedding:
+        if self.return_mm_embedding and state.choice is not None:
             self._collect(state, end)
         state.prefilled = end == num_tokens
+        if state.choice is not None and not state.choice.generate:
+            return embeds.new_zeros(1, self.vocab_size)  # nobody reads its token or its blocks
         if self._for_card:
             return self.spyre_model.forward(self._card_chunk(chunk, embeds))[:, chunk.last_row]
         return self.spyre_model.forward(self._host_chunk(chunk, embeds))[:, 0]
@@ -212,7 +226,14 @@ class SpyreModelRunner:
                 break
             state.mm_parts.append(self.encoder_cache.get(feature))
         if end == state.num_tokens and state.mm_parts:
-            state.mm_embedding = torch.cat(state.mm_parts)
+            assert state.choice is not None, "looked at before"
+            layouts = [
+                self.spyre_model.mapping.feature_layout(feature.data or {})
+                for feature in state.mm_features
+            ]
+            state.mm_embedding, state.mm_embedding_info = assemble(
+                state.mm_parts, state.mm_features, layouts, state.choice
+            )
             state.mm_parts.clear()
 
     def _decode(self) -> torch.Tensor:
@@ -279,11 +300,14 @@ class SpyreModelRunner:
         )
 
 
-def _take_embeddings(states: list[RequestState]) -> dict[str, torch.Tensor]:
+def _take_embeddings(
+    states: list[RequestState],
+) -> tuple[dict[str, torch.Tensor], dict[str, MMEmbeddingInfo]]:
     """Hand over the embeddings that are complete; the requests hold them no longer."""
-    embeddings = {}
+    embeddings, infos = {}, {}
     for state in states:
-        if state.mm_embedding is not None:
+        if state.mm_embedding is not None and state.mm_embedding_info is not None:
             embeddings[state.req_id] = state.mm_embedding
-            state.mm_embedding = None
-    return embeddings
+            infos[state.req_id] = state.mm_embedding_info
+            state.mm_embedding = state.mm_embedding_info = None
+    return embeddings, infos

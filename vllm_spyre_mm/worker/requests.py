@@ -10,6 +10,9 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
+from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, MMEmbeddingInfo, choice_of
+
 
 @dataclass
 class RequestState(CachedRequestState):
@@ -21,18 +24,27 @@ class RequestState(CachedRequestState):
         mm_parts: features of the images collected so far, whole images in prompt order,
             ``(num_features, hidden_size)`` each; references into the encoder cache. Set by the
             runner at each chunk; empty when no embedding is wanted.
-        mm_embedding: the collected features as one tensor, ``(num_features, hidden_size)``, the
-            encoder's dtype, contiguous, on the CPU. Set at the last chunk, handed over with the
-            first token, then None again.
+        choice: what it wants of its embedding; None for nothing. Set when it is added.
+        mm_embedding: the collected features as one tensor, ``(num_features, hidden_size)`` in the
+            encoder's dtype unless ``choice`` says otherwise, contiguous, on the CPU. Set at the
+            last chunk, handed over with the first token, then None again.
+        mm_embedding_info: which of its rows are which; set and handed over with it.
     """
 
     prefilled: bool = False
     mm_parts: list[torch.Tensor] = field(default_factory=list)
+    choice: EmbeddingChoice | None = None
     mm_embedding: torch.Tensor | None = None
+    mm_embedding_info: MMEmbeddingInfo | None = None
 
     @classmethod
-    def from_new(cls, data: NewRequestData) -> "RequestState":
-        """The state of a request that the scheduler sends for the first time."""
+    def from_new(cls, data: NewRequestData, settings: SpyreSettings) -> "RequestState":
+        """The state of a request that the scheduler sends for the first time.
+
+        Args:
+            data: what the scheduler sends.
+            settings: of the engine, for what a request does not choose.
+        """
         params = data.sampling_params
         generator = None
         if params is not None and params.sampling_type == SamplingType.RANDOM_SEED:
@@ -47,6 +59,7 @@ class RequestState(CachedRequestState):
             block_ids=data.block_ids,
             num_computed_tokens=data.num_computed_tokens,
             output_token_ids=[],
+            choice=choice_of(params, settings),
         )
 
     @property
@@ -70,15 +83,22 @@ class SpyreModelRunnerOutput(ModelRunnerOutput):
 
     Attributes:
         mm_embeddings: by request id, ``(num_features, hidden_size)`` on the CPU.
+        mm_embedding_infos: by request id, which of its rows are which.
     """
 
     mm_embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
+    mm_embedding_infos: dict[str, MMEmbeddingInfo] = field(default_factory=dict)
 
 
 class RequestTable:
-    """The requests that the worker knows, kept up to date from the scheduler's messages."""
+    """The requests that the worker knows, kept up to date from the scheduler's messages.
 
-    def __init__(self) -> None:
+    Args:
+        settings: of the engine.
+    """
+
+    def __init__(self, settings: SpyreSettings) -> None:
+        self._settings = settings
         self._states: dict[str, RequestState] = {}
 
     def __getitem__(self, req_id: str) -> RequestState:
@@ -95,7 +115,7 @@ class RequestTable:
     def add(self, new: Iterable[NewRequestData]) -> None:
         """Remember requests that are scheduled for the first time."""
         for data in new:
-            self._states[data.req_id] = RequestState.from_new(data)
+            self._states[data.req_id] = RequestState.from_new(data, self._settings)
 
     def update(self, cached: CachedRequestData) -> None:
         """Take over blocks and progress of requests that are scheduled again."""

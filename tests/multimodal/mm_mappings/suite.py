@@ -8,6 +8,7 @@ import copy
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -268,6 +269,22 @@ class MappingSuite(TextMappingSuite):
             inputs = reference.inputs(self.prompt(reference, 1), [picture(*size)])
             (features,) = self.features(mapping, model, reference, [picture(*size)])
             assert len(features) == (inputs["input_ids"] == mapping.image_token_id).sum()
+
+    def test_the_layout_has_a_row_for_every_feature(
+        self, mapping: MMUtils, model: Any, reference: Reference
+    ):
+        for size in [(48, 48), (230, 50), (7, 90), (333, 222)]:
+            inputs = reference.inputs(self.prompt(reference, 1), [picture(*size)])
+            mm_kwargs = self.mm_kwargs(mapping.hf_config, inputs)
+            item = {name: SimpleNamespace(data=value[0]) for name, value in mm_kwargs.items()}
+            layout = mapping.feature_layout(item)
+            (features,) = self.features(mapping, model, reference, [picture(*size)])
+            assert layout is not None
+            assert layout.num_features == len(features)
+            places = layout.places().tolist()
+            assert len(places) == len(set(places))
+            assert set(places) | set(layout.newlines()) == set(range(len(features)))
+        assert mapping.feature_layout({"image_embeds": SimpleNamespace(data=features)}) is None
 
     def test_pictures_encoded_together_are_those_encoded_alone(
         self, mapping: MMUtils, model: Any, reference: Reference

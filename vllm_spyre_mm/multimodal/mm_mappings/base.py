@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from vllm_spyre_mm.multimodal.embedding import FeatureLayout
 from vllm_spyre_mm.multimodal.merge import merge_embeddings
 
 FmsModel = Any
@@ -135,6 +136,18 @@ class MMUtils(ABC):
         Returns:
             For each image ``(num_features, hidden_size)`` in the encoder's dtype, in the order in
             which its placeholder takes them.
+        """
+
+    @abstractmethod
+    def feature_layout(self, mm_kwargs: Mapping[str, Any]) -> FeatureLayout | None:
+        """Which place of the image each of its features stands for.
+
+        Args:
+            mm_kwargs: what vLLM's processor made of one image, not batched: a mapping from names
+                to elements whose ``data`` is the value.
+
+        Returns:
+            The layout, or None for an image that was given as an embedding.
         """
 
     @abstractmethod

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vllm_spyre_mm.model_executor.models.composition import CompositionConfig
+from vllm_spyre_mm.multimodal.embedding import FeatureGrid, FeatureLayout
 from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel
 from vllm_spyre_mm.multimodal.mm_mappings.composed import (
     TILE_TOWERS,
@@ -52,3 +53,12 @@ class Llava(VisionComposed):
             model.multi_modal_projector(model.select_hidden_states(pixels.unsqueeze(0)))[0]
             for pixels in mm_kwargs["pixel_values"]
         ]
+
+    def feature_layout(self, mm_kwargs: Mapping[str, Any]) -> FeatureLayout | None:
+        if "pixel_values" not in mm_kwargs:
+            return None
+        vision = self.hf_config.vision_config
+        side = vision.image_size // vision.patch_size
+        kept = self.hf_config.vision_feature_select_strategy == "full"
+        first = int(kept and vision.model_type == "clip_vision_model")
+        return FeatureLayout(first + side * side, FeatureGrid(first, side, side, side))

@@ -13,6 +13,7 @@ from vllm_spyre_mm.model_executor.models.composition import (
     CompositionConfig,
     TiledComposition,
 )
+from vllm_spyre_mm.multimodal.embedding import FeatureGrid, FeatureLayout
 from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, LoadOverrides
 from vllm_spyre_mm.multimodal.mm_mappings.composed import (
     TILE_TOWERS,
@@ -90,6 +91,35 @@ class LlavaNext(VisionComposed):
         parts = pixels.tensor_split(-(-len(pixels) // TILES_AT_ONCE))
         return torch.cat(
             [model.multi_modal_projector(model.select_hidden_states(part)) for part in parts]
+        )
+
+    def feature_layout(self, mm_kwargs: Mapping[str, Any]) -> FeatureLayout | None:
+        if "image_sizes" not in mm_kwargs:
+            return None
+        height, width = mm_kwargs["image_sizes"].data.tolist()
+        return self.layout_of(width, height)
+
+    def layout_of(self, width: int, height: int) -> FeatureLayout:
+        """The layout of a picture of that size in pixels.
+
+        The grid of tiles loses the rows or columns that were padding; a picture that is very narrow
+        leaves none of them.
+        """
+        from transformers.image_processing_utils import select_best_resolution
+        from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+        vision = self.hf_config.vision_config
+        side = vision.image_size // vision.patch_size
+        best = select_best_resolution((height, width), self.hf_config.image_grid_pinpoints)
+        extents = (extent // vision.image_size * side for extent in best)
+        tiles = torch.empty(1, *extents, device="meta")
+        _, rows, columns = unpad_image(tiles, (height, width)).shape
+        base = FeatureGrid(start=0, rows=side, columns=side, stride=side)
+        fine = FeatureGrid(start=side * side, rows=rows, columns=columns, stride=columns + 1)
+        return FeatureLayout(
+            num_features=side * side + rows * (columns + 1),
+            base=base,
+            fine=fine if rows and columns else None,
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vllm_spyre_mm.model_executor.models.composition import CompositionConfig
+from vllm_spyre_mm.multimodal.embedding import FeatureGrid, FeatureLayout
 from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel
 from vllm_spyre_mm.multimodal.mm_mappings.composed import VisionComposed, first_mismatch
 
@@ -61,6 +62,13 @@ class Mistral3(VisionComposed):
 
     def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         return [self._encode(model, pixels) for pixels in mm_kwargs["pixel_values"]]
+
+    def feature_layout(self, mm_kwargs: Mapping[str, Any]) -> FeatureLayout | None:
+        if "pixel_values" not in mm_kwargs:
+            return None
+        height, width = mm_kwargs["pixel_values"].data.shape[-2:]
+        rows, columns = height // self.square, width // self.square
+        return FeatureLayout(rows * columns, FeatureGrid(0, rows, columns, columns))
 
     def _encode(self, model: FmsModel, pixels: torch.Tensor) -> torch.Tensor:
         height, width = pixels.shape[-2:]

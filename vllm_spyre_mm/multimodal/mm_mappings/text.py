@@ -46,3 +46,6 @@ class TextDecoder(Composed):
     def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         assert not mm_kwargs, "vLLM takes no pictures for a text model"
         return []
+
+    def feature_layout(self, mm_kwargs: Mapping[str, Any]) -> None:
+        return None

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real server in a process of its own, and how it is asked."""
+
+import base64
+import contextlib
+import io
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image
+
+VLLM = str(Path(sys.executable).parent / "vllm")
+START_SECONDS = 240
+
+
+def serve_command(checkpoint: Path, port: int, *more: str) -> list[str]:
+    return [
+        VLLM,
+        "serve",
+        str(checkpoint),
+        "--device",
+        "spyre",
+        "--enable-return-mm-embedding",
+        "--limit-mm-per-prompt",
+        '{"image": 4}',
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        "demo",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "1024",
+        "--kv-cache-memory-bytes",
+        "128M",
+        *more,
+    ]
+
+
+@contextlib.contextmanager
+def running_server(checkpoint: Path, log: Path, *more: str) -> Iterator[str]:
+    """The address of a server that runs inside the context.
+
+    Args:
+        checkpoint: folder of the model.
+        log: file for what it prints.
+        more: flags besides those of :func:`serve_command`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            serve_command(checkpoint, port, *more), stdout=output, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        try:
+            wait_until_healthy(address, process, log)
+            yield address
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
+
+
+def data_url(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def chat(client: openai.OpenAI, question: str, *urls: str, **more: Any) -> str:
+    parts: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    parts.append({"type": "text", "text": question})
+    response = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": parts}],
+        temperature=0,
+        max_tokens=24,
+        **more,
+    )
+    return response.choices[0].message.content

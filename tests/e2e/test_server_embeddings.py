@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedding over HTTP, with a real server and the ``openai`` client."""
+
+import io
+import json
+import random
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from PIL import Image
+
+from tests.e2e.engines import relative_error
+from tests.e2e.serving import data_url, png, running_server
+from tests.reference import Reference
+from vllm_spyre_mm.demo import pictures
+from vllm_spyre_mm.payload import decode_mm_embedding
+
+QUESTION = "What is in the picture?"
+
+
+def drawn(seed: int, size: tuple[int, int] = (192, 144)) -> Image.Image:
+    rng = random.Random(f"server-embeddings-{seed}")
+    return pictures.draw_picture(pictures.random_shapes(rng, 2), size, rng=rng).image
+
+
+@pytest.fixture(scope="module")
+def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    settings = json.dumps({"max_mm_embedding_response_bytes": 700_000})
+    flags = ("--enable-mm-embeds", "--additional-config", settings)
+    with running_server(demo_checkpoint, log, *flags) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def messages(*images: Image.Image, question: str = QUESTION) -> list[Any]:
+    parts: list[Any] = [
+        {"type": "image_url", "image_url": {"url": data_url(png(image))}} for image in images
+    ]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def ask(client: openai.OpenAI, *images: Image.Image, **more: Any) -> Any:
+    extra = more.pop("extra_body", {"return_mm_embedding": True})
+    return client.chat.completions.create(
+        model="demo",
+        messages=messages(*images),
+        max_tokens=16,
+        extra_body=extra,
+        **{"temperature": 0, **more},
+    )
+
+
+def expected_features(reference: Reference, *images: Image.Image) -> torch.Tensor:
+    tags = "<image>\n" * len(images)
+    return reference.features(f"<|user|>\n{tags}{QUESTION}\n<|assistant|>\n", list(images))
+
+
+def test_chat_returns_the_features(client: openai.OpenAI, demo_reference: Reference) -> None:
+    images = (drawn(1), drawn(2, (50, 120)))
+    payload = ask(client, *images).choices[0].mm_embedding
+    assert payload["encoding_format"] == "base64"
+    assert payload["dtype"] == "float32"
+    embedding = decode_mm_embedding(payload)
+    assert relative_error(embedding, expected_features(demo_reference, *images)) < 1e-4
+    first, second = payload["items"]
+    assert (first["index"], second["index"]) == (0, 1)
+    assert first["end"] == second["start"]
+    assert second["end"] == payload["shape"][0]
+    assert first["layout"]["base"] == {"start": 0, "rows": 6, "columns": 6, "stride": 6}
+
+
+def test_nested_floats_are_the_same_numbers(client: openai.OpenAI) -> None:
+    image = drawn(3, (48, 48))
+    plain = ask(client, image).choices[0].mm_embedding
+    extra = {"return_mm_embedding": {"pooling": "raw"}, "encoding_format": "float"}
+    floats = ask(client, image, extra_body=extra).choices[0].mm_embedding
+    assert isinstance(floats["data"][0][0], float)
+    assert torch.equal(decode_mm_embedding(floats), decode_mm_embedding(plain))
+
+
+def test_int8_rows_come_with_their_scales(client: openai.OpenAI) -> None:
+    image = drawn(4)
+    exact = decode_mm_embedding(ask(client, image).choices[0].mm_embedding)
+    payload = ask(client, image, extra_body={"return_mm_embedding": {"dtype": "int8"}})
+    payload = payload.choices[0].mm_embedding
+    assert payload["dtype"] == "int8"
+    error = (decode_mm_embedding(payload) - exact).abs().amax(dim=1)
+    bound = exact.abs().amax(dim=1) / 254
+    assert (error <= bound * 1.001).all()
+    assert error.max() > 0
+
+
+def test_a_stream_carries_it_on_the_chunk_that_finishes(client: openai.OpenAI) -> None:
+    image = drawn(5)
+    sampling: dict[str, Any] = {"n": 2, "temperature": 1.0, "seed": 3}
+    stream = ask(client, image, stream=True, **sampling)
+    chunks = [choice for chunk in stream for choice in chunk.choices]
+    finished = [choice for choice in chunks if choice.finish_reason is not None]
+    assert sorted(choice.index for choice in finished) == [0, 1]
+    whole = ask(client, image, **sampling).choices[0]
+    for choice in finished:
+        assert choice.mm_embedding == whole.mm_embedding
+    assert not any(hasattr(choice, "mm_embedding") for choice in chunks if choice not in finished)
+    text = "".join(choice.delta.content or "" for choice in chunks if choice.index == 0)
+    assert text == whole.message.content
+
+
+def test_completions_with_text_have_none(client: openai.OpenAI) -> None:
+    asked = {"return_mm_embedding": True}
+    prompts = ["<|user|>\nHi\n<|assistant|>\n", "<|user|>\nWho?\n<|assistant|>\n"]
+    whole = client.completions.create(
+        model="demo", prompt=prompts, max_tokens=4, temperature=0, extra_body=asked
+    )
+    assert [choice.mm_embedding for choice in whole.choices] == [None, None]
+    chunks = list(
+        client.completions.create(
+            model="demo", prompt=prompts, max_tokens=4, temperature=0, stream=True, extra_body=asked
+        )
+    )
+    finished = [
+        choice for chunk in chunks for choice in chunk.choices if choice.finish_reason is not None
+    ]
+    assert len(finished) == 2
+    assert all(choice.mm_embedding is None for choice in finished)
+
+
+def test_without_the_field_nothing_of_it_is_in_a_response(client: openai.OpenAI) -> None:
+    response = ask(client, drawn(6), extra_body={})
+    assert "mm_embedding" not in response.model_dump_json()
+    events = ask(client, drawn(6), stream=True, extra_body={})
+    assert "mm_embedding" not in "".join(event.model_dump_json() for event in events)
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ("yes", "must be true, false or an object"),
+        ({"pooling": "median"}, "pooling"),
+        ({"pool": "raw"}, "pool"),
+        ({"pooling": "grid"}, "grid"),
+        ({"dtype": "int4"}, "dtype"),
+        ({"max_bytes": 100}, "more than the limit of 100"),
+        ({"generate": False}, "max_tokens=1"),
+    ],
+    ids=str,
+)
+def test_a_choice_that_there_is_not_is_the_clients_error(
+    client: openai.OpenAI, value: object, named: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=named):
+        ask(client, drawn(7), extra_body={"return_mm_embedding": value})
+    assert ask(client, drawn(7)).choices[0].mm_embedding is not None
+
+
+def test_a_response_that_would_be_too_large_is_refused(client: openai.OpenAI) -> None:
+    images = [drawn(seed) for seed in range(10, 13)]
+    with pytest.raises(openai.BadRequestError, match="more than the limit of 700000"):
+        ask(client, *images)
+    pooled = {"return_mm_embedding": {"pooling": "grid", "grid": [4, 4]}}
+    payload = ask(client, *images, extra_body=pooled).choices[0].mm_embedding
+    assert payload["shape"] == [3 * 16, 256]
+
+
+def test_a_returned_tensor_goes_back_in_as_the_image(client: openai.OpenAI) -> None:
+    image = drawn(8)
+    seen = ask(client, image).choices[0]
+    buffer = io.BytesIO()
+    torch.save(decode_mm_embedding(seen.mm_embedding), buffer)
+    part = {"type": "image_embeds", "image_embeds": b64encode(buffer.getvalue()).decode()}
+    content: Any = [part, {"type": "text", "text": QUESTION}]
+    answer = client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": content}], temperature=0, max_tokens=16
+    )
+    assert answer.choices[0].message.content == seen.message.content
+
+
+def test_the_models_list_says_that_it_is_there(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    told = {"hidden_size": 256, "dtype": "float32", "max_bytes": 700_000}
+    assert model.mm_embedding == told  # type: ignore[attr-defined]
+
+
+# -- images alone ----------------------------------------------------------------------------------
+
+
+def post(server: str, body: Any) -> tuple[int, Any]:
+    request = urllib.request.Request(
+        f"{server}/v1/mm_embeddings",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def parts_of(*images: Image.Image) -> list[Any]:
+    return [{"type": "image_url", "image_url": {"url": data_url(png(image))}} for image in images]
+
+
+def test_images_alone_have_the_embeddings_that_a_chat_returns(
+    server: str, client: openai.OpenAI
+) -> None:
+    images = (drawn(20), drawn(21, (60, 90)))
+    status, body = post(server, {"input": parts_of(*images)})
+    assert status == 200
+    asked = ask(client, *images).choices[0]
+    found, wanted = body["mm_embedding"], asked.mm_embedding
+    assert torch.equal(decode_mm_embedding(found), decode_mm_embedding(wanted))
+    assert [item["content_hash"] for item in found["items"]] == [
+        item["content_hash"] for item in wanted["items"]
+    ]
+
+
+def test_a_prompt_is_answered_rightly_after_its_images_were_embedded_alone(
+    server: str, client: openai.OpenAI
+) -> None:
+    """No decoder ran for them: their blocks must not be found in the prefix cache."""
+    image = drawn(22)
+    for _ in range(2):
+        assert post(server, {"input": parts_of(image)})[0] == 200
+    after = ask(client, image).choices[0].message.content
+    fresh = ask(client, image, extra_body={"cache_salt": "fresh"}).choices[0].message.content
+    assert after == fresh
+    assert len(after) > 10
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"input": [{"type": "text", "text": "hello"}]}, "images alone, not text"),
+        ({"input": []}, "input"),
+        ({}, "input"),
+        ({"input": parts_of(Image.new("RGB", (9, 9))), "return_mm_embedding": False}, "false"),
+        ({"input": parts_of(Image.new("RGB", (9, 9))), "dimensions": 5}, "dimensions"),
+        (
+            {"input": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]},
+            "",
+        ),
+        ({"input": parts_of(Image.new("RGB", (9, 9))), "model": "other"}, "other"),
+    ],
+    ids=["text", "empty", "missing", "false", "unknown field", "no picture", "another model"],
+)
+def test_what_is_no_image_is_the_clients_error(server: str, body: Any, named: str) -> None:
+    status, answer = post(server, body)
+    assert 400 <= status < 500
+    assert named in json.dumps(answer)
+    assert post(server, {"input": parts_of(drawn(23))})[0] == 200

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request may choose of its embedding, and what each choice gives."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.multimodal.embedding import (
+    EXTRA_ARG,
+    EmbeddingChoice,
+    FeatureGrid,
+    FeatureLayout,
+    MMEmbeddingInfo,
+    assemble,
+    choice_of,
+    convert,
+    parse_choice,
+    pool,
+)
+from vllm_spyre_mm.payload import decode_mm_embedding, encode_mm_embedding
+
+ON = SpyreSettings(enable_return_mm_embedding=True)
+OPT_IN = SpyreSettings(enable_return_mm_embedding=True, return_mm_embedding_by_default=False)
+OFF = SpyreSettings()
+
+# A base tile of 2 x 2 and tiles of 2 rows and 3 columns, a newline after each row.
+LAYOUT = FeatureLayout(12, FeatureGrid(0, 2, 2, 2), FeatureGrid(4, 2, 3, 4))
+BASE_ONLY = FeatureLayout(4, FeatureGrid(0, 2, 2, 2))
+
+
+def params(value: Any = None) -> SamplingParams:
+    return SamplingParams(extra_args=None if value is None else {EXTRA_ARG: value})
+
+
+def features(count: int, width: int = 3) -> torch.Tensor:
+    """Each row's first element is its number."""
+    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(count))
+    rows[:, 0] = torch.arange(count)
+    return rows
+
+
+# -- choosing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [True, 1, {}])
+def test_asking_without_more_gives_the_rows_as_merged(value: Any):
+    assert parse_choice(value) == EmbeddingChoice()
+
+
+@pytest.mark.parametrize("value", [False, 0])
+def test_declining(value: Any):
+    assert parse_choice(value) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ("true", "must be true, false or an object, not str"),
+        (2, "not int"),
+        ([], "not list"),
+        ({"pooling": "median"}, "pooling"),
+        ({"dtype": "float64"}, "dtype"),
+        ({"newline": True}, "newline"),
+        ({"newlines": 1}, "newlines"),
+        ({"grid": [2, 2]}, "with pooling 'grid' and only there"),
+        ({"pooling": "grid"}, "with pooling 'grid' and only there"),
+        ({"pooling": "grid", "grid": [0, 2]}, "1 to 64"),
+        ({"pooling": "grid", "grid": [2, 65]}, "1 to 64"),
+        ({"pooling": "grid", "grid": [2]}, "grid"),
+        ({"max_bytes": 0}, "max_bytes"),
+    ],
+    ids=str,
+)
+def test_what_there_is_not_is_refused_by_name(value: Any, named: str):
+    with pytest.raises(VLLMValidationError, match=EXTRA_ARG) as error:
+        parse_choice(value)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "value", "wanted"),
+    [
+        (ON, None, True),
+        (ON, False, False),
+        (ON, True, True),
+        (OPT_IN, None, False),
+        (OPT_IN, True, True),
+        (OFF, None, False),
+        (OFF, False, False),
+    ],
+)
+def test_who_gets_one(settings: SpyreSettings, value: Any, wanted: bool):
+    assert (choice_of(params(value), settings) is not None) is wanted
+
+
+def test_asking_an_engine_that_was_started_without_it():
+    with pytest.raises(VLLMValidationError, match="started without it: start it with"):
+        choice_of(params(True), OFF)
+
+
+# -- pooling ---------------------------------------------------------------------------------------
+
+
+def test_raw_is_what_was_merged():
+    rows = features(12)
+    assert pool(rows, LAYOUT, EmbeddingChoice()) is rows
+
+
+def test_rows_that_end_a_row_of_tiles_can_be_left_out():
+    assert LAYOUT.newlines() == [7, 11]
+    kept = pool(features(12), LAYOUT, EmbeddingChoice(newlines=False))
+    assert kept[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
+
+
+def test_the_mean_of_an_image_leaves_them_out():
+    (row,) = pool(features(12), LAYOUT, EmbeddingChoice(pooling="image"))
+    assert row[0] == pytest.approx(sum((0, 1, 2, 3, 4, 5, 6, 8, 9, 10)) / 10)
+
+
+def test_the_mean_of_the_base_tile():
+    (row,) = pool(features(12), LAYOUT, EmbeddingChoice(pooling="base"))
+    assert row[0] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "grid", "expected"),
+    [
+        (LAYOUT, (1, 3), [6, 7, 8]),
+        (LAYOUT, (2, 1), [5, 9]),
+        (LAYOUT, (2, 3), [4, 5, 6, 8, 9, 10]),
+        (BASE_ONLY, (1, 2), [1, 2]),
+        (BASE_ONLY, (1, 1), [1.5]),
+    ],
+)
+def test_means_over_a_grid_of_the_finest_features(
+    layout: FeatureLayout, grid: tuple[int, int], expected: list[float]
+):
+    choice = EmbeddingChoice(pooling="grid", grid=grid)
+    rows = pool(features(layout.num_features), layout, choice)
+    assert rows[:, 0].tolist() == pytest.approx(expected)
+    assert choice.num_rows([layout.num_features]) == len(rows)
+
+
+# -- dtypes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_a_chosen_dtype(name: str):
+    rows, scales = convert(features(5), name)
+    assert rows.dtype == getattr(torch, name)
+    assert scales is None
+
+
+def test_int8_is_off_by_half_a_scale_at_most():
+    exact = features(50, 64) * torch.logspace(-6, 6, 50).unsqueeze(1)
+    exact[7] = 0
+    rows, scales = convert(exact, "int8")
+    assert rows.dtype == torch.int8
+    assert scales is not None
+    error = (rows.float() * scales.unsqueeze(1) - exact).abs()
+    assert (error <= scales.unsqueeze(1) / 2 * 1.0001).all()
+    assert (scales <= exact.abs().amax(dim=1) / 127 * 1.0001).all()
+
+
+# -- the whole -------------------------------------------------------------------------------------
+
+
+def feature_spec(name: str, offset: int) -> Any:
+    position = SimpleNamespace(offset=offset)
+    return SimpleNamespace(modality="image", mm_hash=name, identifier="id", mm_position=position)
+
+
+def test_which_rows_are_which():
+    parts = [features(12), features(4)]
+    specs = [feature_spec("first", 3), feature_spec("second", 40)]
+    rows, info = assemble(parts, specs, [LAYOUT, BASE_ONLY], EmbeddingChoice(newlines=False))
+    first, second = info.items
+    assert (first.start, first.end, second.start, second.end) == (0, 10, 10, 14)
+    assert (first.offset, second.offset) == (3, 40)
+    assert (first.content_hash, second.content_hash) == ("first", "second")
+    assert torch.equal(rows[second.start : second.end], parts[1])
+    assert first.layout is LAYOUT
+
+
+def test_the_embedding_has_memory_of_its_own():
+    parts = [features(12)]
+    rows, _ = assemble(parts, [feature_spec("a", 0)], [LAYOUT], EmbeddingChoice())
+    rows.zero_()
+    assert parts[0].any()
+
+
+def test_means_have_the_dtype_of_the_features():
+    parts = [features(12).bfloat16()]
+    choice = EmbeddingChoice(pooling="image")
+    rows, _ = assemble(parts, [feature_spec("a", 0)], [LAYOUT], choice)
+    assert rows.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("encoding", ["base64", "float"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_json_and_back(encoding: Any, dtype: str):
+    choice = EmbeddingChoice(dtype=dtype)  # type: ignore[arg-type]
+    exact = features(12)
+    rows, info = assemble([exact], [feature_spec("a", 0)], [LAYOUT], choice)
+    payload = msgspec.json.decode(msgspec.json.encode(encode_mm_embedding(rows, info, encoding)))
+    decoded = decode_mm_embedding(payload)
+    if dtype == "int8":
+        assert isinstance(info, MMEmbeddingInfo)
+        assert info.scales is not None
+        rows = rows.float() * info.scales.unsqueeze(1)
+    assert torch.equal(decoded, rows)
+    assert payload["items"][0]["layout"]["fine"]["columns"] == 3

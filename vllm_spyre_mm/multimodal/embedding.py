@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedding that a request gets back: which rows, pooled or not, in which dtype.
+
+A request chooses with ``SamplingParams(extra_args={"return_mm_embedding": ...})``: true, false, or
+an object with the fields of :class:`EmbeddingChoice`. The worker converts, so that no more is sent
+than was asked for.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from vllm.exceptions import VLLMValidationError
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+    from vllm_spyre_mm.config import SpyreSettings
+
+EXTRA_ARG = "return_mm_embedding"
+"""Key of the choice in ``SamplingParams.extra_args``, and its field in HTTP requests."""
+
+Pooling = Literal["raw", "image", "base", "grid"]
+
+
+class EmbeddingChoice(BaseModel):
+    """What a request wants back.
+
+    Attributes:
+        pooling: ``raw``: the rows as the decoder got them. ``image``: the mean over all places of
+            each image, one row. ``base``: the mean over the base tile, one row. ``grid``: means
+            over a grid of equal cells laid over the finest features, row by row.
+        grid: rows and columns of that grid.
+        newlines: keep the rows that stand for no place (``raw`` only; means leave them out).
+        dtype: of the tensor; ``auto`` is the encoder's. ``int8`` has a scale for each row: an
+            element is off by half a scale at most, which is 1/254 of the row's largest magnitude.
+        generate: run the decoder. Without it the request ends after its prompt with a token that
+            means nothing (``max_tokens`` must be 1), and costs the encoder alone.
+        encoding_format: how an HTTP response carries it: ``base64``, or ``float`` for lists.
+        max_bytes: refuse the request if its embedding would be larger; None for no bound.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    pooling: Pooling = "raw"
+    grid: tuple[int, int] | None = Field(default=None, strict=False)
+    newlines: bool = True
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "int8"] = "auto"
+    generate: bool = True
+    encoding_format: Literal["base64", "float"] = "base64"
+    max_bytes: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> "EmbeddingChoice":
+        if (self.pooling == "grid") != (self.grid is not None):
+            raise ValueError("grid, [rows, columns], is given with pooling 'grid' and only there")
+        if self.grid is not None and not all(0 < extent <= 64 for extent in self.grid):
+            raise ValueError("grid has 1 to 64 rows and columns")
+        return self
+
+    @property
+    def needs_layout(self) -> bool:
+        """Whether it has to be known which place of its image each row stands for."""
+        return self.pooling in ("base", "grid") or not self.newlines
+
+    def num_rows(self, features_per_image: Sequence[int]) -> int:
+        """Rows of the tensor, newline rows counted.
+
+        Args:
+            features_per_image: as merged.
+        """
+        if self.pooling == "raw":
+            return sum(features_per_image)
+        cells = self.grid[0] * self.grid[1] if self.grid else 1
+        return cells * len(features_per_image)
+
+
+def parse_choice(value: object) -> EmbeddingChoice | None:
+    """The choice that a value of :data:`EXTRA_ARG` stands for; None for no embedding.
+
+    Raises:
+        VLLMValidationError: says what is wrong with it (HTTP 400).
+    """
+    if isinstance(value, bool) or value in (0, 1):  # vLLM turns a JSON true into 1
+        return EmbeddingChoice() if value else None
+    if not isinstance(value, dict):
+        raise VLLMValidationError(
+            f"return_mm_embedding must be true, false or an object, not {type(value).__name__}",
+            parameter=EXTRA_ARG,
+        )
+    try:
+        return EmbeddingChoice.model_validate(value)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ")
+            for fault in error.errors()
+        )
+        known = ", ".join(EmbeddingChoice.model_fields)
+        raise VLLMValidationError(
+            f"return_mm_embedding is invalid: {faults}. Its fields are: {known}.",
+            parameter=EXTRA_ARG,
+        ) from None
+
+
+def choice_of(params: "SamplingParams | None", settings: "SpyreSettings") -> EmbeddingChoice | None:
+    """What a request wants back, given its parameters and the engine's settings.
+
+    Raises:
+        VLLMValidationError: it asks for something that there is not (HTTP 400).
+    """
+    value = (params.extra_args or {}).get(EXTRA_ARG) if params is not None else None
+    if value is None:
+        value = settings.enable_return_mm_embedding and settings.return_mm_embedding_by_default
+    choice = parse_choice(value)
+    if choice is not None and not settings.enable_return_mm_embedding:
+        raise VLLMValidationError(
+            "return_mm_embedding is asked for, but this engine was started without it: start it "
+            "with enable_return_mm_embedding=True or --enable-return-mm-embedding",
+            parameter=EXTRA_ARG,
+        )
+    return choice
+
+
+class FeatureGrid(msgspec.Struct, frozen=True):
+    """Features that cover an image evenly.
+
+    The feature at a row and column of the grid is row ``start + row * stride + column`` of the
+    image's features.
+
+    Attributes:
+        start: row of the features of its top left.
+        rows: from top to bottom.
+        columns: from left to right.
+        stride: rows of the features from one row of the grid to the next.
+    """
+
+    start: int
+    rows: int
+    columns: int
+    stride: int
+
+    def indices(self) -> torch.Tensor:
+        """int64 ``(rows, columns)``: rows of the image's features."""
+        down = torch.arange(self.rows).unsqueeze(1) * self.stride
+        return self.start + down + torch.arange(self.columns)
+
+
+class FeatureLayout(msgspec.Struct, frozen=True):
+    """Where the features of one image come from.
+
+    Attributes:
+        num_features: rows of the image, as merged.
+        base: the grid of the base tile, the whole picture at the tower's resolution.
+        fine: the grid of the tiles at a higher resolution, without what was padding; None for a
+            picture that has none.
+    """
+
+    num_features: int
+    base: FeatureGrid
+    fine: FeatureGrid | None = None
+
+    def places(self) -> torch.Tensor:
+        """int64: the rows that stand for a place of the picture, in order."""
+        grids = [self.base] if self.fine is None else [self.base, self.fine]
+        return torch.cat([grid.indices().flatten() for grid in grids])
+
+    def newlines(self) -> list[int]:
+        """The rows that stand for none: learnt features that end a row of tiles."""
+        return sorted(set(range(self.num_features)) - set(self.places().tolist()))
+
+
+class MMEmbeddingItem(msgspec.Struct, frozen=True):
+    """One image of an embedding.
+
+    Attributes:
+        modality: vLLM's name, ``image``.
+        index: among the request's images, in prompt order.
+        start: its first row in the tensor.
+        end: one past its last row.
+        offset: position of its placeholder in the prompt, in tokens.
+        content_hash: vLLM's hash of the picture and of how it was processed.
+        layout: where its features come from; of all of them, before any pooling. None for an image
+            that was given as an embedding.
+    """
+
+    modality: str
+    index: int
+    start: int
+    end: int
+    offset: int
+    content_hash: str
+    layout: FeatureLayout | None = None
+
+
+class MMEmbeddingInfo(msgspec.Struct, frozen=True):
+    """Which rows of an embedding are which: ``CompletionOutput.mm_embedding_info``.
+
+    Attributes:
+        items: the images in prompt order.
+        pooling: as chosen.
+        scales: float32 ``(rows,)``, what each int8 row is multiplied by; None for other dtypes.
+    """
+
+    items: list[MMEmbeddingItem]
+    pooling: str
+    scales: torch.Tensor | None = None
+
+
+def pool(
+    features: torch.Tensor, layout: FeatureLayout | None, choice: EmbeddingChoice
+) -> torch.Tensor:
+    """The rows that a choice makes of one image.
+
+    Args:
+        features: ``(num_features, hidden_size)``.
+        layout: of the image; None where it is not known and ``choice.needs_layout`` is false.
+        choice: which rows.
+
+    Returns:
+        ``(rows, hidden_size)``: the features themselves where nothing is chosen; means are fp32.
+    """
+    if choice.pooling == "raw" and choice.newlines:
+        return features
+    if layout is None:
+        return features.float().mean(dim=0, keepdim=True)
+    if choice.pooling == "raw":
+        return features[layout.places()]
+    if choice.pooling == "image":
+        return features[layout.places()].float().mean(dim=0, keepdim=True)
+    if choice.pooling == "base":
+        return features[layout.base.indices().flatten()].float().mean(dim=0, keepdim=True)
+    finest = layout.fine if layout.fine is not None else layout.base
+    picture = features[finest.indices()].float().permute(2, 0, 1)
+    return F.adaptive_avg_pool2d(picture, choice.grid).flatten(1).T
+
+
+def convert(rows: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows in the chosen dtype, and the scales of an int8 one.
+
+    Args:
+        rows: ``(rows, hidden_size)``.
+        dtype: of :class:`EmbeddingChoice`.
+    """
+    if dtype == "auto":
+        return rows, None
+    if dtype != "int8":
+        return rows.to(getattr(torch, dtype)), None
+    scales = rows.float().abs().amax(dim=1) / 127
+    divisors = torch.where(scales > 0, scales, 1.0).unsqueeze(1)
+    return (rows.float() / divisors).round().to(torch.int8), scales
+
+
+def assemble(
+    parts: Sequence[torch.Tensor],
+    features: Sequence[Any],
+    layouts: Sequence[FeatureLayout | None],
+    choice: EmbeddingChoice,
+) -> tuple[torch.Tensor, MMEmbeddingInfo]:
+    """The embedding of a request.
+
+    Args:
+        parts: features of each image, ``(num_features, hidden_size)``, in prompt order.
+        features: vLLM's ``MultiModalFeatureSpec`` of each.
+        layouts: of each.
+        choice: what the request wants.
+
+    Returns:
+        ``(rows, hidden_size)``, contiguous memory of its own, and which rows are which.
+    """
+    pooled = [pool(part, layout, choice) for part, layout in zip(parts, layouts, strict=True)]
+    items, start = [], 0
+    for index, (rows, feature, layout) in enumerate(zip(pooled, features, layouts, strict=True)):
+        end = start + len(rows)
+        content_hash = feature.mm_hash or feature.identifier
+        offset = feature.mm_position.offset
+        items.append(
+            MMEmbeddingItem(feature.modality, index, start, end, offset, content_hash, layout)
+        )
+        start = end
+    dtype: str = choice.dtype
+    if dtype == "auto" and choice.pooling != "raw":  # means are computed in fp32
+        dtype = str(parts[0].dtype).removeprefix("torch.")
+    rows, scales = convert(torch.cat(pooled), dtype)
+    return rows, MMEmbeddingInfo(items, choice.pooling, scales)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An embedding as JSON: what HTTP responses carry, and how a client reads it."""
+
+import base64
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+import torch
+
+from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
+
+EncodingFormat = Literal["base64", "float"]
+
+
+def encode_mm_embedding(
+    embedding: torch.Tensor, info: MMEmbeddingInfo, encoding_format: EncodingFormat
+) -> dict[str, Any]:
+    """An embedding as a JSON object.
+
+    Args:
+        embedding: ``(rows, hidden_size)``, on the CPU.
+        info: which rows are which.
+        encoding_format: ``base64`` of the little-endian elements row by row, or ``float`` for
+            nested lists of numbers.
+
+    Returns:
+        ``shape``, ``dtype``, ``encoding_format``, ``data``, ``pooling``, ``items``, and ``scales``
+        where the dtype is int8.
+    """
+    payload: dict[str, Any] = {
+        "shape": list(embedding.shape),
+        "dtype": str(embedding.dtype).removeprefix("torch."),
+        "encoding_format": encoding_format,
+        "data": _encode(embedding, encoding_format),
+        "pooling": info.pooling,
+        "items": msgspec.to_builtins(info.items),
+    }
+    if info.scales is not None:
+        payload["scales"] = _encode(info.scales, encoding_format)
+    return payload
+
+
+def decode_mm_embedding(payload: Mapping[str, Any]) -> torch.Tensor:
+    """The embedding of an HTTP response.
+
+    Args:
+        payload: ``choice.mm_embedding`` as the client parsed it from JSON.
+
+    Returns:
+        ``(rows, hidden_size)`` in the dtype that was sent; int8 rows come as float32, multiplied
+        by their scales.
+    """
+    rows = _decode(payload["data"], payload, payload["dtype"]).view(payload["shape"])
+    if "scales" not in payload:
+        return rows
+    return rows.float() * _decode(payload["scales"], payload, "float32").unsqueeze(1)
+
+
+def _encode(tensor: torch.Tensor, encoding_format: EncodingFormat) -> Any:
+    if encoding_format == "float":
+        return tensor.tolist()
+    return base64.b64encode(tensor.contiguous().view(torch.uint8).numpy().tobytes()).decode()
+
+
+def _decode(data: Any, payload: Mapping[str, Any], dtype: str) -> torch.Tensor:
+    if payload["encoding_format"] == "float":
+        return torch.tensor(data, dtype=getattr(torch, dtype))
+    return torch.frombuffer(bytearray(base64.b64decode(data)), dtype=getattr(torch, dtype))

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedding over HTTP: a field in requests, and one in responses to those that ask.
+
+Leans on: ``OpenAIServingChat`` and ``OpenAIServingCompletion`` turn a request's ``vllm_xargs`` into
+``SamplingParams.extra_args``, and make every response in the generators that are wrapped here;
+request and response models keep fields that they do not declare. A response to a request without
+the field is vLLM's, byte for byte: nothing of it is touched.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import AsyncIterator, Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG, EmbeddingChoice, parse_choice
+from vllm_spyre_mm.payload import encode_mm_embedding
+from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
+
+FIELD = "mm_embedding"
+"""Of the choice that finishes."""
+
+Noted = dict[int, dict[str, Any] | None]
+"""By index of the choice: the embedding as JSON, None for a request without images."""
+
+
+def install() -> None:
+    """Extend vLLM's OpenAI-compatible server as soon as its parts exist."""
+    when_loaded("vllm.entrypoints.openai.chat_completion.serving", _extend_chat)
+    when_loaded("vllm.entrypoints.openai.completion.serving", _extend_completion)
+    when_loaded("vllm.entrypoints.openai.models.serving", _extend_models)
+    when_loaded("vllm.entrypoints.launchers.app", _add_routes)
+
+
+# -- requests -------------------------------------------------------------------------------------
+
+
+def read_field(request: Any, settings: SpyreSettings) -> None:
+    """Move the field of a request to where its sampling parameters come from, in place.
+
+    Without the field nothing is to be returned, so that nothing is copied either.
+
+    Raises:
+        VLLMValidationError: the field is not what it may be (HTTP 400).
+    """
+    xargs = dict(request.vllm_xargs or {})
+    value = (request.model_extra or {}).pop(EXTRA_ARG, xargs.get(EXTRA_ARG))
+    if value is None:
+        if settings.enable_return_mm_embedding:
+            request.vllm_xargs = xargs | {EXTRA_ARG: False}
+        return
+    choice = parse_choice(value)
+    top = (request.model_extra or {}).pop("encoding_format", None)
+    if choice is not None and top is not None:
+        choice = parse_choice(choice.model_dump(mode="json") | {"encoding_format": top})
+    given: Any = False
+    if choice is not None:
+        limit = settings.max_mm_embedding_response_bytes
+        given = choice.model_dump(mode="json")
+        given["max_bytes"] = min(choice.max_bytes or limit, limit)
+    request.vllm_xargs = xargs | {EXTRA_ARG: given}
+
+
+def _choice_of(request: Any) -> EmbeddingChoice | None:
+    value = (request.vllm_xargs or {}).get(EXTRA_ARG)
+    return None if value is None else parse_choice(value)
+
+
+def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        read_field(request, SpyreSettings.from_vllm_config(self.engine_client.vllm_config))
+        return await original(self, request, *args, **kwargs)
+
+    return create
+
+
+# -- responses ------------------------------------------------------------------------------------
+
+
+def _note(noted: Noted, outputs: Iterable[Any], choice: EmbeddingChoice, first: int = 0) -> None:
+    """Note the embeddings of the outputs that finish; ``first`` is the index of the first one."""
+    for output in outputs:
+        if output.finish_reason is not None:
+            embedding = output.mm_embedding
+            noted[first + output.index] = (
+                None
+                if embedding is None
+                else encode_mm_embedding(
+                    embedding, output.mm_embedding_info, choice.encoding_format
+                )
+            )
+
+
+def add_to_event(event: str, noted: Noted) -> str:
+    """A server-sent event with the embeddings on the choices that finish in it."""
+    if not event.startswith("data: {"):
+        return event
+    body = json.loads(event.removeprefix("data: "))
+    finished = [
+        choice for choice in body.get("choices", ()) if choice.get("finish_reason") is not None
+    ]
+    for choice in finished:
+        choice[FIELD] = noted.get(choice["index"])
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n" if finished else event
+
+
+def _add_to_response(response: Any, noted: Noted) -> Any:
+    for choice in getattr(response, "choices", ()):  # an error has none
+        setattr(choice, FIELD, noted.get(choice.index))
+    return response
+
+
+def _extend_chat(module: ModuleType) -> None:
+    require_attributes(module, ("OpenAIServingChat",))
+    serving = module.OpenAIServingChat
+    if hasattr(serving.chat_completion_full_generator, "__wrapped__"):
+        return
+    require_parameters(serving.create_chat_completion, ("request", "raw_request"))
+    for name in ("chat_completion_full_generator", "chat_completion_stream_generator"):
+        require_parameters(getattr(serving, name), ("request", "result_generator"))
+    serving.create_chat_completion = _reading(serving.create_chat_completion)
+    full, stream = serving.chat_completion_full_generator, serving.chat_completion_stream_generator
+
+    async def noting(outputs: Any, noted: Noted, choice: EmbeddingChoice) -> AsyncIterator[Any]:
+        async for output in outputs:
+            _note(noted, output.outputs, choice)
+            yield output
+
+    @functools.wraps(full)
+    async def chat_completion_full_generator(
+        self: Any, request: Any, result_generator: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        choice, noted = _choice_of(request), Noted()
+        if choice is None:
+            return await full(self, request, result_generator, *args, **kwargs)
+        outputs = noting(result_generator, noted, choice)
+        return _add_to_response(await full(self, request, outputs, *args, **kwargs), noted)
+
+    @functools.wraps(stream)
+    async def chat_completion_stream_generator(
+        self: Any, request: Any, result_generator: Any, *args: Any, **kwargs: Any
+    ) -> AsyncIterator[str]:
+        choice, noted = _choice_of(request), Noted()
+        if choice is not None:
+            result_generator = noting(result_generator, noted, choice)
+        events = stream(self, request, result_generator, *args, **kwargs)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield event if choice is None else add_to_event(event, noted)
+
+    serving.chat_completion_full_generator = chat_completion_full_generator
+    serving.chat_completion_stream_generator = chat_completion_stream_generator
+
+
+def _extend_completion(module: ModuleType) -> None:
+    require_attributes(module, ("OpenAIServingCompletion",))
+    serving = module.OpenAIServingCompletion
+    if hasattr(serving.completion_stream_generator, "__wrapped__"):
+        return
+    require_parameters(serving.create_completion, ("request", "raw_request"))
+    require_parameters(
+        serving.completion_stream_generator, ("request", "engine_inputs", "result_generator")
+    )
+    require_parameters(
+        serving.request_output_to_completion_response, ("final_res_batch", "request")
+    )
+    serving.create_completion = _reading(serving.create_completion)
+    stream = serving.completion_stream_generator
+    full = serving.request_output_to_completion_response
+
+    async def noting(
+        outputs: Any, noted: Noted, choice: EmbeddingChoice, per_prompt: int
+    ) -> AsyncIterator[Any]:
+        async for prompt, output in outputs:
+            _note(noted, output.outputs, choice, first=prompt * per_prompt)
+            yield prompt, output
+
+    @functools.wraps(full)
+    def request_output_to_completion_response(
+        self: Any, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        response = full(self, final_res_batch, request, *args, **kwargs)
+        choice, noted = _choice_of(request), Noted()
+        if choice is None:
+            return response
+        for prompt, output in enumerate(final_res_batch):
+            _note(noted, output.outputs, choice, first=prompt * (request.n or 1))
+        return _add_to_response(response, noted)
+
+    @functools.wraps(stream)
+    async def completion_stream_generator(
+        self: Any,
+        request: Any,
+        engine_inputs: Any,
+        result_generator: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> AsyncIterator[str]:
+        choice, noted = _choice_of(request), Noted()
+        if choice is not None:
+            result_generator = noting(result_generator, noted, choice, request.n or 1)
+        events = stream(self, request, engine_inputs, result_generator, *args, **kwargs)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield event if choice is None else add_to_event(event, noted)
+
+    serving.request_output_to_completion_response = request_output_to_completion_response
+    serving.completion_stream_generator = completion_stream_generator
+
+
+def _extend_models(module: ModuleType) -> None:
+    require_attributes(module, ("OpenAIServingModels",))
+    serving = module.OpenAIServingModels
+    if hasattr(serving.show_available_models, "__wrapped__"):
+        return
+    original = serving.show_available_models
+
+    @functools.wraps(original)
+    async def show_available_models(self: Any) -> Any:
+        models = await original(self)
+        config = self.engine_client.vllm_config
+        settings = SpyreSettings.from_vllm_config(config)
+        if settings.enable_return_mm_embedding:
+            for card in models.data:
+                card.mm_embedding = {
+                    "hidden_size": config.model_config.get_hidden_size(),
+                    "dtype": settings.encoder_dtype,
+                    "max_bytes": settings.max_mm_embedding_response_bytes,
+                }
+        return models
+
+    serving.show_available_models = show_available_models
+
+
+def _add_routes(module: ModuleType) -> None:
+    require_attributes(module, ("attach_endpoint_plugins",))
+    if hasattr(module.attach_endpoint_plugins, "__wrapped__"):
+        return
+    original = module.attach_endpoint_plugins
+    require_parameters(original, ("app",))
+
+    @functools.wraps(original)
+    def attach_endpoint_plugins(app: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm_spyre_mm.mm_embeddings_api import router
+
+        app.include_router(router)
+        original(app, *args, **kwargs)
+
+    module.attach_endpoint_plugins = attach_endpoint_plugins  # type: ignore[attr-defined]
