@@ -13,8 +13,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -30,6 +32,8 @@ from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, LoadOverrides, M
 
 logger = get_logger(__name__)
 
+T = TypeVar("T")
+
 SOURCE = "hf"
 """FMS's name for checkpoints in the Hugging Face layout."""
 
@@ -44,12 +48,21 @@ class LoadOptions:
         for_card: make the decoder what the card's compiler wants: heads of 128 and separate
             projections. On a CPU fused projections are the faster ones.
         group: process group for tensor parallelism, None without.
+        encoder_only: leave the decoder out: its tensors are not read, and its modules are gone.
     """
 
     decoder_dtype: torch.dtype
     encoder_dtype: torch.dtype
     for_card: bool = False
     group: ProcessGroup | None = None
+    encoder_only: bool = False
+
+
+class NoDecoder(nn.Module):
+    """Stands where a decoder was left out."""
+
+    def post_init(self) -> None:
+        """There is nothing to tie or to compute."""
 
 
 def load_model(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -> FmsModel:
@@ -73,9 +86,15 @@ def load_model(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -> FmsM
         if not overrides.is_unused(name)
     }
     _drop_tied_head(checkpoint, tensors, overrides.tied)
-    _check(checkpoint, overrides, options.decoder_dtype, tensors)
     encoder, decoder = _split(tensors, overrides.encoder_modules)
+    if options.encoder_only:
+        tensors, decoder = encoder, {}
+    _check(checkpoint, overrides, options, tensors)
     model = _build(overrides, options.decoder_dtype, options.group)
+    if options.encoder_only:
+        for name, _ in list(model.named_children()):
+            if name not in overrides.encoder_modules:
+                setattr(model, name, NoDecoder())
     for part, dtype in ((encoder, options.encoder_dtype), (decoder, options.decoder_dtype)):
         _fill(model, overrides.architecture, part, dtype, options.group)
     model.post_init()  # ties the head and computes the rotary tables, now that there is storage
@@ -118,8 +137,8 @@ def _drop_tied_head(
 
 
 def _split(
-    tensors: Mapping[str, StoredTensor], encoder_modules: tuple[str, ...]
-) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    tensors: Mapping[str, T], encoder_modules: tuple[str, ...]
+) -> tuple[dict[str, T], dict[str, T]]:
     """The encoder's tensors and the decoder's: they have a dtype each, and FMS's adapter pads the
     heads of a decoder only where it sees nothing else."""
     encoder = {
@@ -133,7 +152,7 @@ def _split(
 def _check(
     checkpoint: Path,
     overrides: LoadOverrides,
-    dtype: torch.dtype,
+    options: LoadOptions,
     tensors: Mapping[str, StoredTensor],
 ) -> None:
     """Run the shapes through FMS's adapter and compare the result with the unsharded model."""
@@ -141,7 +160,7 @@ def _check(
 
     # Separate projections have a name each, which says what is missing.
     config = dataclasses.replace(overrides.config, fused_weights=False)
-    whole = _build(dataclasses.replace(overrides, config=config), dtype, None)
+    whole = _build(dataclasses.replace(overrides, config=config), options.decoder_dtype, None)
     adapted: dict[str, torch.Tensor] = {}
     for group in _layers(tensors):
         with torch.device("meta"):
@@ -165,6 +184,8 @@ def _check(
             {"model_config": whole.config},
         )
         del expected[head]
+    if options.encoder_only:
+        expected, _ = _split(expected, overrides.encoder_modules)
     check_complete(checkpoint, adapted, expected)
 
 

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features in bulk: real files, the embedded checkpoint, real shards."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.multimodal.mm_mappings.suite import assert_close
+from tests.reference import Reference
+from vllm_spyre_mm.cli import embed, main
+from vllm_spyre_mm.demo import pictures
+from vllm_spyre_mm.encoder import VisionEncoder
+
+QUESTION = "<|user|>\n<image>\nWhat?\n<|assistant|>\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Seven pictures and a file that is none."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = random.Random("embed")
+    for i in range(7):
+        size = (rng.randint(30, 260), rng.randint(30, 260))
+        picture = pictures.draw_picture(pictures.random_shapes(rng, 2), size, rng=rng)
+        picture.image.save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def run(folder: Path, output: Path, *more: str) -> int:
+    return main(["embed", str(folder), "-o", str(output), "--eager", "--shard-size", "3", *more])
+
+
+def read(output: Path) -> dict[str, torch.Tensor]:
+    """Everything that the index names, from where it says."""
+    index = json.loads(Path(f"{output}.index.json").read_text())
+    found = {}
+    for name, file in index["weight_map"].items():
+        with safe_open(output.with_name(file), framework="pt") as shard:
+            found[name] = shard.get_tensor(name)
+    return found
+
+
+def test_features_of_a_folder(
+    folder: Path, tmp_path: Path, demo_reference: Reference, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "features.safetensors"
+    assert run(folder, output) == 1  # one could not be read
+    printed = capsys.readouterr()
+    assert f"7 pictures in {output}.index.json" in printed.out
+    assert "1 could not be read:" in printed.err
+    assert f"{folder / 'broken.png'}: Failed to load image" in printed.err
+    found = read(output)
+    assert set(found) == {str(folder / f"{i}.png") for i in range(7)}
+    assert len(list(tmp_path.glob("features-0*.safetensors"))) == 3
+    for name, features in found.items():
+        image = pictures.Image.open(name).convert("RGB")
+        assert_close(features, demo_reference.features(QUESTION, [image]), 2e-2)
+
+
+def test_what_is_there_is_not_encoded_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "features.safetensors"
+    encoded: list[int] = []
+    original = VisionEncoder.encode
+
+    def counting(self: Any, items: Any, choice: Any) -> Any:
+        if sum(encoded) >= 4 and not killed:
+            killed.append(True)
+            raise KeyboardInterrupt
+        encoded.append(len(items))
+        return original(self, items, choice)
+
+    killed: list[bool] = []
+    monkeypatch.setattr(VisionEncoder, "encode", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, output)
+    assert len(list(tmp_path.glob("features-0*.safetensors"))) == 1
+    run(folder, output)
+    assert sum(encoded) == 4 + 4  # of the four before the kill, one was in no shard yet
+    names = [
+        name
+        for file in tmp_path.glob("features-0*.safetensors")
+        for name in safe_open(file, framework="pt").keys()  # noqa: SIM118 - not a mapping
+    ]
+    assert len(names) == len(set(names)) == 7
+    assert not list(tmp_path.glob(".*unfinished"))
+
+
+def test_nothing_is_loaded_when_nothing_is_missing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "features.safetensors"
+    (folder / "broken.png").unlink()
+    assert run(folder, output, "--pooling", "image") == 0
+    assert {rows.shape for rows in read(output).values()} == {(1, 256)}
+    monkeypatch.setattr(embed, "_encoder", None)
+    assert run(folder, output, "--pooling", "image") == 0
+    with pytest.raises(ValueError, match="was made with"):
+        run(folder, output, "--pooling", "base")
+
+
+def test_lists_of_pictures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = tmp_path / "asked.jsonl"
+    first, second, third = (str(folder / f"{i}.png") for i in range(3))
+    lines.write_text(
+        json.dumps({"prompt": "What?", "images": [first, second]})
+        + "\n\n"
+        + json.dumps({"prompt": "And?", "images": [second]})
+    )
+    monkeypatch.setattr("sys.stdin", [f"{third}\n", "\n"])
+    found = list(embed.find_pictures([str(lines), "-", first]))
+    assert [str(path) for path in found] == [first, second, second, third, first]
+
+
+def test_no_decoder_is_loaded(demo_checkpoint: Path) -> None:
+    encoder = VisionEncoder(str(demo_checkpoint), torch.float32, backend="eager")
+    names = [name for name, _ in encoder.model.named_parameters()]
+    assert names
+    assert not [name for name in names if name.startswith("language_model")]
+
+
+def test_no_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, tmp_path / "features.safetensors") == 1
+    assert "no pictures were given" in capsys.readouterr().err

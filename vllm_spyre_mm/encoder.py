@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision encoder by itself: a model without its decoder, and without an engine.
+
+It is loaded by the worker's one loader, packed and compiled as in the worker, and fed by vLLM's own
+processor.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.utils import group_and_batch_mm_kwargs
+
+from vllm_spyre_mm.config import Backend
+from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
+from vllm_spyre_mm.model_executor.compile import compile_encoder_blocks
+from vllm_spyre_mm.model_executor.linear import pack_linears
+from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
+from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, convert, pool
+from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError, get_mm_mapping
+from vllm_spyre_mm.platform import host_dtypes
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalKwargsItem
+
+
+class VisionEncoder:
+    """Encodes pictures on the host.
+
+    Args:
+        model: folder in the Hugging Face layout, or hub name.
+        dtype: of the encoder; None for the host's fastest.
+        backend: ``inductor`` compiles the tower's blocks at the first picture; ``eager`` does not.
+        revision: of a hub model.
+
+    Raises:
+        UnsupportedModelError: the model has no vision encoder, or is not served.
+        CheckpointError: the encoder's tensors are not complete.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        dtype: torch.dtype | None = None,
+        backend: Backend = "inductor",
+        revision: str | None = None,
+    ) -> None:
+        arguments = EngineArgs(model=model, revision=revision)
+        model_config = arguments.create_model_config()
+        self.mapping = get_mm_mapping(model_config.hf_config)
+        if self.mapping.image_token_id is None:
+            raise UnsupportedModelError(f"{model} is a text model: it has no vision encoder")
+        self.dtype = dtype or host_dtypes()[0]
+        self.model = load_model(
+            self.mapping,
+            find_checkpoint(model_config, arguments.create_load_config()),
+            LoadOptions(decoder_dtype=self.dtype, encoder_dtype=self.dtype, encoder_only=True),
+        )
+        pack_linears(self.model)
+        if backend == "inductor":
+            compile_encoder_blocks(self.mapping.load_overrides().encoder_blocks(self.model))
+        self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+
+    def process(self, picture: Image.Image) -> "MultiModalKwargsItem":
+        """What the encoder takes of a picture; may run in another thread than :meth:`encode`."""
+        items = self._processor.info.parse_mm_data({"image": [picture]}, validate=False)
+        assert self.mapping.image_token_id is not None, "checked when it was made"
+        item = self._processor([self.mapping.image_token_id], items)["mm_kwargs"]["image"][0]
+        assert item is not None, "no cache is in between"
+        return item
+
+    @torch.inference_mode()
+    def encode(
+        self, items: "Sequence[MultiModalKwargsItem]", choice: EmbeddingChoice
+    ) -> list[torch.Tensor]:
+        """Features of processed pictures, pooled and converted.
+
+        Returns:
+            For each ``(rows, hidden_size)``, contiguous memory of its own.
+        """
+        kwargs: list[tuple[str, Any]] = [("image", item) for item in items]
+        features = [
+            each
+            for _, _, batch in group_and_batch_mm_kwargs(kwargs)
+            for each in self.mapping.compute_features(self.model, batch)
+        ]
+        name = str(self.dtype).removeprefix("torch.") if choice.dtype == "auto" else choice.dtype
+        rows = (
+            pool(each, self.mapping.feature_layout(item), choice)
+            for each, item in zip(features, items, strict=True)
+        )
+        return [convert(each, name)[0].contiguous() for each in rows]
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture from a file, as vLLM reads it: RGB, turned as its EXIF says, bombs refused.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no picture.
+    """
+    from vllm.multimodal.media.image import ImageMediaIO
+
+    return ImageMediaIO().load_file(path).media
