@@ -10,7 +10,6 @@ the other. Nothing of this project is imported: the same file measures the refer
 
 import importlib
 import json
-import os
 import random
 import resource
 import sys
@@ -58,6 +57,10 @@ class Vllm:
 
         self.memory = PeakMemory()
         self.llm = LLM(model=model, **engine)
+
+    def close(self) -> None:
+        """End the engine's process."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     def _generate(self, prompts: list[Any], max_tokens: int) -> list[Any]:
         from vllm import SamplingParams
@@ -122,6 +125,9 @@ class Vllm:
 class Transformers:
     """The workload, one request after the other, in fp32."""
 
+    def close(self) -> None:
+        """Nothing outlives this process."""
+
     def __init__(self, model: str, engine: dict[str, Any]) -> None:
         import torch
         from transformers import AutoProcessor, LlavaNextForConditionalGeneration
@@ -163,7 +169,7 @@ def main() -> None:
         command = json.loads(line)
         reply = getattr(target, command.pop("do"))(**command)
         print("@@" + json.dumps(reply), flush=True)
-    os._exit(0)  # the engine's process ends with this one
+    target.close()
 
 
 if __name__ == "__main__":

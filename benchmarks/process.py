@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs :mod:`benchmarks.driver` in processes of their own."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -54,8 +56,13 @@ class Driver:
             stderr=subprocess.STDOUT,
             text=True,
             env=variables,
+            start_new_session=True,
         )
-        self.start = self._reply()
+        try:
+            self.start = self._reply()
+        except DriverError:
+            self.__exit__()
+            raise
 
     def ask(self, do: str, **command: Any) -> dict[str, Any]:
         """Send a command and wait for its answer."""
@@ -80,4 +87,8 @@ class Driver:
     def __exit__(self, *exception: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        try:
+            self._process.wait(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # what it may have left behind
