@@ -54,6 +54,26 @@ class Reference:
         return tokens[0, inputs["input_ids"].shape[1] :].tolist()
 
     @torch.inference_mode()
+    def certain_tokens(
+        self, prompt: str, images: list[Image.Image], max_tokens: int, margin: float
+    ) -> list[int]:
+        """Greedy tokens before the first that leads by less than ``margin``, in logits."""
+        generated = self.model.generate(
+            **self.inputs(prompt, images),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        certain = []
+        for logits in generated.logits:
+            best, second = logits[0].topk(2).values
+            if best - second < margin:
+                break
+            certain.append(int(logits[0].argmax()))
+        return certain
+
+    @torch.inference_mode()
     def logits(self, prompt: str, images: list[Image.Image]) -> torch.Tensor:
         """Logits of the first generated token, ``(vocab_size,)``; see :attr:`logits_scaling`."""
         logits = self.model(**self.inputs(prompt, images)).logits[0, -1].float()

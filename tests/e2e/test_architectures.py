@@ -16,6 +16,7 @@ from vllm import LLM, RequestOutput
 from tests import architectures
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy, relative_error
+from tests.multimodal.mm_mappings.suite import picture
 from tests.reference import Reference
 
 MAX_TOKENS = 12
@@ -44,13 +45,17 @@ class Served:
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
         self.checkpoint = architectures.save_checkpoint(path, config)
         self.reference = Reference(self.checkpoint)
-        tag = getattr(self.reference.processor, "image_token", None)
-        asks = parity_asks(18, seed=3)
-        self.asks = [replace(ask, tag=tag) if tag else ask for ask in asks if tag or not ask.images]
-        self.expected = [
-            self.reference.generate(ask.text, list(ask.images), MAX_TOKENS) for ask in self.asks
+        self.tag = getattr(self.reference.processor, "image_token", None)
+        self.asks = [
+            replace(ask, tag=self.tag or "")
+            for ask in parity_asks(18, seed=3)
+            if self.tag or not ask.images
         ]
+        self.expected = [self.reference_tokens(ask) for ask in self.asks]
         self.llm: LLM
+
+    def reference_tokens(self, ask: Ask) -> list[int]:
+        return self.reference.generate(ask.text, list(ask.images), MAX_TOKENS)
 
     def ask(self, asks: list[Ask]) -> list[RequestOutput]:
         return self.llm.generate([ask.prompt for ask in asks], greedy(MAX_TOKENS), use_tqdm=False)
@@ -61,7 +66,12 @@ def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     served = Served(tmp_path_factory.mktemp("architecture"), ARCHITECTURES[request.param])
-    with engine(served.checkpoint, max_num_batched_tokens=128) as llm:
+    with engine(
+        served.checkpoint,
+        max_num_batched_tokens=128,
+        max_model_len=4096,
+        limit_mm_per_prompt={"image": 32},
+    ) as llm:
         served.llm = llm
         yield served
 
@@ -87,3 +97,30 @@ def test_embeddings_equal_those_of_transformers(served: Served) -> None:
             assert relative_error(embedding, expected) < BOUND
         else:
             assert embedding is None
+
+
+def test_pictures_smaller_than_a_tile_and_of_extreme_shapes(served: Served) -> None:
+    if served.tag is None:
+        pytest.skip("a text model")
+    sizes = [(1, 1), (3, 2), (200, 3), (3, 200), (1000, 1), (1, 1000), (4000, 10)]
+    for size in sizes:
+        ask = Ask("What is it?", (picture(*size), picture(50, 40)), served.tag)
+        try:
+            expected = served.reference_tokens(ask)
+        except ValueError:  # Pixtral's processor scales the short side to nothing
+            assert max(size) > 90 * min(size)
+            with pytest.raises(ValueError, match="Failed to apply PixtralProcessor"):
+                served.ask([ask])
+            continue
+        (output,) = served.ask([ask])
+        assert list(output.outputs[0].token_ids) == expected, size
+
+
+def test_as_many_pictures_as_a_request_may_have(served: Served) -> None:
+    if served.tag is None:
+        pytest.skip("a text model")
+    ask = Ask("Which?", tuple(picture(40 + i, 60 - i) for i in range(32)), served.tag)
+    (output,) = served.ask([ask])
+    assert list(output.outputs[0].token_ids) == served.reference_tokens(ask)
+    embedding = output.outputs[0].mm_embedding
+    assert relative_error(embedding, served.reference.features(ask.text, list(ask.images))) < BOUND

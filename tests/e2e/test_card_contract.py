@@ -7,13 +7,16 @@ implementation of the card's attention op is slow on a CPU, so the requests are 
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 from vllm import LLM, RequestOutput
 
+from tests import architectures
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy
 from tests.reference import Reference
@@ -186,6 +189,53 @@ def test_poisoned_padding_changes_nothing(
     again = llm.generate([ask.prompt for ask in asks[:3]], greedy(MAX_TOKENS), use_tqdm=False)
     for before, after in zip(outputs, again, strict=False):
         assert after.outputs[0].token_ids == before.outputs[0].token_ids
+
+
+ARCHITECTURES: dict[str, PretrainedConfig] = {
+    "LLaVA-Next, CLIP, Llama": architectures.llava_next(
+        architectures.llama(num_attention_heads=1, num_key_value_heads=1)
+    ),
+    "Mistral 3, Ministral 3": architectures.mistral3(architectures.ministral3(head_dim=128)),
+    "Mistral": architectures.mistral(head_dim=128),
+    "Qwen 3": architectures.qwen3(head_dim=128),
+}
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_each_architecture_is_one_graph_for_prefill_and_one_for_decode(
+    card: None, tmp_path: Path, name: str
+) -> None:
+    """And answers as Transformers does, as far as fp16 can tell the two best tokens apart."""
+    torch._dynamo.reset()
+    checkpoint = architectures.save_checkpoint(tmp_path, ARCHITECTURES[name])
+    reference = Reference(checkpoint)
+    tag = getattr(reference.processor, "image_token", None)
+    asks = [
+        replace(ask, tag=tag or "")
+        for ask in parity_asks(8, seed=3)
+        if len(ask.images) < (2 if tag else 1)
+    ]
+    with engine(
+        checkpoint,
+        dtype="auto",
+        enforce_eager=False,
+        max_num_batched_tokens=CHUNK,
+        max_model_len=512,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=16 << 20,
+    ) as llm:
+        record = sys.modules["torch_sendnn"].record
+        lengths = [shape_of(graph, "input_ids_or_embeds")[1] for graph in record.graphs[-2:]]
+        number = len(record.graphs)
+        outputs = llm.generate([ask.prompt for ask in asks], greedy(MAX_TOKENS), use_tqdm=False)
+        assert lengths == [CHUNK, 1]
+        assert len(record.graphs) == number
+    compared = 0
+    for ask, output in zip(asks, outputs, strict=True):
+        certain = reference.certain_tokens(ask.text, list(ask.images), MAX_TOKENS, margin=0.5)
+        assert list(output.outputs[0].token_ids)[: len(certain)] == certain
+        compared += len(certain)
+    assert compared >= 2 * len(asks)
 
 
 def test_a_card_needs_two_blocks_in_a_chunk(card: None, demo_checkpoint: Path) -> None:
