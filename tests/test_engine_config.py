@@ -182,10 +182,12 @@ def test_a_text_model_needs_no_multimodal_configuration(
     assert SpyreSettings.from_vllm_config(vllm_config).resolved
 
 
-def test_pixels_are_normalised_by_the_processor(tmp_path: Path) -> None:
-    """For Mistral 3 vLLM leaves it to its model class, which does not run here."""
+def test_what_vllm_leaves_to_its_own_mistral_3_is_not_left_to_it(tmp_path: Path) -> None:
+    """Its class would normalise the pixels. It does not run here."""
     config = architectures.mistral3(architectures.mistral())
     checkpoint = architectures.save_checkpoint(tmp_path, config)
     multimodal = configure(checkpoint).model_config.multimodal_config
     assert multimodal is not None
     assert multimodal.mm_device_do_normalize is False
+    with pytest.raises(ValueError, match=r"--enable-mm-embeds.*not supported for Mistral3"):
+        configure(checkpoint, enable_mm_embeds=True)

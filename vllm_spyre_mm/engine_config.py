@@ -63,6 +63,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     )
     _check_backend(settings, dtype, scheduler_config.max_num_batched_tokens, host_dtypes)
     _check_heads(vllm_config, mapping, settings)
+    _check_embeddings(vllm_config, mapping)
     vllm_config.additional_config = settings.model_dump()
 
     _take_over_execution(vllm_config)
@@ -143,6 +144,16 @@ def _check_heads(vllm_config: "VllmConfig", mapping: MMUtils, settings: SpyreSet
     if num_kv_heads % size:  # vLLM has checked the query heads
         raise ValueError(
             f"tensor_parallel_size={size} does not divide the model's {num_kv_heads} KV heads"
+        )
+
+
+def _check_embeddings(vllm_config: "VllmConfig", mapping: MMUtils) -> None:
+    """Raise ValueError if ready-made features are allowed and vLLM cannot lay them out."""
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal is not None and multimodal.enable_mm_embeds and not mapping.takes_embeddings:
+        raise ValueError(
+            "image embeddings as input (--enable-mm-embeds) are not supported for "
+            f"{type(mapping).__name__}: vLLM cannot tell the rows of an image from its features"
         )
 
 

@@ -45,6 +45,7 @@ class Served:
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
         self.checkpoint = architectures.save_checkpoint(path, config)
         self.reference = Reference(self.checkpoint)
+        self.takes_embeddings = config.model_type in ("llava", "llava_next")
         self.tag = getattr(self.reference.processor, "image_token", None)
         self.asks = [
             replace(ask, tag=self.tag or "")
@@ -71,6 +72,7 @@ def served(
         max_num_batched_tokens=128,
         max_model_len=4096,
         limit_mm_per_prompt={"image": 32},
+        enable_mm_embeds=served.takes_embeddings,
     ) as llm:
         served.llm = llm
         yield served
@@ -97,6 +99,18 @@ def test_embeddings_equal_those_of_transformers(served: Served) -> None:
             assert relative_error(embedding, expected) < BOUND
         else:
             assert embedding is None
+
+
+def test_embeddings_are_taken_back(served: Served) -> None:
+    if not served.takes_embeddings:
+        pytest.skip("vLLM takes none for this architecture")
+    ask = next(ask for ask in served.asks if len(ask.images) == 3)
+    (output,) = served.ask([ask])
+    first = output.outputs[0]
+    rows = [first.mm_embedding[item.start : item.end] for item in first.mm_embedding_info.items]
+    prompt = {"prompt": ask.text, "multi_modal_data": {"image": rows}}
+    (output,) = served.llm.generate([prompt], greedy(MAX_TOKENS), use_tqdm=False)
+    assert output.outputs[0].token_ids == first.token_ids
 
 
 def test_pictures_smaller_than_a_tile_and_of_extreme_shapes(served: Served) -> None:

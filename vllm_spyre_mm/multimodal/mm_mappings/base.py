@@ -82,6 +82,9 @@ class MMUtils(ABC):
     summary: ClassVar[str]
     """What it serves, in a few words for error messages and tables."""
 
+    takes_embeddings: ClassVar[bool] = True
+    """Whether vLLM's processor makes the placeholder of an image that is given as features."""
+
     def __init__(self, hf_config: Any) -> None:
         self.hf_config = hf_config
 

@@ -27,6 +27,7 @@ class Mistral3(VisionComposed):
         "fms.Ministral3Config",
     )
     summary = "mistral3: Pixtral vision, Mistral or Ministral 3 decoder"
+    takes_embeddings = False  # the tokens between the rows need the picture's size
 
     @classmethod
     def why_not(cls, hf_config: Any) -> str | None:
