@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
 
+from vllm_spyre_mm.coloring import pca_figure
 from vllm_spyre_mm.config import card_backend_available
 from vllm_spyre_mm.demo import checkpoint_path
-from vllm_spyre_mm.demo.coloring import feature_grids, figure
 from vllm_spyre_mm.demo.pictures import (
     Picture,
     Question,
@@ -24,6 +24,7 @@ from vllm_spyre_mm.demo.pictures import (
     questions_about,
     random_shapes,
 )
+from vllm_spyre_mm.multimodal.embedding import FeatureLayout
 
 PICTURE_SIZE = (192, 144)
 """Width and height of the picture in pixels: several tiles, so that there is a fine grid."""
@@ -40,12 +41,14 @@ class Answer:
         question: with its right answer.
         text: the model's answer.
         embedding: the features of the picture, ``(num_features, hidden_size)``.
+        layout: where they come from.
     """
 
     api: str
     question: Question
     text: str
     embedding: torch.Tensor
+    layout: FeatureLayout
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,11 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     picture = draw_picture(random_shapes(rng, 2), PICTURE_SIZE, rng=rng)
     what, *others = questions_about(picture)
     detail = rng.choice([question for question in others if question.type in ("colour", "where")])
-    answers, hf_config = ask(picture, what, detail)
+    answers = ask(picture, what, detail)
     for answer in answers:
         report(answer)
-    grids = feature_grids(hf_config, picture.image.size)
-    figure(picture.image, answers[0].embedding, grids).save(options.output)
+    first = answers[0]
+    pca_figure(picture.image, first.embedding, first.layout).save(options.output)
     print(f"\nThe picture and its features: {options.output.resolve()}")
 
 
@@ -78,12 +81,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def ask(picture: Picture, in_text: Question, in_chat: Question) -> tuple[list[Answer], Any]:
-    """Ask one question with ``LLM.generate`` and one with ``LLM.chat``.
-
-    Returns:
-        The two answers, and the model's Transformers configuration.
-    """
+def ask(picture: Picture, in_text: Question, in_chat: Question) -> list[Answer]:
+    """Ask one question with ``LLM.generate`` and one with ``LLM.chat``."""
     llm = LLM(
         model=str(checkpoint_path()),
         enable_return_mm_embedding=True,
@@ -104,16 +103,15 @@ def ask(picture: Picture, in_text: Question, in_chat: Question) -> tuple[list[An
         ],
     }
     chatted = llm.chat([message], SAMPLING)
-    hf_config = llm.llm_engine.model_config.hf_config
     # The engine writes a few lines when it ends: let it do so before the answers are printed.
     llm.llm_engine.engine_core.shutdown()
-    answers = [_answer("LLM.generate", in_text, generated), _answer("LLM.chat", in_chat, chatted)]
-    return answers, hf_config
+    return [_answer("LLM.generate", in_text, generated), _answer("LLM.chat", in_chat, chatted)]
 
 
 def _answer(api: str, question: Question, outputs: list[RequestOutput]) -> Answer:
     completion: Any = outputs[0].outputs[0]  # the embedding is an attribute that vLLM lacks
-    return Answer(api, question, completion.text, completion.mm_embedding)
+    (item,) = completion.mm_embedding_info.items
+    return Answer(api, question, completion.text, completion.mm_embedding, item.layout)
 
 
 def report(answer: Answer) -> None:

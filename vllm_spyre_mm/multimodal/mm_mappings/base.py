@@ -153,6 +153,14 @@ class MMUtils(ABC):
             The layout, or None for an image that was given as an embedding.
         """
 
+    def tile_grid(self, mm_kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Rows and columns of the tiles of one image besides its base tile; None for no tiles.
+
+        Args:
+            mm_kwargs: as in :meth:`feature_layout`.
+        """
+        return None
+
     @abstractmethod
     def embed_tokens(self, model: FmsModel, token_ids: torch.Tensor) -> torch.Tensor:
         """Text embeddings as the decoder takes them.

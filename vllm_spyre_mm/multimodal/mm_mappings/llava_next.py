@@ -99,19 +99,28 @@ class LlavaNext(VisionComposed):
         height, width = mm_kwargs["image_sizes"].data.tolist()
         return self.layout_of(width, height)
 
+    def tile_grid(self, mm_kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+        height, width = mm_kwargs["image_sizes"].data.tolist()
+        return self._tiles_of(width, height)
+
+    def _tiles_of(self, width: int, height: int) -> tuple[int, int]:
+        from transformers.image_processing_utils import select_best_resolution
+
+        side = self.hf_config.vision_config.image_size
+        best = select_best_resolution((height, width), self.hf_config.image_grid_pinpoints)
+        return best[0] // side, best[1] // side
+
     def layout_of(self, width: int, height: int) -> FeatureLayout:
         """The layout of a picture of that size in pixels.
 
         The grid of tiles loses the rows or columns that were padding; a picture that is very narrow
         leaves none of them.
         """
-        from transformers.image_processing_utils import select_best_resolution
         from transformers.models.llava_next.modeling_llava_next import unpad_image
 
         vision = self.hf_config.vision_config
         side = vision.image_size // vision.patch_size
-        best = select_best_resolution((height, width), self.hf_config.image_grid_pinpoints)
-        extents = (extent // vision.image_size * side for extent in best)
+        extents = (count * side for count in self._tiles_of(width, height))
         tiles = torch.empty(1, *extents, device="meta")
         _, rows, columns = unpad_image(tiles, (height, width)).shape
         base = FeatureGrid(start=0, rows=side, columns=side, stride=side)

@@ -6,16 +6,21 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
-from vllm_spyre_mm.demo import checkpoint_path
-from vllm_spyre_mm.demo.coloring import (
+from vllm_spyre_mm.coloring import (
     CAPTION_HEIGHT,
     PANEL_HEIGHT,
-    FeatureGrids,
     colour_maps,
-    feature_grids,
-    figure,
+    heat,
+    marked,
     pca_colours,
+    pca_figure,
+    place_colours,
+    similarity_to,
+    tiles,
 )
+from vllm_spyre_mm.demo import checkpoint_path
+from vllm_spyre_mm.multimodal.embedding import FeatureGrid, FeatureLayout
+from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 
 
 def random_features(count, width=16, seed=0):
@@ -76,31 +81,65 @@ def test_grids_have_the_processor_s_number_of_features(size):
     processor = AutoProcessor.from_pretrained(checkpoint_path())
     inputs = processor(text="<image>", images=Image.new("RGB", size), return_tensors="pt")
     expected = int((inputs["input_ids"] == processor.image_token_id).sum())
-    assert feature_grids(config, size).num_features == expected
+    assert get_mm_mapping(config).layout_of(*size).num_features == expected
+
+
+LAYOUT = FeatureLayout(12, FeatureGrid(0, 2, 2, 2), FeatureGrid(4, 2, 3, 4))
 
 
 def test_maps_leave_newlines_out():
-    grids = FeatureGrids(base=(2, 2), fine=(2, 3))
-    features = torch.zeros(grids.num_features, 4)
+    features = torch.zeros(12, 4)
     features[:4] = torch.tensor([1.0, 0, 0, 0])
     fine = features[4:].view(2, 4, 4)
     fine[:, :3] = torch.tensor([0, 1.0, 0, 0])
     fine[:, 3] = 1e6  # newlines: nothing is scaled by them
-    base_map, fine_map = colour_maps(features, grids)
+    base_map, fine_map = colour_maps(place_colours(features, LAYOUT), LAYOUT)
     assert (base_map.size, fine_map.size) == ((2, 2), (3, 2))
     assert len(base_map.getcolors()) == len(fine_map.getcolors()) == 1
     assert base_map.getpixel((0, 0)) != fine_map.getpixel((0, 0))
 
 
-def test_maps_need_the_grids_number_of_features():
+def test_a_feature_is_where_it_comes_from():
+    colours = torch.zeros(12, 3, dtype=torch.uint8)
+    colours[4 + 4 + 2] = 255  # second row, last column of the fine grid
+    _, fine_map = colour_maps(colours, LAYOUT)
+    assert fine_map.getpixel((2, 1)) == (255, 255, 255)
+    assert sum(count for count, value in fine_map.getcolors() if value == (255, 255, 255)) == 1
+
+
+def test_maps_need_the_layouts_number_of_features():
     with pytest.raises(ValueError, match="11 features do not fill"):
-        colour_maps(torch.zeros(11, 4), FeatureGrids((2, 2), (2, 3)))
+        colour_maps(torch.zeros(11, 3, dtype=torch.uint8), LAYOUT)
 
 
-@pytest.mark.parametrize(("fine", "panels"), [((4, 2), 3), ((0, 12), 2), ((12, 0), 2)])
+@pytest.mark.parametrize(("fine", "panels"), [(FeatureGrid(4, 4, 2, 3), 3), (None, 2)])
 def test_figure_has_a_panel_for_each_grid(fine, panels):
-    grids = FeatureGrids((2, 2), fine)
+    layout = FeatureLayout(4 + (12 if fine else 0), FeatureGrid(0, 2, 2, 2), fine)
     picture = Image.new("RGB", (50, 100), "red")
-    drawn = figure(picture, random_features(grids.num_features), grids)
+    drawn = pca_figure(picture, random_features(layout.num_features), layout)
     assert drawn.size == (panels * PANEL_HEIGHT // 2, CAPTION_HEIGHT + PANEL_HEIGHT)
     assert drawn.getpixel((10, CAPTION_HEIGHT + 10)) == (255, 0, 0)
+
+
+def test_heat():
+    colours = heat(torch.tensor([-1.0, 0.0, 1.0, 0.5]))
+    assert colours.tolist() == [[0, 0, 255], [255, 255, 255], [255, 0, 0], [255, 128, 128]]
+
+
+def test_a_place_is_most_like_itself():
+    features = random_features(9)
+    similarity = similarity_to(features, features[4])
+    assert similarity.argmax() == 4
+    assert similarity[4] == pytest.approx(1.0)
+
+
+def test_borders_of_tiles_and_a_mark():
+    caption, panel = tiles(Image.new("RGB", (100, 100)), (2, 4))
+    assert caption == "2 x 4 tiles"
+    assert panel.getpixel((PANEL_HEIGHT // 4, 10)) == (255, 0, 255)
+    assert panel.getpixel((10, PANEL_HEIGHT // 2)) == (255, 0, 255)
+    assert panel.getpixel((10, PANEL_HEIGHT // 4)) == (0, 0, 0)
+    white = ("", Image.new("RGB", (90, 90), "white"))
+    _, framed = marked(white, FeatureGrid(0, 3, 3, 3), 1, 2)
+    assert framed.getpixel((61, 31)) == (0, 0, 0)
+    assert framed.getpixel((31, 31)) == (255, 255, 255)
