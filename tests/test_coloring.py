@@ -134,9 +134,13 @@ def test_a_place_is_most_like_itself():
 
 
 def test_borders_of_tiles_and_a_mark():
-    caption, panel = tiles(Image.new("RGB", (100, 100)), (2, 4))
+    # Two by four tiles of 3 x 3 features, of which 6 x 8 are picture: 2 columns pad each side.
+    layout = FeatureLayout(63, FeatureGrid(0, 3, 3, 3), FeatureGrid(9, 6, 8, 9))
+    caption, panel = tiles(Image.new("RGB", (100, 100)), (2, 4), layout)
     assert caption == "2 x 4 tiles"
-    assert panel.getpixel((PANEL_HEIGHT // 4, 10)) == (255, 0, 255)
+    row = [panel.getpixel((x, 10)) == (255, 0, 255) for x in range(PANEL_HEIGHT)]
+    crossed = [x for x in range(1, PANEL_HEIGHT) if row[x] and not row[x - 1]]
+    assert crossed == pytest.approx([PANEL_HEIGHT * i / 8 for i in (1, 4, 7)], abs=2)
     assert panel.getpixel((10, PANEL_HEIGHT // 2)) == (255, 0, 255)
     assert panel.getpixel((10, PANEL_HEIGHT // 4)) == (0, 0, 0)
     white = ("", Image.new("RGB", (90, 90), "white"))

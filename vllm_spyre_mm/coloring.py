@@ -100,23 +100,29 @@ def laid_over(picture: Image.Image, colours: torch.Tensor, layout: FeatureLayout
     return panels
 
 
-def tiles(picture: Image.Image, grid: tuple[int, int]) -> Panel:
+def tiles(picture: Image.Image, grid: tuple[int, int], layout: FeatureLayout) -> Panel:
     """The picture with the borders of its tiles.
 
     Args:
         picture: any.
-        grid: rows and columns of tiles.
+        grid: rows and columns of tiles; the picture lies in their middle, padded to fill them.
+        layout: of the picture; a tile has as many features as the base tile.
     """
     panel = _panel(picture).copy()
     draw = ImageDraw.Draw(panel)
-    rows, columns = grid
-    for row in range(1, rows):
-        y = panel.height * row // rows
+    fine = layout.fine or layout.base
+    for y in _borders(grid[0], layout.base.rows, fine.rows, panel.height):
         draw.line([(0, y), (panel.width, y)], fill="magenta", width=2)
-    for column in range(1, columns):
-        x = panel.width * column // columns
+    for x in _borders(grid[1], layout.base.columns, fine.columns, panel.width):
         draw.line([(x, 0), (x, panel.height)], fill="magenta", width=2)
-    return f"{rows} x {columns} tiles", panel
+    return f"{grid[0]} x {grid[1]} tiles", panel
+
+
+def _borders(num_tiles: int, of_a_tile: int, kept: int, extent: int) -> list[int]:
+    """Where tiles meet, in pixels of an extent that shows the kept features of a direction."""
+    padding = (num_tiles * of_a_tile - kept) / 2
+    borders = (round((i * of_a_tile - padding) * extent / kept) for i in range(1, num_tiles))
+    return [border for border in borders if 0 < border < extent]
 
 
 def marked(panel: Panel, grid: FeatureGrid, row: int, column: int) -> Panel:

@@ -97,7 +97,7 @@ class Seen:
 
         colours = place_colours(self.features, self.layout)
         return [
-            tiles(self.picture, self.tiles or (1, 1)),
+            tiles(self.picture, self.tiles or (1, 1), self.layout),
             *laid_over(self.picture, colours, self.layout),
         ]
 
