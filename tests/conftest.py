@@ -8,13 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_spyre_mm.compat import ensure_torchvision_importable
-
-ensure_torchvision_importable()  # before Transformers is imported, as the platform does it
-
-from tests.checkpoints import llava_next_config, save_random_checkpoint  # noqa: E402
-from tests.reference import Reference  # noqa: E402
-from vllm_spyre_mm.demo import checkpoint_path  # noqa: E402
+from tests.checkpoints import llava_next_config, save_random_checkpoint
+from tests.reference import Reference
+from vllm_spyre_mm.demo import checkpoint_path
 
 
 @pytest.fixture(scope="session", autouse=True)
