@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo and the example, run as a user runs them."""
+"""The demo and the examples, run as a user runs them."""
 
 import subprocess
 import sys
@@ -9,8 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.e2e.serving import running_server
+
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples" / "offline_inference" / "mm_embedding_example.py"
+EXAMPLES = ROOT / "examples"
+EXAMPLE = EXAMPLES / "offline_inference" / "mm_embedding_example.py"
 
 
 def run(*arguments: str, folder: Path) -> list[str]:
@@ -67,3 +70,38 @@ def test_the_example(tmp_path: Path) -> None:
     assert text_only.endswith("mm_embedding: None")
     (similarity,) = after(lines, "cosine similarity of the pictures:")
     assert -1 <= float(similarity) < 1
+
+
+def test_retrieval_finds_the_same_colour_at_the_same_place_first(tmp_path: Path) -> None:
+    lines = run(str(EXAMPLES / "offline_inference" / "retrieval.py"), folder=tmp_path)
+    answers = dict(line.split(": ", 1) for line in lines if ": " in line and "(" in line)
+    assert len(answers) == 3
+    for asked, found in answers.items():
+        colour, place = asked.split()[0], asked.split(", ")[1]
+        for name in found.split("; ")[:2]:  # there are two kinds of shapes
+            assert name.startswith(f"{colour} ")
+            assert f", {place} (" in name
+
+
+def test_a_linear_probe_reads_the_colour(tmp_path: Path) -> None:
+    lines = run(str(EXAMPLES / "offline_inference" / "linear_probe.py"), folder=tmp_path)
+    (line,) = (line for line in lines if line.startswith("the colour of "))
+    right, total = (int(word) for word in line.split() if word.isdigit())
+    assert total == 120
+    assert right >= 108
+
+
+def test_a_picture_that_is_encoded_once_is_asked_about(tmp_path: Path) -> None:
+    lines = run(str(EXAMPLES / "offline_inference" / "encode_once_ask_many.py"), folder=tmp_path)
+    whole = "a red circle at the top left and a blue square at the bottom right"
+    assert after(lines, "What is in the picture?") == [whole]
+    assert after(lines, "Where is the red circle?") == ["at the top left"]
+    assert after(lines, "What colour is the square?") == ["blue"]
+
+
+def test_the_streaming_client(demo_checkpoint: Path, tmp_path: Path) -> None:
+    client = str(EXAMPLES / "online_serving" / "streaming_client.py")
+    with running_server(demo_checkpoint, tmp_path / "log.txt") as address:
+        lines = run(client, "--address", address, folder=tmp_path)
+    # 120 x 120 pixels: 6 x 6 base features; 3 x 3 tiles of 6 x 6, a newline after each row.
+    assert lines == ["a red circle at the top left", f"mm_embedding: ({36 + 18 * 19}, 256)"]
