@@ -120,6 +120,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "projector_hidden_act 'relu'": {"projector_hidden_act": "relu"},
     "vision_feature_layer is a list": {"vision_feature_layer": [-1]},
     "vision_config.hidden_act 'relu'": {"vision_config.hidden_act": "relu"},
+    "vision_config.head_dim 32": {"vision_config.head_dim": 32},
     "text_config.sliding_window 4096": {"text_config.sliding_window": 4096},
 }
 

@@ -149,6 +149,9 @@ def tower_mismatch(vision: Any, layers: list[int]) -> str | None:
         return f"vision_config.num_channels {vision.num_channels} is not implemented, only 3"
     if vision.hidden_size % vision.num_attention_heads:
         return "vision_config.hidden_size is no multiple of its num_attention_heads"
+    head_dim = vision.hidden_size // vision.num_attention_heads
+    if getattr(vision, "head_dim", head_dim) != head_dim:
+        return f"vision_config.head_dim {vision.head_dim} is not hidden_size / num_attention_heads"
     num_states = vision.num_hidden_layers + 1
     for layer in layers:
         if not -num_states <= layer < num_states:

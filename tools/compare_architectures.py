@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints the figures of docs/supported-models.md: each architecture beside Transformers.
+
+Parity: the requests of the end-to-end tests on their tiny checkpoints, in fp32. Speed: four
+requests with a picture of 448 x 448 each (text models: 400 tokens of text each) and 32 generated
+tokens, in bf16, on checkpoints that are large enough for arithmetic to matter; Transformers takes
+them one by one. Both run with as many threads.
+
+    python -m tools.compare_architectures
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from tests import architectures
+from tests.checkpoints import with_changes
+from tests.e2e.asks import parity_asks
+from tests.e2e.engines import Ask, engine, greedy, relative_error
+from tests.e2e.test_architectures import ARCHITECTURES
+from tests.multimodal.mm_mappings.suite import picture
+from tests.reference import Reference
+
+TOKENS = 32
+TEXT = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+}
+VISION = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "patch_size": 14,
+}
+
+
+GRANITE_VISION = architectures.llava_next(
+    architectures.granite(),
+    vision_config=architectures.siglip(),
+    vision_feature_select_strategy="full",
+    vision_feature_layer=[-3, -1],
+)
+
+
+def larger(config: PretrainedConfig) -> PretrainedConfig:
+    """The same architecture with a decoder of 80 M parameters and a tower of 25 M."""
+    if config.model_type not in ("llava", "llava_next", "mistral3"):
+        layers = {"layer_types": ["full_attention"] * TEXT["num_hidden_layers"]}
+        return with_changes(config, TEXT | (layers if hasattr(config, "layer_types") else {}))
+    side = 448 if config.model_type == "mistral3" else 224
+    changes = {f"text_config.{name}": value for name, value in TEXT.items()}
+    changes |= {f"vision_config.{name}": value for name, value in VISION.items()}
+    changes["vision_config.image_size"] = side
+    if config.model_type == "mistral3":
+        changes["vision_config.head_dim"] = VISION["hidden_size"] // VISION["num_attention_heads"]
+    if config.model_type == "llava_next":
+        grid = [
+            [each // architectures.SIDE * side for each in sides] for sides in architectures.GRID
+        ]
+        changes["image_grid_pinpoints"] = grid
+    return with_changes(config, changes)
+
+
+def parity(checkpoint: Path) -> str:
+    """Answers that are equal, and the largest error of features, relative to the largest."""
+    reference = Reference(checkpoint)
+    tag = getattr(reference.processor, "image_token", None)
+    asks = [replace(ask, tag=tag or "") for ask in parity_asks(54, seed=3) if tag or not ask.images]
+    equal, error = 0, 0.0
+    with engine(checkpoint, max_num_batched_tokens=128) as llm:
+        outputs = llm.generate([ask.prompt for ask in asks], greedy(12), use_tqdm=False)
+    for ask, output in zip(asks, outputs, strict=True):
+        completion, images = output.outputs[0], list(ask.images)
+        equal += list(completion.token_ids) == reference.generate(ask.text, images, 12)
+        if images:
+            expected = reference.features(ask.text, images)
+            error = max(error, relative_error(completion.mm_embedding, expected))
+    return f"{equal} of {len(asks)}, {error:.0e}"
+
+
+def seconds(run: Callable[[int], None]) -> float:
+    """The shorter of two runs."""
+    times = []
+    for number in range(2):
+        started = time.perf_counter()
+        run(number)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def speed(checkpoint: Path) -> str:
+    """How many times as fast as Transformers."""
+    reference = Reference(checkpoint, torch.bfloat16)
+    tag = getattr(reference.processor, "image_token", None)
+    options = {"dtype": "bfloat16", "enforce_eager": False, "enable_prefix_caching": False}
+
+    def asks(number: int) -> list[Ask]:
+        """Others at every call: encoded pictures are kept."""
+        if not tag:
+            return [Ask(f"{number} {i} and " * 90) for i in range(4)]
+        return [Ask("What is it?", (picture(440 + 4 * number + i, 448),), tag) for i in range(4)]
+
+    def theirs(number: int) -> None:
+        for ask in asks(number):
+            reference.model.generate(
+                **reference.inputs(ask.text, list(ask.images)),
+                max_new_tokens=TOKENS,
+                min_new_tokens=TOKENS,
+                do_sample=False,
+            )
+
+    with engine(checkpoint, max_num_batched_tokens=512, **options) as llm:
+
+        def ours(number: int) -> None:
+            prompts = [ask.prompt for ask in asks(number)]
+            llm.generate(prompts, greedy(TOKENS, ignore_eos=True), use_tqdm=False)
+
+        return f"{seconds(theirs) / seconds(ours):.1f}"
+
+
+def main() -> None:
+    granite_vision = {"LLaVA-Next, SigLIP, Granite (Granite Vision)": GRANITE_VISION}
+    for name, config in (granite_vision | ARCHITECTURES).items():
+        with tempfile.TemporaryDirectory() as folder:
+            small, large = Path(folder, "small"), Path(folder, "large")
+            architectures.save_checkpoint(small, config)
+            architectures.save_checkpoint(large, larger(config))
+            print(f"| {name} | {parity(small)} | {speed(large)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
