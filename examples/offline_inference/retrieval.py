@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the pictures of a folder that are most like a question picture, by their features.
 
-Run it with ``python retrieval.py``: it draws a folder of pictures, encodes each once without running
-the decoder, and looks up pictures that are not among them.
+Run it with ``python retrieval.py``: it draws a folder of pictures, encodes each once without the
+decoder, and looks up pictures that are not among them.
 """
 
 import random
