@@ -50,7 +50,7 @@ PIXTRAL_TOKEN_ID = 420
 DECODER = {
     "vocab_size": 520,
     "hidden_size": 128,
-    "intermediate_size": 301,
+    "intermediate_size": 302,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

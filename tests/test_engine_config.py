@@ -191,3 +191,9 @@ def test_what_vllm_leaves_to_its_own_mistral_3_is_not_left_to_it(tmp_path: Path)
     assert multimodal.mm_device_do_normalize is False
     with pytest.raises(ValueError, match=r"--enable-mm-embeds.*not supported for Mistral3"):
         configure(checkpoint, enable_mm_embeds=True)
+
+
+def test_a_width_that_cannot_be_divided_among_the_ranks_is_refused(tmp_path: Path) -> None:
+    checkpoint = architectures.save_checkpoint(tmp_path, architectures.llama(intermediate_size=301))
+    with pytest.raises(ValueError, match="does not divide the model's intermediate_size, 301"):
+        configure(checkpoint, tensor_parallel_size=2)

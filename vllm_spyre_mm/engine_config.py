@@ -62,7 +62,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
         max_num_seqs=scheduler_config.max_num_seqs,
     )
     _check_backend(settings, dtype, scheduler_config.max_num_batched_tokens, host_dtypes)
-    _check_heads(vllm_config, mapping, settings)
+    _check_divisible(vllm_config, mapping, settings)
     _check_embeddings(vllm_config, mapping)
     vllm_config.additional_config = settings.model_dump()
 
@@ -137,13 +137,18 @@ def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
             raise ValueError(f"not supported on Spyre: {what}")
 
 
-def _check_heads(vllm_config: "VllmConfig", mapping: MMUtils, settings: SpyreSettings) -> None:
-    """Raise ValueError if the heads cannot be padded for the card or divided among the ranks."""
+def _check_divisible(vllm_config: "VllmConfig", mapping: MMUtils, settings: SpyreSettings) -> None:
+    """Raise ValueError if heads cannot be padded for the card, or anything divided among ranks."""
     size = vllm_config.parallel_config.tensor_parallel_size
     num_kv_heads = mapping.kv_cache_options(for_card=settings.backend == "sendnn").num_kv_heads
     if num_kv_heads % size:  # vLLM has checked the query heads
         raise ValueError(
             f"tensor_parallel_size={size} does not divide the model's {num_kv_heads} KV heads"
+        )
+    width = mapping.text_config.intermediate_size
+    if width % size:
+        raise ValueError(
+            f"tensor_parallel_size={size} does not divide the model's intermediate_size, {width}"
         )
 
 
