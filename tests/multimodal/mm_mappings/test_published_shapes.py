@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of the sizes that are published would load: every tensor has a place of its shape.
+
+Transformers makes the tensors without storage, so nothing of their size is allocated.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    Mistral3Config,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+
+from tests.checkpoints import model_class
+from vllm_spyre_mm.model_executor.checkpoint import StoredTensor
+from vllm_spyre_mm.model_executor.loader import LoadOptions, _check, _drop_tied_head
+from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+
+VICUNA = {
+    "model_type": "llama",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 32064,
+}
+MISTRAL = {
+    "model_type": "mistral",
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 8,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+    "vocab_size": 32064,
+}
+PIXTRAL = {
+    "model_type": "pixtral",
+    "hidden_act": "silu",
+    "image_size": 1540,
+    "patch_size": 14,
+}
+LLAMA_3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+}
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "LLaVA 1.6 with Mistral 7B": LlavaNextConfig(text_config=dict(MISTRAL)),
+    "LLaVA 1.6 with Vicuna 7B": LlavaNextConfig(text_config=dict(VICUNA)),
+    "LLaVA 1.6 with Vicuna 13B": LlavaNextConfig(
+        text_config=VICUNA
+        | {
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 40,
+            "num_hidden_layers": 40,
+        }
+    ),
+    "LLaVA 1.5 with Vicuna 7B": LlavaConfig(text_config=dict(VICUNA)),
+    "Mistral Small 3.1 24B": Mistral3Config(tie_word_embeddings=False),
+    "Ministral 3 8B": Mistral3Config(
+        text_config={"model_type": "ministral3"},
+        vision_config=dict(PIXTRAL),
+        tie_word_embeddings=False,
+    ),
+    "Mistral 7B": MistralConfig(**MISTRAL),
+    "Llama 3.1 8B": LlamaConfig(
+        vocab_size=128256,
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rope_parameters=LLAMA_3,
+    ),
+    "Qwen 3 0.6B": Qwen3Config(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("for_card", [False, True])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_every_tensor_has_its_place(name: str, for_card: bool) -> None:
+    config: Any = CONFIGS[name]
+    mapping = get_mm_mapping(config)
+    overrides = mapping.load_overrides(for_card)
+    with torch.device("meta"):
+        stored = model_class(config).from_config(config).state_dict()
+    tensors = {
+        overrides.rename(stored_name): StoredTensor(
+            stored_name, tuple(tensor.shape), lambda: torch.zeros(())
+        )
+        for stored_name, tensor in stored.items()
+        if not overrides.is_unused(overrides.rename(stored_name))
+    }
+    _drop_tied_head(Path(name), tensors, overrides.tied)
+    options = LoadOptions(torch.bfloat16, torch.bfloat16, for_card=for_card)
+    _check(Path(name), overrides, options, tensors)
+    assert len(tensors) > 100
+    assert mapping.kv_cache_options(for_card=True).head_dim == 128
