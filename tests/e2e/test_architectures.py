@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PretrainedConfig
 from vllm import LLM, RequestOutput
 
@@ -138,3 +139,24 @@ def test_as_many_pictures_as_a_request_may_have(served: Served) -> None:
     assert list(output.outputs[0].token_ids) == served.reference_tokens(ask)
     embedding = output.outputs[0].mm_embedding
     assert relative_error(embedding, served.reference.features(ask.text, list(ask.images))) < BOUND
+
+
+def test_the_warmups_graphs_serve_pictures_of_every_size(tmp_path: Path) -> None:
+    """Mistral 3, whose pictures differ the most: one graph for all of them, and one decoder's."""
+    served = Served(tmp_path, ARCHITECTURES["Mistral 3, Ministral 3"])
+    with engine(served.checkpoint, max_num_batched_tokens=128, enforce_eager=False) as llm:
+        served.llm = llm
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs > 0
+        outputs = served.ask(served.asks)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == served.expected
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_the_page_has_a_row_for_each_of_them() -> None:
+    page = Path(__file__).parents[2] / "docs" / "supported-models.md"
+    _, _, section = page.read_text().partition("## What was tested")
+    section, _, _ = section.partition("\n## ")
+    rows = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| ")]
+    assert [row.removeprefix("| ") for row in rows[3:]] == list(ARCHITECTURES)
