@@ -309,9 +309,13 @@ class MappingSuite(TextMappingSuite):
         prompt = self.prompt(reference, 2)
         expected = reference.features(prompt, images)
         theirs = Reference(checkpoint, torch.bfloat16).features(prompt, images)
-        off = (theirs.float() - expected).abs().max() / expected.abs().max()
+        # Norms: the largest of many errors is another one with other weights.
+        off, ours = (
+            float((rows.float() - expected).norm() / expected.norm())
+            for rows in (theirs, torch.cat(features))
+        )
         assert off < 6e-2
-        assert_close(torch.cat(features), expected, max(1e-2, 1.5 * off))
+        assert ours <= max(1e-2, 1.5 * off)
 
     def test_features_are_cast_to_the_decoders_dtype_when_they_are_merged(self, mapping: MMUtils):
         text, features = torch.zeros(1, 3, 4, dtype=torch.bfloat16), torch.ones(2, 4)
