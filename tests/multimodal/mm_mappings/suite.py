@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoConfig, Dinov2Config, PixtralVisionConfig, Qwen2Config
+from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from tests.checkpoints import Layout, rename_tensors, with_changes
@@ -431,6 +432,19 @@ class LlavaNextSuite(MappingSuite):
         refused = with_changes(config, {"vision_feature_layer": changed})
         with pytest.raises(UnsupportedModelError, match=f"vision_feature_layer {layer} is outside"):
             get_mm_mapping(refused)
+
+    def test_every_grid_of_tiles_has_the_features_of_transformers(
+        self, mapping: MMUtils, model: Any, reference: Reference
+    ):
+        grids = mapping.hf_config.image_grid_pinpoints
+        assert len(grids) > 10
+        for height, width in grids:
+            images = [picture(width - 1, height - 1)]
+            inputs = reference.inputs(self.prompt(reference, 1), images)
+            best = select_best_resolution((height - 1, width - 1), grids)
+            assert list(best) == [height, width], "another grid is taken: the test proves less"
+            (features,) = mapping.compute_features(model, self.mm_kwargs(mapping.hf_config, inputs))
+            assert_close(features, reference.features(self.prompt(reference, 1), images), 1e-4)
 
     def test_tiles_that_only_pad_a_picture_to_its_neighbours_are_ignored(
         self, mapping: MMUtils, model: Any, reference: Reference
