@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the embedded demo checkpoint from scratch, on a CPU, in about a quarter of an hour.
+"""Train the embedded demo checkpoint from scratch, on a CPU, in about twenty minutes on four cores.
 
     python tools/train_demo_checkpoint.py --output vllm_spyre_mm/demo/tiny_granite_vision
 

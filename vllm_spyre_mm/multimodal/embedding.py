@@ -13,7 +13,6 @@ import msgspec
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from vllm.exceptions import VLLMValidationError
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -84,6 +83,8 @@ def parse_choice(value: object) -> EmbeddingChoice | None:
     Raises:
         VLLMValidationError: says what is wrong with it (HTTP 400).
     """
+    from vllm.exceptions import VLLMValidationError  # importing vLLM takes a second
+
     if isinstance(value, bool) or value in (0, 1):  # vLLM turns a JSON true into 1
         return EmbeddingChoice() if value else None
     if not isinstance(value, dict):
@@ -111,6 +112,8 @@ def choice_of(params: "SamplingParams | None", settings: "SpyreSettings") -> Emb
     Raises:
         VLLMValidationError: it asks for something that there is not (HTTP 400).
     """
+    from vllm.exceptions import VLLMValidationError
+
     value = (params.extra_args or {}).get(EXTRA_ARG) if params is not None else None
     if value is None:
         value = settings.enable_return_mm_embedding and settings.return_mm_embedding_by_default
