@@ -51,6 +51,9 @@ class SpyreSettings(BaseModel):
             asks with ``extra_args={"return_mm_embedding": True}``. HTTP requests always ask.
         max_mm_embedding_response_bytes: largest embedding in an HTTP response, in bytes before
             it is encoded as text.
+        max_held_mm_embedding_bytes: bound on the embeddings of the requests that run at the same
+            time, in bytes. A request that would exceed it waits until others have finished; one
+            that alone exceeds it is refused.
         backend: what runs the decoder. ``auto`` takes ``sendnn`` where ``torch_sendnn`` is
             importable; otherwise the CPU, compiled by ``inductor``, or ``eager`` with vLLM's
             ``--enforce-eager``.
@@ -69,6 +72,7 @@ class SpyreSettings(BaseModel):
     enable_return_mm_embedding: bool = False
     return_mm_embedding_by_default: bool = True
     max_mm_embedding_response_bytes: int = Field(default=64 << 20, gt=0)
+    max_held_mm_embedding_bytes: int = Field(default=1 << 30, gt=0)
     backend: Literal["auto", "sendnn", "inductor", "eager"] = "auto"
     encoder_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     encoder_cache_tokens: int | None = Field(default=None, gt=0)

@@ -2,7 +2,7 @@
 """What a request may ask for. Each refusal is a sentence, raised before the engine sees it."""
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,9 +10,13 @@ import torch
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
+
+    from vllm_spyre_mm.config import SpyreSettings
+    from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
 
 
 def validate_params(params: "SamplingParams | PoolingParams") -> None:
@@ -122,17 +126,7 @@ def prepare_embedding(request: "EngineCoreRequest", vllm_config: "VllmConfig") -
             "has none",
             parameter=EXTRA_ARG,
         )
-    if choice.max_bytes is not None:
-        rows = choice.num_rows([each.mm_position.get_num_embeds() for each in features])
-        width = vllm_config.model_config.get_hidden_size()
-        dtype = settings.encoder_dtype if choice.dtype == "auto" else choice.dtype
-        size = rows * width * getattr(torch, dtype).itemsize
-        if size > choice.max_bytes:
-            raise VLLMValidationError(
-                f"the embedding would have {rows} rows and {size} bytes, more than the limit of "
-                f"{choice.max_bytes}: choose a pooling, a smaller dtype or fewer images",
-                parameter=EXTRA_ARG,
-            )
+    _check_embedding_size(choice, features, settings, vllm_config.model_config.get_hidden_size())
     if not choice.generate:
         if params.max_tokens != 1 or params.n != 1:
             raise VLLMValidationError(
@@ -141,6 +135,29 @@ def prepare_embedding(request: "EngineCoreRequest", vllm_config: "VllmConfig") -
                 parameter=EXTRA_ARG,
             )
         request.cache_salt = uuid.uuid4().hex
+
+
+def _check_embedding_size(
+    choice: "EmbeddingChoice",
+    features: "Sequence[MultiModalFeatureSpec]",
+    settings: "SpyreSettings",
+    hidden_size: int,
+) -> None:
+    """Refuse an embedding beyond the request's own bound, or beyond what is ever held."""
+    from vllm.exceptions import VLLMValidationError
+
+    from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG
+
+    counts = [feature.mm_position.get_num_embeds() for feature in features]
+    size = choice.num_bytes(counts, hidden_size, settings.encoder_dtype)
+    held = settings.max_held_mm_embedding_bytes
+    limit = held if choice.max_bytes is None else min(choice.max_bytes, held)
+    if size > limit:
+        raise VLLMValidationError(
+            f"the embedding would have {choice.num_rows(counts)} rows and {size} bytes, more than "
+            f"the limit of {limit}: choose a pooling, a smaller dtype or fewer images",
+            parameter=EXTRA_ARG,
+        )
 
 
 def validate_tags(modality: str, num_items: int, num_tags: int) -> None:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.embedding_accounts import EmbeddingAccounts
 from vllm_spyre_mm.engine_config import geometry_of
 from vllm_spyre_mm.multimodal.embedding import choice_of
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes
@@ -35,6 +37,7 @@ class SpyreScheduler(Scheduler):
         self._check_base()
         self.geometry = geometry_of(self.vllm_config)
         self.settings = SpyreSettings.from_vllm_config(self.vllm_config)
+        self._accounts = EmbeddingAccounts(self.settings, self.vllm_config.model_config)
         self._last_step_was_prefill = False
 
     def _check_base(self) -> None:
@@ -49,9 +52,12 @@ class SpyreScheduler(Scheduler):
                 "_get_local_prefix_cache_hit",
                 "_reserve_prefill_lookahead",
                 "_try_schedule_encoder_inputs",
+                "make_stats",
             ),
         )
-        require_attributes(self, ("max_num_active_reqs", "num_waiting_for_streaming_input"))
+        require_attributes(
+            self, ("deferred_waiting", "max_num_active_reqs", "num_waiting_for_streaming_input")
+        )
         require_attributes(type(self.kv_cache_manager), ("truncate_computed_blocks",))
 
     # -- the kind of step ---------------------------------------------------------------------
@@ -77,6 +83,8 @@ class SpyreScheduler(Scheduler):
             visible, admit = [decoding[row] for row in rows], 0
         with self._showing(visible, admit):
             output = super().schedule(throttle_prefills)
+        if prefill:
+            self._accounts.record_prefill(output, self.requests)
         for new in output.scheduled_new_reqs:
             # vLLM leaves out the pixels of images that a prefix-cache hit covers. The worker may
             # need them: for the embedding, or after a preemption that lost the hit.
@@ -84,16 +92,28 @@ class SpyreScheduler(Scheduler):
         return output
 
     def _has_room(self, decoding: list[Request]) -> bool:
-        """Whether one more request fits beside the decoding ones, by the bound on batch × length.
+        """Whether one more request fits beside the decoding ones.
 
-        The first waiting request is the one that would come next; a prompt is counted with the
-        token that it will decode.
+        By the bound on batch × length, in which a prompt is counted with the token that it will
+        decode, and by the bound on the embeddings held.
         """
-        if not self.waiting:
-            return False
         lengths = [request.num_tokens for request in decoding]
-        lengths.append(self.waiting.peek_request().num_tokens + 1)
-        return len(self.geometry.decode_rows_that_fit(lengths)) == len(lengths)
+        return all(
+            len(self.geometry.decode_rows_that_fit([*lengths, request.num_tokens + 1]))
+            == len(lengths) + 1
+            and self._accounts.has_room(request, self.requests)
+            for request in self._next_candidates()
+        )
+
+    def _next_candidates(self) -> Iterator[Request]:
+        """The waiting requests of which one may be admitted next.
+
+        That is the first one; where it waits for something else (its grammar), vLLM passes over it.
+        """
+        for request in self.waiting:
+            yield request
+            if request not in self.deferred_waiting:
+                return
 
     @contextlib.contextmanager
     def _showing(self, visible: list[Request], admit: int) -> Iterator[None]:
@@ -188,6 +208,8 @@ class SpyreScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> "dict[int, EngineCoreOutputs]":
         """vLLM's bookkeeping, with each embedding put on its request's first output."""
+        if isinstance(model_runner_output, SpyreModelRunnerOutput):
+            self._accounts.record_returned(len(model_runner_output.mm_embeddings))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if isinstance(model_runner_output, SpyreModelRunnerOutput):
             attach_mm_embeddings(
@@ -196,3 +218,8 @@ class SpyreScheduler(Scheduler):
                 model_runner_output.mm_embedding_infos,
             )
         return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's statistics of a step, with those of the embeddings."""
+        stats = super().make_stats(*args, **kwargs)
+        return None if stats is None else self._accounts.extend(stats, self.requests)

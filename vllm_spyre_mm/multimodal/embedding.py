@@ -76,6 +76,19 @@ class EmbeddingChoice(BaseModel):
         cells = self.grid[0] * self.grid[1] if self.grid else 1
         return cells * len(features_per_image)
 
+    def num_bytes(
+        self, features_per_image: Sequence[int], hidden_size: int, encoder_dtype: str
+    ) -> int:
+        """Bytes of the tensor, newline rows counted, without the scales of int8.
+
+        Args:
+            features_per_image: as merged.
+            hidden_size: elements in a row.
+            encoder_dtype: what ``auto`` stands for.
+        """
+        dtype: torch.dtype = getattr(torch, encoder_dtype if self.dtype == "auto" else self.dtype)
+        return self.num_rows(features_per_image) * hidden_size * dtype.itemsize
+
 
 def parse_choice(value: object) -> EmbeddingChoice | None:
     """The choice that a value of :data:`EXTRA_ARG` stands for; None for no embedding.

@@ -23,6 +23,7 @@ def install() -> None:
         engine_output,
         input_processor,
         media,
+        metrics,
         openai_api,
         output_processor,
         sender_cache,
@@ -35,5 +36,6 @@ def install() -> None:
     input_processor.install()
     sender_cache.install()
     media.install()
+    metrics.install()
     openai_api.install()
     shutdown.install()

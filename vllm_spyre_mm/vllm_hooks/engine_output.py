@@ -17,6 +17,7 @@ from vllm.v1.engine import EngineCoreOutputs as VllmEngineCoreOutputs
 
 from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
 from vllm_spyre_mm.vllm_hooks.contract import require, require_attributes
+from vllm_spyre_mm.vllm_hooks.metrics import SpyreSchedulerStats
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 
@@ -35,9 +36,14 @@ class EngineCoreOutput(VllmEngineCoreOutput, array_like=True, omit_defaults=True
 
 
 class EngineCoreOutputs(VllmEngineCoreOutputs, array_like=True, omit_defaults=True, gc=False):
-    """vLLM's outputs of one step, decoding each request's :class:`EngineCoreOutput`."""
+    """vLLM's outputs of one step, decoding each request's :class:`EngineCoreOutput`.
+
+    Attributes:
+        scheduler_stats: what the platform's scheduler makes of vLLM's.
+    """
 
     outputs: list[EngineCoreOutput] = []  # type: ignore[assignment]  # noqa: RUF012 - msgspec copies it
+    scheduler_stats: SpyreSchedulerStats | None = None
 
 
 def attach_mm_embeddings(

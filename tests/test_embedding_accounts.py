@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is held, encoded and returned, on vLLM's real scheduler with a pretended model."""
+
+from typing import Any
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.v1.request import RequestStatus
+
+from tests.test_scheduler import Simulation, make_request, make_scheduler, run, vllm_config
+from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.embedding_accounts import EmbeddingAccounts
+from vllm_spyre_mm.scheduler import SpyreScheduler
+
+__all__ = ["vllm_config"]
+
+ROWS = 100
+ROW_BYTES = 256 * 4  # fp32
+
+
+def bounded(vllm_config: VllmConfig, max_held: int) -> SpyreScheduler:
+    scheduler = make_scheduler(vllm_config)
+    settings = SpyreSettings.from_vllm_config(vllm_config)
+    scheduler._accounts = EmbeddingAccounts(
+        settings.model_copy(update={"max_held_mm_embedding_bytes": max_held}),
+        vllm_config.model_config,
+    )
+    return scheduler
+
+
+def with_image(name: str, **more: Any) -> Any:
+    request = make_request(name, 128, images={name: (5, ROWS)}, max_tokens=20, **more)
+    assert request.sampling_params is not None
+    request.sampling_params.extra_args = {"return_mm_embedding": {"dtype": "float32"}}
+    return request
+
+
+def run_counting(scheduler: SpyreScheduler, bound: int) -> int:
+    """Run to the end; the largest number of requests that held an embedding at once."""
+    simulation, most = Simulation(scheduler), 0
+    while scheduler.has_unfinished_requests():
+        simulation.step()
+        held = scheduler._accounts.held(scheduler.requests)
+        assert held <= bound
+        most = max(most, held // (ROWS * ROW_BYTES))
+    simulation.check_nothing_is_held()
+    assert scheduler._accounts.held(scheduler.requests) == 0
+    return most
+
+
+@pytest.mark.parametrize(("bound", "at_once"), [(1, 1), (2, 2), (2.9, 2), (100, 4)])
+def test_requests_wait_at_the_bound_and_all_are_served(
+    vllm_config: VllmConfig, bound: float, at_once: int
+) -> None:
+    max_held = int(bound * ROWS * ROW_BYTES)
+    scheduler = bounded(vllm_config, max_held)
+    for name in "abcdef":
+        scheduler.add_request(with_image(name, fill=ord(name)))
+    assert run_counting(scheduler, max_held) == at_once
+
+
+def test_text_holds_nothing_and_is_not_kept_waiting_by_what_is_held(
+    vllm_config: VllmConfig,
+) -> None:
+    scheduler = bounded(vllm_config, ROWS * ROW_BYTES)
+    scheduler.add_request(with_image("picture"))
+    scheduler.add_request(make_request("text", 70, fill=9))
+    simulation = Simulation(scheduler)
+    for _ in range(4):
+        simulation.step()
+    assert {request.request_id for request in scheduler.running} == {"picture", "text"}
+
+
+def test_a_request_that_waits_for_its_grammar_does_not_let_another_exceed_the_bound(
+    vllm_config: VllmConfig,
+) -> None:
+    """vLLM passes over the first one, and the second would be admitted in its place."""
+    scheduler = bounded(vllm_config, ROWS * ROW_BYTES)
+    scheduler.add_request(with_image("running"))
+    simulation = Simulation(scheduler)
+    simulation.step()
+    blocked = make_request("blocked", 70, fill=9)
+    blocked.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    scheduler.add_request(blocked)
+    scheduler.add_request(with_image("next", fill=8))
+    for _ in range(3):
+        simulation.step()
+    assert [request.request_id for request in scheduler.running] == ["running"]
+    scheduler.finish_requests("blocked", RequestStatus.FINISHED_ABORTED)
+    simulation.run()
+
+
+def test_an_aborted_request_gives_its_room_back(vllm_config: VllmConfig) -> None:
+    scheduler = bounded(vllm_config, ROWS * ROW_BYTES)
+    for name in "ab":
+        scheduler.add_request(with_image(name, fill=ord(name)))
+    simulation = Simulation(scheduler)
+    for _ in range(3):
+        simulation.step()
+    assert set(simulation.outputs) == {"a"}
+    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    simulation.step()
+    assert simulation.kinds[-1][:2] == ("prefill", "b")
+    simulation.run()
+
+
+def test_each_image_is_a_run_or_a_hit_once(vllm_config: VllmConfig) -> None:
+    """Also where it spans chunks, or where the prefix cache covers it."""
+    scheduler = bounded(vllm_config, 1 << 30)
+    images = {"x": (10, 200), "y": (260, 30)}
+    simulation = Simulation(scheduler)
+    scheduler.add_request(make_request("a", 300, images=images))
+    counts = []
+    extend = scheduler._accounts.extend
+
+    def note(*args: Any) -> Any:
+        stats = extend(*args)
+        counts.append((stats.encoder_runs, stats.encoder_cache_hits))
+        return stats
+
+    scheduler._accounts.extend = note  # type: ignore[method-assign]
+
+    def total() -> tuple[int, int]:
+        sums = (sum(runs for runs, _ in counts), sum(hits for _, hits in counts))
+        counts.clear()
+        return sums
+
+    simulation.run()
+    assert total() == (2, 0)
+    run(scheduler, make_request("covered and collected", 300, images=images))
+    assert total() == (0, 2)
+    run(scheduler, make_request("another prompt", 280, images={"y": (20, 30)}, fill=9))
+    assert total() == (0, 1)
+    run(scheduler, make_request("the same twice", 300, images={"z": (0, 90)}, fill=4))
+    assert total() == (1, 0)
+    unwanted = make_request("covered, not collected", 300, images=images)
+    assert unwanted.sampling_params is not None
+    unwanted.sampling_params.extra_args = {"return_mm_embedding": False}
+    run(scheduler, unwanted)
+    # From 192 on the last chunk is computed: it needs the end of x, and y.
+    assert total() == (0, 2)
