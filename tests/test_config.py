@@ -67,6 +67,7 @@ def test_every_setting_is_taken():
         "enable_return_mm_embedding": True,
         "return_mm_embedding_by_default": False,
         "max_mm_embedding_response_bytes": 1000,
+        "max_held_mm_embedding_bytes": 2000,
         "backend": "eager",
         "encoder_dtype": "float32",
         "encoder_cache_tokens": 5000,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a request may ask for. Each refusal is a sentence, raised before the engine sees it."""
 
+import itertools
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, MultiModalConfig, VllmConfig
     from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
@@ -38,12 +39,13 @@ def validate_params(params: "SamplingParams | PoolingParams") -> None:
         )
 
 
-def validate_images(images: Iterable[object]) -> None:
+def validate_images(images: Iterable[object], indices: Iterable[int] | None = None) -> None:
     """Refuse a picture without pixels.
 
     Args:
         images: PIL pictures and arrays of a prompt, in its order; None for one that is named by
             its ``uuid`` alone.
+        indices: where in the prompt they are; None where they are all of its images.
 
     Raises:
         VLLMValidationError: says which picture and how large it is.
@@ -51,7 +53,7 @@ def validate_images(images: Iterable[object]) -> None:
     from PIL import Image
     from vllm.exceptions import VLLMValidationError
 
-    for index, image in enumerate(images):
+    for index, image in zip(indices or itertools.count(), images, strict=False):
         if isinstance(image, Image.Image):
             shape, said = image.size, f"{image.width}x{image.height} pixels (width x height)"
         else:  # an array; vLLM refuses other types in its own words
@@ -60,7 +62,7 @@ def validate_images(images: Iterable[object]) -> None:
             if shape and len(shape) != 3:
                 raise VLLMValidationError(
                     f"image {index} of the prompt is {said}: a picture has height, width and "
-                    "channels, and embeddings cannot be mixed with pictures in one request",
+                    "channels, and an embedding rows of the model's hidden size",
                     parameter="image",
                 )
         if 0 in shape:
@@ -69,19 +71,38 @@ def validate_images(images: Iterable[object]) -> None:
             )
 
 
-def validate_image_embeddings(embeddings: Iterable[torch.Tensor], hidden_size: int) -> None:
+def validate_mixture(multimodal: "MultiModalConfig") -> None:
+    """Refuse embeddings among pictures where the engine takes none; vLLM checks embeddings alone.
+
+    Raises:
+        VLLMValidationError: says what to start the engine with.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    if not multimodal.enable_mm_embeds:
+        raise VLLMValidationError(
+            "an image of the prompt is given as an embedding: start the engine with "
+            "enable_mm_embeds=True or --enable-mm-embeds",
+            parameter="image",
+        )
+
+
+def validate_image_embeddings(
+    embeddings: Iterable[torch.Tensor], hidden_size: int, indices: Iterable[int] | None = None
+) -> None:
     """Refuse ready-made image features that the decoder cannot take.
 
     Args:
         embeddings: of a prompt's images, ``(num_features, hidden_size)`` each.
         hidden_size: of the decoder.
+        indices: where in the prompt they are; None where they are all of its images.
 
     Raises:
         VLLMValidationError: says which one, and whether its rank, width, rows, dtype or values.
     """
     from vllm.exceptions import VLLMValidationError
 
-    for index, embedding in enumerate(embeddings):
+    for index, embedding in zip(indices or itertools.count(), embeddings, strict=False):
         fault = None
         if embedding.ndim != 2:
             fault = f"it has {embedding.ndim} dimensions, not 2"

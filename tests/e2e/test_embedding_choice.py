@@ -19,7 +19,7 @@ from vllm_spyre_mm.demo import pictures
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 
 ONE = "<|user|>\n<image>\nWhat is in the picture?\n<|assistant|>\n"
-TWO = "<|user|>\n<image>\n<image>\nWhat is in the second picture?\n<|assistant|>\n"
+TWO = "<|user|>\n<image>\n<image>\nWhat is in the picture?\n<|assistant|>\n"
 
 
 def drawn(seed: int, size: tuple[int, int] = (150, 110)) -> Image.Image:
@@ -34,8 +34,9 @@ def llm(demo_checkpoint: Path) -> Iterator[LLM]:
 
 
 def ask(llm: LLM, images: list[Any], choice: Any = None, **more: Any) -> Any:
-    """The answer to a question about one or two images."""
-    prompt = {"prompt": ONE if len(images) == 1 else TWO, "multi_modal_data": {"image": images}}
+    """The answer to a question about images."""
+    text = ONE.replace("<image>", "\n".join(["<image>"] * len(images)))
+    prompt = {"prompt": text, "multi_modal_data": {"image": images}}
     extra = None if choice is None else {"return_mm_embedding": choice}
     parameters = {"temperature": 0.0, "max_tokens": 20, **more}
     (output,) = llm.generate(prompt, SamplingParams(extra_args=extra, **parameters))
@@ -178,10 +179,36 @@ def test_an_embedding_that_cannot_be_used(llm: LLM, spoil: Any, named: str) -> N
     assert torch.equal(ask(llm, [rows]).mm_embedding, rows)
 
 
-def test_embeddings_and_pictures_do_not_mix(llm: LLM) -> None:
+@pytest.mark.parametrize("given", ["pe", "ep", "pep", "epep"])
+def test_embeddings_and_pictures_in_any_order(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    """As if all were pictures, and the encoder runs for those that are."""
+    sizes = [(150, 110), (60, 90), (90, 90), (200, 70)]
+    images = [drawn(20 + i, size) for i, size in enumerate(sizes[: len(given)])]
+    seen = ask(llm, images)
+    llm.llm_engine.engine_core.engine_core.reset_encoder_cache()  # type: ignore[attr-defined]
+    llm.reset_prefix_cache()
+    calls = encoder_calls(llm, monkeypatch)
+    mixed = [
+        rows_of(seen, i) if kind == "e" else image
+        for i, (kind, image) in enumerate(zip(given, images, strict=True))
+    ]
+    back = ask(llm, mixed)
+    assert len(calls) > 0
+    assert back.token_ids == seen.token_ids
+    assert torch.allclose(back.mm_embedding, seen.mm_embedding, atol=1e-5)
+    layouts = [item.layout is None for item in back.mm_embedding_info.items]
+    assert layouts == [kind == "e" for kind in given]
+
+
+def test_an_embedding_among_pictures_is_checked_like_any(llm: LLM) -> None:
     rows = ask(llm, [drawn(13)]).mm_embedding
-    with pytest.raises(VLLMValidationError, match="cannot be mixed with pictures"):
-        ask(llm, [drawn(13), rows])
+    with pytest.raises(VLLMValidationError, match=r"image embedding 1 of .*: it has no rows"):
+        ask(llm, [drawn(13), rows[:0]])
+    with pytest.raises(VLLMValidationError, match="image 1 of the prompt is an array"):
+        ask(llm, [rows, rows[0]])
+    assert torch.equal(ask(llm, [rows]).mm_embedding, rows)
 
 
 def test_a_choice_by_place_of_an_embedding(llm: LLM) -> None:
@@ -197,6 +224,8 @@ def test_opting_in_and_asking_where_it_is_off(demo_checkpoint: Path) -> None:
     with engine(demo_checkpoint, additional_config=settings) as llm:
         assert ask(llm, [drawn(15)]).mm_embedding is None
         assert ask(llm, [drawn(15)], True).mm_embedding is not None
+        with pytest.raises(VLLMValidationError, match="is given as an embedding"):
+            ask(llm, [drawn(15), torch.ones(5, 256)])
     with engine(demo_checkpoint, enable_return_mm_embedding=False) as llm:
         assert ask(llm, [drawn(15)]).mm_embedding is None
         with pytest.raises(VLLMValidationError, match="started without it"):

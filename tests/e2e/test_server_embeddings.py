@@ -4,6 +4,7 @@
 import io
 import json
 import random
+import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -15,6 +16,13 @@ import openai
 import pytest
 import torch
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel
+from starlette.responses import JSONResponse
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionResponse,
+    ChatCompletionStreamResponse,
+)
 
 from tests.e2e.engines import relative_error
 from tests.e2e.serving import data_url, png, running_server
@@ -137,11 +145,30 @@ def test_completions_with_text_have_none(client: openai.OpenAI) -> None:
     assert all(choice.mm_embedding is None for choice in finished)
 
 
-def test_without_the_field_nothing_of_it_is_in_a_response(client: openai.OpenAI) -> None:
-    response = ask(client, drawn(6), extra_body={})
-    assert "mm_embedding" not in response.model_dump_json()
-    events = ask(client, drawn(6), stream=True, extra_body={})
-    assert "mm_embedding" not in "".join(event.model_dump_json() for event in events)
+def undeclared(model: BaseModel) -> set[str]:
+    """Fields of a response that vLLM's own model of it does not have."""
+    found = set(model.model_extra or ())
+    for value in (getattr(model, name) for name in type(model).model_fields):
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, BaseModel):
+                found |= undeclared(each)
+    return found
+
+
+def test_without_the_field_a_response_is_vllms_byte_for_byte(server: str) -> None:
+    """Read into vLLM's models and written as vLLM writes them, they are the same bytes."""
+    body = {"model": "demo", "messages": messages(drawn(6)), "max_tokens": 8, "temperature": 0}
+    raw = post_raw(f"{server}/v1/chat/completions", body)
+    response = ChatCompletionResponse.model_validate_json(raw)
+    assert undeclared(response) == set()
+    assert JSONResponse(response.model_dump()).body == raw
+    lines = post_raw(f"{server}/v1/chat/completions", {**body, "stream": True}).splitlines()
+    events = [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: {")]
+    assert len(events) > 2
+    for event in events:
+        chunk = ChatCompletionStreamResponse.model_validate_json(event)
+        assert undeclared(chunk) == set()
+        assert chunk.model_dump_json(exclude_unset=True).encode() == event
 
 
 @pytest.mark.parametrize(
@@ -174,17 +201,40 @@ def test_a_response_that_would_be_too_large_is_refused(client: openai.OpenAI) ->
     assert payload["shape"] == [3 * 16, 256]
 
 
+def embeds_part(payload: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(decode_mm_embedding(payload), buffer)
+    return {"type": "image_embeds", "image_embeds": b64encode(buffer.getvalue()).decode()}
+
+
 def test_a_returned_tensor_goes_back_in_as_the_image(client: openai.OpenAI) -> None:
     image = drawn(8)
     seen = ask(client, image).choices[0]
-    buffer = io.BytesIO()
-    torch.save(decode_mm_embedding(seen.mm_embedding), buffer)
-    part = {"type": "image_embeds", "image_embeds": b64encode(buffer.getvalue()).decode()}
-    content: Any = [part, {"type": "text", "text": QUESTION}]
+    content: Any = [embeds_part(seen.mm_embedding), {"type": "text", "text": QUESTION}]
     answer = client.chat.completions.create(
         model="demo", messages=[{"role": "user", "content": content}], temperature=0, max_tokens=16
     )
     assert answer.choices[0].message.content == seen.message.content
+
+
+@pytest.mark.parametrize("given", ["pe", "ep"])
+def test_tensors_and_pictures_side_by_side(client: openai.OpenAI, given: str) -> None:
+    images = [drawn(8, (60, 90)), drawn(9, (90, 60))]
+    seen = ask(client, *images).choices[0]
+    content = [
+        embeds_part(ask(client, image).choices[0].mm_embedding) if kind == "e" else part
+        for kind, image, part in zip(given, images, parts_of(*images), strict=True)
+    ]
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}],  # type: ignore[list-item, misc]
+        temperature=0,
+        max_tokens=16,
+        extra_body={"return_mm_embedding": True},
+    ).choices[0]
+    assert answer.message.content == seen.message.content
+    expected = decode_mm_embedding(seen.mm_embedding)
+    assert relative_error(decode_mm_embedding(answer.mm_embedding), expected) < 1e-5  # type: ignore[attr-defined]
 
 
 def test_the_models_list_says_that_it_is_there(client: openai.OpenAI) -> None:
@@ -193,18 +243,68 @@ def test_the_models_list_says_that_it_is_there(client: openai.OpenAI) -> None:
     assert model.mm_embedding == told  # type: ignore[attr-defined]
 
 
+# -- metrics ---------------------------------------------------------------------------------------
+
+
+def metrics(server: str) -> dict[str, float]:
+    """The platform's, by name."""
+    with urllib.request.urlopen(f"{server}/metrics", timeout=60) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    return {
+        sample.name.removeprefix("vllm:spyre_"): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name.startswith("vllm:spyre_") and not sample.name.endswith("_created")
+    }
+
+
+def held_bytes(server: str, *, wanted: bool) -> float:
+    """The gauge, once it is zero or is not: a step's statistics come after its output."""
+    deadline = time.monotonic() + 60
+    while bool(held := metrics(server)["mm_embedding_held_bytes"]) != wanted:
+        assert time.monotonic() < deadline, f"{held} bytes are held"
+    return held
+
+
+def test_metrics_count_and_are_zero_when_nothing_runs(server: str, client: openai.OpenAI) -> None:
+    assert held_bytes(server, wanted=False) == 0
+    before, image = metrics(server), drawn(20)
+    rows, width = ask(client, image).choices[0].mm_embedding["shape"]
+    with client.chat.completions.create(
+        model="demo",
+        messages=messages(image),
+        max_tokens=1000,
+        stream=True,
+        extra_body={"return_mm_embedding": True, "ignore_eos": True},
+    ) as abandoned:
+        next(iter(abandoned))
+        assert held_bytes(server, wanted=True) == rows * width * 4
+    assert held_bytes(server, wanted=False) == 0
+    ask(client, image, extra_body={})
+    grown = {name: value - before[name] for name, value in metrics(server).items()}
+    # The prefix cache covers most of the picture the third time, but not all of it.
+    assert grown == {
+        "mm_embedding_held_bytes": 0,
+        "encoder_runs_total": 1,
+        "encoder_cache_hits_total": 2,
+        "mm_embeddings_returned_total": 2,
+    }
+
+
 # -- images alone ----------------------------------------------------------------------------------
 
 
-def post(server: str, body: Any) -> tuple[int, Any]:
+def post_raw(url: str, body: Any) -> bytes:
     request = urllib.request.Request(
-        f"{server}/v1/mm_embeddings",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
+        url, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
     )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return bytes(response.read())
+
+
+def post(server: str, body: Any) -> tuple[int, Any]:
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.load(response)
+        return 200, json.loads(post_raw(f"{server}/v1/mm_embeddings", body))
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
 

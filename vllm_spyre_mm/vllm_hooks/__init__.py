@@ -24,6 +24,7 @@ def install() -> None:
         input_processor,
         media,
         metrics,
+        mixed_images,
         openai_api,
         output_processor,
         sender_cache,
@@ -37,5 +38,6 @@ def install() -> None:
     sender_cache.install()
     media.install()
     metrics.install()
+    mixed_images.install()
     openai_api.install()
     shutdown.install()

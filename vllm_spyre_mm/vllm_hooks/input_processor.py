@@ -19,6 +19,7 @@ from vllm_spyre_mm.requests import (
     validate_engine_request,
     validate_image_embeddings,
     validate_images,
+    validate_mixture,
     validate_tags,
 )
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
@@ -75,11 +76,21 @@ def _checking_images(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def apply(self: Any, inputs: Any, timing_ctx: Any) -> Any:
         images = inputs.mm_data_items.get("image")
-        if isinstance(images, ImageProcessorItems):
-            validate_images(images.get_all())
-        elif isinstance(images, ImageEmbeddingItems):
-            hidden_size = self.info.ctx.model_config.get_hidden_size()
-            validate_image_embeddings(images.get_all(), hidden_size)
+        mixture = getattr(images, "mixture", None)
+        if mixture is None:
+            of_each_kind = [(images, None)]
+        else:
+            validate_mixture(self.info.ctx.get_mm_config())
+            of_each_kind = [
+                (images.pictures, mixture.indices(embeddings=False)),
+                (images.embeddings, mixture.indices(embeddings=True)),
+            ]
+        for items, indices in of_each_kind:
+            if isinstance(items, ImageProcessorItems):
+                validate_images(items.get_all(), indices)
+            elif isinstance(items, ImageEmbeddingItems):
+                hidden_size = self.info.ctx.model_config.get_hidden_size()
+                validate_image_embeddings(items.get_all(), hidden_size, indices)
         return original(self, inputs, timing_ctx)
 
     return apply
