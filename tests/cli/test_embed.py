@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features in bulk: real files, the embedded checkpoint, real shards."""
 
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from datasets import Dataset
+from safetensors.torch import load_file
 
 from tests.multimodal.mm_mappings.suite import assert_close
 from tests.reference import Reference
-from vllm_spyre_mm.cli import embed, main
+from vllm_spyre_mm.cli import embed, main, shards
 from vllm_spyre_mm.demo import pictures
 from vllm_spyre_mm.encoder import VisionEncoder
 
@@ -33,24 +35,38 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(params=["safetensors", "parquet"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tmp_path / f"features.{request.param}"
+
+
 def run(folder: Path, output: Path, *more: str) -> int:
     return main(["embed", str(folder), "-o", str(output), "--eager", "--shard-size", "3", *more])
+
+
+def shards_of(output: Path) -> list[Path]:
+    return sorted(output.parent.glob(f"features-0*{output.suffix}"))
+
+
+def read_shard(file: Path) -> dict[str, torch.Tensor]:
+    """All of a shard, as its users open it."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    cache = str(file.parent / "cache")
+    table = Dataset.from_parquet(str(file), cache_dir=cache).with_format("torch")
+    return {row["path"]: row["features"] for row in table}
 
 
 def read(output: Path) -> dict[str, torch.Tensor]:
     """Everything that the index names, from where it says."""
     index = json.loads(Path(f"{output}.index.json").read_text())
-    found = {}
-    for name, file in index["weight_map"].items():
-        with safe_open(output.with_name(file), framework="pt") as shard:
-            found[name] = shard.get_tensor(name)
-    return found
+    shards = {name: read_shard(output.with_name(name)) for name in index["weight_map"].values()}
+    return {name: shards[file][name] for name, file in index["weight_map"].items()}
 
 
 def test_features_of_a_folder(
-    folder: Path, tmp_path: Path, demo_reference: Reference, capsys: pytest.CaptureFixture[str]
+    folder: Path, output: Path, demo_reference: Reference, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "features.safetensors"
     assert run(folder, output) == 1  # one could not be read
     printed = capsys.readouterr()
     assert f"7 pictures in {output}.index.json" in printed.out
@@ -58,16 +74,15 @@ def test_features_of_a_folder(
     assert f"{folder / 'broken.png'}: Failed to load image" in printed.err
     found = read(output)
     assert set(found) == {str(folder / f"{i}.png") for i in range(7)}
-    assert len(list(tmp_path.glob("features-0*.safetensors"))) == 3
+    assert len(shards_of(output)) == 3
     for name, features in found.items():
         image = pictures.Image.open(name).convert("RGB")
         assert_close(features, demo_reference.features(QUESTION, [image]), 2e-2)
 
 
 def test_what_is_there_is_not_encoded_again(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "features.safetensors"
     encoded: list[int] = []
     original = VisionEncoder.encode
 
@@ -82,29 +97,58 @@ def test_what_is_there_is_not_encoded_again(
     monkeypatch.setattr(VisionEncoder, "encode", counting)
     with pytest.raises(KeyboardInterrupt):
         run(folder, output)
-    assert len(list(tmp_path.glob("features-0*.safetensors"))) == 1
+    assert len(shards_of(output)) == 1
     run(folder, output)
     assert sum(encoded) == 4 + 4  # of the four before the kill, one was in no shard yet
-    names = [
-        name
-        for file in tmp_path.glob("features-0*.safetensors")
-        for name in safe_open(file, framework="pt").keys()  # noqa: SIM118 - not a mapping
-    ]
+    names = [name for file in shards_of(output) for name in read_shard(file)]
     assert len(names) == len(set(names)) == 7
-    assert not list(tmp_path.glob(".*unfinished"))
+    assert not list(output.parent.glob(".*unfinished"))
 
 
 def test_nothing_is_loaded_when_nothing_is_missing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output = tmp_path / "features.safetensors"
     (folder / "broken.png").unlink()
     assert run(folder, output, "--pooling", "image") == 0
     assert {rows.shape for rows in read(output).values()} == {(1, 256)}
     monkeypatch.setattr(embed, "_encoder", None)
     assert run(folder, output, "--pooling", "image") == 0
-    with pytest.raises(ValueError, match="was made with"):
-        run(folder, output, "--pooling", "base")
+    assert run(folder, output, "--pooling", "base") == 2
+    assert "nothing was begun: " in (said := capsys.readouterr().err)
+    assert "was made with" in said
+
+
+def test_a_shard_closes_before_memory_runs_out(
+    folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 1)
+    (folder / "broken.png").unlink()
+    assert run(folder, output) == 0
+    assert len(shards_of(output)) == 7
+    shards_of(output)[2].unlink()
+    before = {file: file.stat().st_mtime_ns for file in shards_of(output)}
+    assert run(folder, output) == 0
+    assert len(shards_of(output)) == 7
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items())
+
+
+@pytest.mark.parametrize(
+    ("output", "named"),
+    [("features.csv", "not .csv"), ("features.parquet", "needs pyarrow")],
+)
+def test_a_format_that_there_is_not(
+    tmp_path: Path,
+    output: str,
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run(tmp_path, tmp_path / output) == 2
+    assert named in capsys.readouterr().err
 
 
 def test_lists_of_pictures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +162,16 @@ def test_lists_of_pictures(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("sys.stdin", [f"{third}\n", "\n"])
     found = list(embed.find_pictures([str(lines), "-", first]))
     assert [str(path) for path in found] == [first, second, second, third, first]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"images": "a.png"}', '{"images": [1]}', "{}"])
+def test_a_line_without_pictures(
+    tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = tmp_path / "asked.jsonl"
+    lines.write_text('{"images": []}\n' + line)
+    assert run(lines, tmp_path / "features.safetensors") == 2
+    assert "asked.jsonl, line 2: this is no JSON object" in capsys.readouterr().err
 
 
 def test_no_decoder_is_loaded(demo_checkpoint: Path) -> None:

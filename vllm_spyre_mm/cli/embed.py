@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm-spyre-mm embed``: features of many pictures, with the vision encoder alone.
 
-A shard is written under another name and then renamed, so that what has a shard's name is whole.
 The next run skips the pictures that shards hold: after a kill, those of the one shard under way are
 encoded again, and nothing is lost or twice.
 """
@@ -15,12 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_spyre_mm.cli.shards import Shards
+
 if TYPE_CHECKING:
     import torch
 
     from vllm_spyre_mm.encoder import VisionEncoder
 
-SUMMARY = "write the features of pictures to safetensors"
+SUMMARY = "write the features of pictures to safetensors or Parquet"
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Files that are taken from a folder."""
@@ -43,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         required=True,
-        help="FILE.safetensors: shards FILE-00001.safetensors and so on are written beside it, and "
-        "FILE.safetensors.index.json, which says where each picture is",
+        help="FILE.safetensors or FILE.parquet: shards FILE-00001.safetensors and so on are "
+        "written beside it, and FILE.safetensors.index.json, which says where each picture is",
     )
     parser.add_argument("--model", help="folder or hub name (default: the embedded checkpoint)")
     parser.add_argument("--revision", help="of a hub model")
@@ -53,13 +54,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto"
     )
     parser.add_argument(
-        "--shard-size", type=int, default=1000, help="pictures in a shard (default: 1000)"
+        "--shard-size",
+        type=_positive,
+        default=1000,
+        help="pictures in a shard (default: 1000), which closes at 1 GiB in any case",
     )
     parser.add_argument("--eager", action="store_true", help="do not compile the encoder")
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Encode; the exit status is 1 if some pictures could not be read or none were given."""
+    """Encode.
+
+    Returns:
+        The exit status: 1 if some pictures could not be read or none were given, 2 if nothing was
+        begun.
+    """
     from tqdm import tqdm
 
     made_with = {
@@ -68,15 +84,19 @@ def run(arguments: argparse.Namespace) -> int:
         "pooling": arguments.pooling,
         "dtype": arguments.dtype,
     }
-    shards = Shards(arguments.output, arguments.shard_size, made_with)
-    paths = dict.fromkeys(find_pictures(arguments.inputs))
+    try:
+        shards = Shards(arguments.output, arguments.shard_size, made_with)
+        paths = dict.fromkeys(find_pictures(arguments.inputs))
+        missing = [path for path in paths if str(path) not in shards.index]
+        encoder = _encoder(arguments) if missing else None
+    except (ValueError, OSError, ImportError) as error:
+        print(f"nothing was begun: {error}", file=sys.stderr)
+        return 2
     if not paths:
         print("no pictures were given", file=sys.stderr)
         return 1
-    missing = [path for path in paths if str(path) not in shards.index]
     failed: list[str] = []
-    if missing:
-        encoder = _encoder(arguments)
+    if encoder is not None:
         choice = _choice(arguments)
         with tqdm(total=len(paths), initial=len(paths) - len(missing), unit="image") as progress:
             for path, features in _features(encoder, choice, missing, failed, progress):
@@ -99,80 +119,21 @@ def find_pictures(inputs: Iterable[str]) -> Iterator[Path]:
             yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         elif path.suffix == ".jsonl":
             with path.open() as lines:
-                for line in filter(str.strip, lines):
-                    yield from map(Path, json.loads(line)["images"])
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield from map(Path, _images_of(line, f"{path}, line {number}"))
         else:
             yield path
 
 
-class Shards:
-    """Safetensors files with an index, in the layout of a sharded checkpoint.
-
-    Args:
-        output: ``FILE.safetensors``.
-        size: pictures in a shard.
-        made_with: what the features depend on; kept in every shard.
-
-    Raises:
-        ValueError: shards are there that were made with something else.
-    """
-
-    def __init__(self, output: Path, size: int, made_with: dict[str, str]) -> None:
-        from safetensors import safe_open
-
-        self.output = (
-            output if output.suffix == ".safetensors" else output.with_suffix(".safetensors")
-        )
-        self.size, self.made_with = size, made_with
-        self.index: dict[str, str] = {}
-        self._waiting: dict[str, torch.Tensor] = {}
-        files = sorted(self.output.parent.glob(f"{self.output.stem}-[0-9]*.safetensors"))
-        for file in files:
-            with safe_open(file, framework="pt") as shard:
-                if shard.metadata() != made_with:
-                    raise ValueError(
-                        f"{file} was made with {shard.metadata()}, not {made_with}: choose another "
-                        "output or delete it"
-                    )
-                self.index |= dict.fromkeys(shard.keys(), file.name)
-        self._number = len(files)
-
-    @property
-    def index_file(self) -> Path:
-        """Says in which shard each picture is."""
-        return self.output.with_name(f"{self.output.name}.index.json")
-
-    def add(self, name: str, features: "torch.Tensor") -> None:
-        """Take one picture's features, ``(rows, hidden_size)``."""
-        self._waiting[name] = features
-        if len(self._waiting) >= self.size:
-            self._write()
-
-    def finish(self) -> None:
-        """Write what is left, and the index."""
-        if self._waiting:
-            self._write()
-        index = {"metadata": self.made_with, "weight_map": self.index}
-        _replace(self.index_file, lambda file: file.write_text(json.dumps(index, indent=1)))
-
-    def _write(self) -> None:
-        from safetensors.torch import save_file
-
-        self._number += 1
-        file = self.output.with_name(f"{self.output.stem}-{self._number:05}.safetensors")
-        tensors, self._waiting = self._waiting, {}
-        _replace(file, lambda unfinished: save_file(tensors, unfinished, self.made_with))
-        self.index |= dict.fromkeys(tensors, file.name)
-
-
-def _replace(file: Path, write: Any) -> None:
-    """Write a file under another name and rename it, so that it is whole or not there."""
-    unfinished = file.with_name(f".{file.name}.unfinished")
+def _images_of(line: str, where: str) -> list[str]:
     try:
-        write(unfinished)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        images = json.loads(line)["images"]
+    except (ValueError, KeyError, TypeError):
+        images = None
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"{where}: this is no JSON object with a list `images` of paths")
+    return images
 
 
 def _encoder(arguments: argparse.Namespace) -> "VisionEncoder":
