@@ -12,6 +12,7 @@ from vllm_spyre_mm.compat import ensure_torchvision_importable
 ensure_torchvision_importable()  # before Transformers is imported
 
 from benchmarks.attention import attention_rows  # noqa: E402
+from benchmarks.bulk import bulk_rows  # noqa: E402
 from benchmarks.ceilings import Ceilings, measure_ceilings  # noqa: E402
 from benchmarks.checkpoints import SMALL, TOWER, ensure_checkpoint  # noqa: E402
 from benchmarks.decode import decode_rows  # noqa: E402
@@ -21,7 +22,7 @@ from benchmarks.report import write_report  # noqa: E402
 from benchmarks.serving import again_row, serving_rows  # noqa: E402
 from benchmarks.start import memory_row, start_rows  # noqa: E402
 
-SECTIONS = ("attention", "encoder", "decode", "serving", "start")
+SECTIONS = ("attention", "encoder", "decode", "serving", "start", "bulk")
 
 
 def main() -> None:
@@ -66,6 +67,8 @@ def _rows(arguments: argparse.Namespace, ceilings: Ceilings, vllm_cpu: str | Non
             rows = decode_rows(small, ceilings, quick)
         elif section == "serving":
             rows = serving_rows(small, vllm_cpu, quick)
+        elif section == "bulk":
+            rows = bulk_rows(small, quick)
         else:
             rows = start_rows()
         yield from rows

@@ -18,8 +18,10 @@ from vllm_spyre_mm.cli.shards import Shards
 
 if TYPE_CHECKING:
     import torch
+    from tqdm import tqdm
 
     from vllm_spyre_mm.encoder import VisionEncoder
+    from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
 
 SUMMARY = "write the features of pictures to safetensors or Parquet"
 
@@ -99,8 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     if encoder is not None:
         choice = _choice(arguments)
         with tqdm(total=len(paths), initial=len(paths) - len(missing), unit="image") as progress:
-            for path, features in _features(encoder, choice, missing, failed, progress):
-                shards.add(str(path), features)
+            encode_files(encoder, choice, missing, shards, failed, progress)
     shards.finish()
     print(f"{len(shards.index)} pictures in {shards.index_file}")
     if failed:
@@ -126,6 +127,28 @@ def find_pictures(inputs: Iterable[str]) -> Iterator[Path]:
             yield path
 
 
+def encode_files(
+    encoder: "VisionEncoder",
+    choice: "EmbeddingChoice",
+    paths: Iterable[Path],
+    shards: Shards,
+    failed: list[str],
+    progress: "tqdm",
+) -> None:
+    """Encode files into shards, which the caller finishes.
+
+    Args:
+        encoder: of the model.
+        choice: which rows, and their dtype.
+        paths: of pictures.
+        shards: get the features of each picture under its path.
+        failed: gets a line for each file that cannot be read.
+        progress: counts files.
+    """
+    for path, features in _features(encoder, choice, paths, failed, progress):
+        shards.add(str(path), features)
+
+
 def _images_of(line: str, where: str) -> list[str]:
     try:
         images = json.loads(line)["images"]
@@ -147,14 +170,18 @@ def _encoder(arguments: argparse.Namespace) -> "VisionEncoder":
     )
 
 
-def _choice(arguments: argparse.Namespace) -> Any:
+def _choice(arguments: argparse.Namespace) -> "EmbeddingChoice":
     from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
 
     return EmbeddingChoice(pooling=arguments.pooling, dtype=arguments.dtype)
 
 
 def _features(
-    encoder: "VisionEncoder", choice: Any, paths: list[Path], failed: list[str], progress: Any
+    encoder: "VisionEncoder",
+    choice: "EmbeddingChoice",
+    paths: Iterable[Path],
+    failed: list[str],
+    progress: "tqdm",
 ) -> "Iterator[tuple[Path, torch.Tensor]]":
     """Features of each picture that can be read, in order; the next are read meanwhile."""
     from vllm_spyre_mm.encoder import read_picture
