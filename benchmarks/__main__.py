@@ -68,7 +68,7 @@ def _rows(arguments: argparse.Namespace, ceilings: Ceilings, vllm_cpu: str | Non
         elif section == "serving":
             rows = serving_rows(small, vllm_cpu, quick)
         elif section == "bulk":
-            rows = bulk_rows(small, quick)
+            rows = bulk_rows(ensure_checkpoint(TOWER, arguments.cache), quick)
         else:
             rows = start_rows()
         yield from rows

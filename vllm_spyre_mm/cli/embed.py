@@ -184,13 +184,15 @@ def _features(
     progress: "tqdm",
 ) -> "Iterator[tuple[Path, torch.Tensor]]":
     """Features of each picture that can be read, in order; the next are read meanwhile."""
+    import torch
+
     from vllm_spyre_mm.encoder import read_picture
 
     def read(path: Path) -> Any:
         return encoder.process(read_picture(path))
 
     batch: list[tuple[Path, Any]] = []
-    with ThreadPoolExecutor(max_workers=2) as readers:
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as readers:
         remaining = iter(paths)
         ahead: deque[tuple[Path, Future[Any]]] = deque()
         while True:
