@@ -21,6 +21,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -29,6 +30,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.scheduler import SpyreScheduler
 from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError
+from vllm_spyre_mm.worker.requests import FailedEncoding, SpyreModelRunnerOutput
 
 CHUNK = 128
 BLOCK = 64
@@ -323,6 +325,70 @@ def test_preempted_requests_finish(vllm_config: VllmConfig) -> None:
     assert simulation.outputs == {f"r{i}": 180 for i in range(3)}
     prefills = [kind[1] for kind in simulation.kinds if kind[0] == "prefill" and kind[2] == 0]
     assert len(prefills) > 3, "nothing was preempted: the scenario proves nothing"
+
+
+@pytest.mark.parametrize("aborted", [False, True], ids=["", "aborted meanwhile"])
+def test_a_step_whose_images_could_not_be_encoded_fails_its_request_alone(
+    scheduler: SpyreScheduler, aborted: bool
+) -> None:
+    """Nothing of the step is offered to later requests: neither blocks nor images."""
+    scheduler.add_request(make_request("other", 100, max_tokens=30, fill=5))
+    simulation = Simulation(scheduler)
+    simulation.step()
+    images = {"x": (10, 50), "y": (200, 50)}
+    scheduler.add_request(make_request("a", 300, images=images))
+    simulation.step()
+    assert simulation.kinds[-1] == ("decode", ("other",))
+    output = scheduler.schedule()
+    (state,) = output.scheduled_new_reqs
+    assert output.scheduled_encoder_inputs == {"a": [0]}
+    failed = SpyreModelRunnerOutput(
+        req_ids=["a"],
+        req_id_to_index={"a": 0},
+        sampled_token_ids=[[]],
+        failed_encoding=FailedEncoding("a", "because", ["x"], state.block_ids[0]),
+    )
+    if aborted:
+        scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    outputs = scheduler.update_from_output(output, failed)[0].outputs
+    if not aborted:
+        (ended,) = outputs
+        assert (ended.request_id, ended.stop_reason) == ("a", "because")
+        assert ended.finish_reason == FinishReason.ERROR
+    books = scheduler.encoder_cache_manager
+    assert not books.cached
+    assert books.num_free_slots == books.num_freeable_slots == books.cache_size
+    simulation.run()
+    assert simulation.outputs["other"] == 30
+    again = run(scheduler, make_request("b", 300, images=images))
+    assert again.encoded == ["x", "y"]
+    assert again.kinds[0] == ("prefill", "b", 0, 64)
+
+
+def test_the_chunks_before_a_failed_one_stay_in_the_prefix_cache(
+    scheduler: SpyreScheduler,
+) -> None:
+    images = {"x": (10, 50), "y": (200, 50)}
+    scheduler.add_request(make_request("a", 300, images=images))
+    simulation = Simulation(scheduler)
+    simulation.step()
+    simulation.step()
+    blocks = scheduler.kv_cache_manager.get_block_ids("a")[0]
+    output = scheduler.schedule()
+    assert output.scheduled_encoder_inputs == {"a": [1]}
+    more = output.scheduled_cached_reqs.new_block_ids[0]
+    assert more is not None
+    failed = SpyreModelRunnerOutput(
+        req_ids=["a"],
+        req_id_to_index={"a": 0},
+        sampled_token_ids=[[]],
+        failed_encoding=FailedEncoding("a", "because", ["y"], [*blocks[3:], *more[0]]),
+    )
+    scheduler.update_from_output(output, failed)
+    assert set(scheduler.encoder_cache_manager.cached) == {"x"}
+    again = run(scheduler, make_request("b", 300, images=images))
+    assert again.encoded == ["y"]
+    assert again.kinds[0] == ("prefill", "b", 192, 300)
 
 
 def test_queues_are_restored_when_scheduling_fails(

@@ -21,8 +21,8 @@ from vllm_spyre_mm.embedding_accounts import EmbeddingAccounts
 from vllm_spyre_mm.engine_config import geometry_of
 from vllm_spyre_mm.multimodal.embedding import choice_of
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes
-from vllm_spyre_mm.vllm_hooks.engine_output import attach_mm_embeddings
-from vllm_spyre_mm.worker.requests import SpyreModelRunnerOutput
+from vllm_spyre_mm.vllm_hooks.engine_output import attach_mm_embeddings, give_reason
+from vllm_spyre_mm.worker.requests import FailedEncoding, SpyreModelRunnerOutput
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -56,9 +56,21 @@ class SpyreScheduler(Scheduler):
             ),
         )
         require_attributes(
-            self, ("deferred_waiting", "max_num_active_reqs", "num_waiting_for_streaming_input")
+            self,
+            (
+                "deferred_waiting",
+                "encoder_cache_mismatch_reqs",
+                "max_num_active_reqs",
+                "num_waiting_for_streaming_input",
+            ),
         )
-        require_attributes(type(self.kv_cache_manager), ("truncate_computed_blocks",))
+        require_attributes(
+            type(self.kv_cache_manager), ("evict_blocks", "truncate_computed_blocks")
+        )
+        require_attributes(
+            self.encoder_cache_manager,
+            ("cached", "freeable", "num_embeds_by_hash", "num_free_slots"),
+        )
 
     # -- the kind of step ---------------------------------------------------------------------
 
@@ -208,16 +220,37 @@ class SpyreScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> "dict[int, EngineCoreOutputs]":
         """vLLM's bookkeeping, with each embedding put on its request's first output."""
-        if isinstance(model_runner_output, SpyreModelRunnerOutput):
+        if not isinstance(model_runner_output, SpyreModelRunnerOutput):
+            return super().update_from_output(scheduler_output, model_runner_output)
+        failed = model_runner_output.failed_encoding
+        if failed is None:
             self._accounts.record_returned(len(model_runner_output.mm_embeddings))
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if isinstance(model_runner_output, SpyreModelRunnerOutput):
+            outputs = super().update_from_output(scheduler_output, model_runner_output)
             attach_mm_embeddings(
                 outputs,
                 model_runner_output.mm_embeddings,
                 model_runner_output.mm_embedding_infos,
             )
+            return outputs
+        # vLLM ends these with FinishReason.ERROR; one that was aborted meanwhile is unknown to it.
+        self.encoder_cache_mismatch_reqs.add(failed.req_id)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._take_back(failed)
+        give_reason(outputs, failed.req_id, failed.reason)
         return outputs
+
+    def _take_back(self, failed: FailedEncoding) -> None:
+        """Undo what vLLM noted when it scheduled a step whose request failed.
+
+        Blocks are offered to other prompts as soon as they are allocated, images to other requests
+        as soon as they are scheduled, and neither was computed. No other request has seen them:
+        only its own step came since, and the request itself is gone.
+        """
+        self.kv_cache_manager.evict_blocks(set(failed.block_ids))
+        images = self.encoder_cache_manager
+        for identifier in set(failed.identifiers):
+            del images.cached[identifier], images.num_embeds_by_hash[identifier]
+            images.num_free_slots += images.freeable.pop(identifier)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's statistics of a step, with those of the embeddings."""

@@ -27,6 +27,7 @@ def install() -> None:
         mixed_images,
         openai_api,
         output_processor,
+        request_errors,
         sender_cache,
         shutdown,
     )
@@ -40,4 +41,5 @@ def install() -> None:
     metrics.install()
     mixed_images.install()
     openai_api.install()
+    request_errors.install()
     shutdown.install()

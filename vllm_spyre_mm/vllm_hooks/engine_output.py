@@ -71,6 +71,21 @@ def attach_mm_embeddings(
                 )
 
 
+def give_reason(outputs: dict[int, Any], req_id: str, reason: str) -> None:
+    """Say on the last output of a failed request why it failed, in place.
+
+    Args:
+        outputs: vLLM's ``EngineCoreOutputs`` by client index; a request that was aborted meanwhile
+            has none.
+        req_id: of the request.
+        reason: becomes its ``stop_reason``, which travels to ``CompletionOutput.stop_reason``.
+    """
+    for client_outputs in outputs.values():
+        for output in client_outputs.outputs:
+            if output.request_id == req_id:
+                output.stop_reason = reason
+
+
 def install() -> None:
     """Let the front end decode the embedding."""
     own, theirs = EngineCoreOutput.__struct_fields__, VllmEngineCoreOutput.__struct_fields__

@@ -3,12 +3,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.sample.sampler import Sampler
@@ -24,9 +23,15 @@ from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
 from vllm_spyre_mm.multimodal.merge import plan_merge
 from vllm_spyre_mm.worker.batch import DecodeRows, SamplingBatch
 from vllm_spyre_mm.worker.decode import decode_batch
+from vllm_spyre_mm.worker.encoding import ImageEncodingError, encode_images
 from vllm_spyre_mm.worker.host_steps import HostSteps
 from vllm_spyre_mm.worker.prefill import PrefillChunk, prefill_chunk
-from vllm_spyre_mm.worker.requests import RequestState, RequestTable, SpyreModelRunnerOutput
+from vllm_spyre_mm.worker.requests import (
+    FailedEncoding,
+    RequestState,
+    RequestTable,
+    SpyreModelRunnerOutput,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -99,6 +104,9 @@ class SpyreModelRunner:
         Returns:
             The step's output when no token comes of it (nothing scheduled, or a chunk that is not
             a prompt's last), else None: then :meth:`sample_tokens` gives it.
+
+        Raises:
+            ImageEncodingError: :meth:`failed_encoding` gives the step's output.
         """
         self._update_requests(scheduler_output)
         scheduled = scheduler_output.num_scheduled_tokens
@@ -164,24 +172,36 @@ class SpyreModelRunner:
         self.requests.update(scheduler_output.scheduled_cached_reqs)
 
     def _encode(self, scheduled: Mapping[str, list[int]]) -> None:
-        """Encode the images that the scheduler asks for, all of a step together."""
-        features = [
-            self.requests[req_id].mm_features[item]
-            for req_id, items in scheduled.items()
-            for item in items
-        ]
-        mm_kwargs: list[tuple[str, Any]] = [
-            (feature.modality, feature.data) for feature in features
-        ]
-        encoded: list[torch.Tensor] = []
-        for _, _, batch in group_and_batch_mm_kwargs(mm_kwargs):
-            given: Any = batch.get("image_embeds")
-            if given is not None:
-                encoded.extend(each.to(self.encoder_dtype) for each in given)
-            else:
-                encoded.extend(self.spyre_model.encode(batch))
-        for feature, output in zip(features, encoded, strict=True):
-            self.encoder_cache.put(feature, output)
+        """Encode the images that the scheduler asks for, all of a request together.
+
+        Raises:
+            ImageEncodingError: nothing of the request's entered the cache.
+        """
+        for req_id, items in scheduled.items():
+            images = {item: self.requests[req_id].mm_features[item] for item in items}
+            encoded = encode_images(self.spyre_model, images, self.encoder_dtype)
+            for feature, features in zip(images.values(), encoded, strict=True):
+                self.encoder_cache.put(feature, features)
+
+    def failed_encoding(
+        self, scheduler_output: SchedulerOutput, error: ImageEncodingError
+    ) -> SpyreModelRunnerOutput:
+        """The output of a step whose images could not be encoded: its one request fails."""
+        (req_id,) = scheduler_output.num_scheduled_tokens
+        state = self.requests[req_id]
+        items = scheduler_output.scheduled_encoder_inputs[req_id]
+        unfilled = state.num_computed_tokens // self.geometry.block_size
+        return SpyreModelRunnerOutput(
+            req_ids=[req_id],
+            req_id_to_index={req_id: 0},
+            sampled_token_ids=[[]],
+            failed_encoding=FailedEncoding(
+                req_id=req_id,
+                reason=str(error),
+                identifiers=[state.mm_features[item].identifier for item in items],
+                block_ids=state.blocks[unfilled:],
+            ),
+        )
 
     def _prefill(self, state: RequestState, num_new: int) -> torch.Tensor:
         """Run one chunk; returns the logits of its last token, ``(1, vocab_size)``."""

@@ -23,6 +23,7 @@ from vllm_spyre_mm.model_executor.kv_cache import (
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+from vllm_spyre_mm.worker.encoding import ImageEncodingError
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 from vllm_spyre_mm.worker.warmup import warm_up
 
@@ -166,7 +167,19 @@ class SpyreWorker(WorkerBase):
     # -- steps --------------------------------------------------------------------------------
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
-        return self.model_runner.execute_model(scheduler_output)
+        """Run one step; a request whose images cannot be encoded fails alone.
+
+        Raises:
+            ImageEncodingError: on one rank of several, perhaps: the others may wait for it inside
+                the encoder, so that the engine has to end.
+        """
+        try:
+            return self.model_runner.execute_model(scheduler_output)
+        except ImageEncodingError as error:
+            if self.parallel_config.world_size > 1 and not error.on_every_rank:
+                raise
+            logger.exception("A request fails because its images could not be encoded")
+            return self.model_runner.failed_encoding(scheduler_output, error)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
         return self.model_runner.sample_tokens(grammar_output)

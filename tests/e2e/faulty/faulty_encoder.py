@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plugin of vLLM's whose vision encoder fails at pictures of certain colours.
+
+With this folder on ``PYTHONPATH`` every process of vLLM loads it. A picture of one colour whose red
+is one of :data:`FAULTS` has the encoder do that; every other picture is encoded as always.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+
+RAISES, NAN, OUT_OF_MEMORY, STALLS = FAULTS = range(1, 5)
+STALLED = "the faulty encoder stalls in process"
+"""Printed with the process's id before the encoder waits until it is killed."""
+
+
+def register() -> None:
+    """Wrap the encoder where it is loaded, or will be."""
+    from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
+
+    when_loaded("vllm_spyre_mm.model_executor.model", _make_faulty)
+
+
+def _make_faulty(module: ModuleType) -> None:
+    model = module.SpyreModel  # type: ignore[attr-defined]
+    original = model.encode
+
+    def encode(self: Any, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        faults = {_fault(picture) for picture in mm_kwargs["pixel_values"]}
+        if RAISES in faults:
+            raise ValueError("this picture is not to my taste")
+        if OUT_OF_MEMORY in faults:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        if STALLS in faults:
+            print(STALLED, os.getpid(), flush=True)
+            time.sleep(600)
+        features = original(self, mm_kwargs)
+        return [each * float("nan") for each in features] if NAN in faults else features
+
+    model.encode = encode
+
+
+def _fault(pixel_values: torch.Tensor) -> int | None:
+    """Which fault a picture stands for; ``(tiles, 3, height, width)``, normalised to [-1, 1]."""
+    red = ((pixel_values[0, 0].float() + 1) * 127.5).round()
+    shade = int(red[0, 0])
+    return shade if shade in FAULTS and bool((red == shade).all()) else None

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever goes wrong while images are encoded becomes one error that names them."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    PlaceholderRange,
+)
+
+from vllm_spyre_mm.worker.encoding import ImageEncodingError, encode_images
+
+Encode = Callable[[Any], list[torch.Tensor]]
+
+
+def image(num_features: int, key: str = "pixel_values") -> MultiModalFeatureSpec:
+    rows = torch.ones(num_features, 4, dtype=torch.float64)
+    item = MultiModalKwargsItem(
+        {key: MultiModalFieldElem(data=rows, field=MultiModalBatchedField())}
+    )
+    place = PlaceholderRange(offset=0, length=num_features)
+    return MultiModalFeatureSpec(
+        data=item, modality="image", identifier=f"of {num_features}", mm_position=place
+    )
+
+
+def encode(model: Encode, *images: MultiModalFeatureSpec, first: int = 0) -> list[torch.Tensor]:
+    numbered = dict(enumerate(images, first))
+    return encode_images(SimpleNamespace(encode=model), numbered, torch.bfloat16)  # type: ignore[arg-type]
+
+
+def fail(error: Exception) -> Encode:
+    def encode(mm_kwargs: Any) -> list[torch.Tensor]:
+        raise error
+
+    return encode
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), MemoryError("no"), RuntimeError("no")])
+def test_what_the_encoder_raises_is_named_with_the_images(error: Exception) -> None:
+    sentence = f"^images 2, 3 of the request could not be encoded: {type(error).__name__}: no$"
+    with pytest.raises(ImageEncodingError, match=sentence) as raised:
+        encode(fail(error), image(3), image(3), first=1)
+    assert raised.value.__cause__ is error
+    assert not raised.value.on_every_rank
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_features_that_are_not_finite_are_refused(value: float) -> None:
+    features = torch.zeros(3, 4)
+    features[2, 1] = value
+    with pytest.raises(
+        ImageEncodingError, match=r"image 1 of .* NaN or infinity in bfloat16"
+    ) as it:
+        encode(lambda _: [features], image(3))
+    assert it.value.on_every_rank
+
+
+def test_another_number_of_features_is_refused() -> None:
+    with pytest.raises(ImageEncodingError, match=r"^image 1 of .* \(2, 4\), .* 3 positions") as it:
+        encode(lambda _: [torch.zeros(2, 4)], image(3))
+    assert it.value.on_every_rank
+
+
+def test_embeddings_that_are_given_are_converted_and_not_encoded() -> None:
+    (features,) = encode(fail(AssertionError("asked")), image(3, "image_embeds"))
+    assert features.dtype == torch.bfloat16
+    assert features.shape == (3, 4)

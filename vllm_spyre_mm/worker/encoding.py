@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encodes the images of a step, and says which request fails when that goes wrong.
+
+The scheduler gives a prefill a step of its own, so that the images of a step are one request's. An
+encoder that raises, or runs out of memory, or gives NaN fails that request; the engine and the
+other requests go on.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.multimodal.utils import group_and_batch_mm_kwargs
+
+from vllm_spyre_mm.model_executor.model import SpyreModel
+from vllm_spyre_mm.multimodal.encoder_cache import FeatureCountError, check_feature_count
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+
+class ImageEncodingError(RuntimeError):
+    """The images of a step cannot be encoded; nothing of the step entered a cache.
+
+    Attributes:
+        on_every_rank: every rank of a tensor-parallel model fails in the same way at the same
+            place, so that none of them waits for another.
+    """
+
+    def __init__(self, message: str, *, on_every_rank: bool) -> None:
+        super().__init__(message)
+        self.on_every_rank = on_every_rank
+
+
+def encode_images(
+    model: SpyreModel, images: "Mapping[int, MultiModalFeatureSpec]", dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Features of each image, ``(num_features, hidden_size)``; images are encoded together.
+
+    Args:
+        model: with the vision encoder.
+        images: of one request, by their index among all of its images; ready-made embeddings
+            among them are converted.
+        dtype: of the encoder.
+
+    Raises:
+        ImageEncodingError: the encoder raised, or what it gave is not finite or not as many rows
+            as the image has places in the prompt.
+    """
+    try:
+        encoded = _encode(model, list(images.values()), dtype)
+    # Anything may come out of a vision tower; the log has its traceback.
+    except Exception as error:
+        raise ImageEncodingError(
+            f"{_named(images)} could not be encoded: {type(error).__name__}: {error}",
+            on_every_rank=False,
+        ) from error
+    for (index, feature), features in zip(images.items(), encoded, strict=True):
+        try:
+            check_feature_count(feature, features)
+        except FeatureCountError as error:
+            raise ImageEncodingError(
+                f"{_named([index])} could not be encoded: {error}", on_every_rank=True
+            ) from error
+        if not torch.isfinite(features).all():
+            raise ImageEncodingError(
+                f"{_named([index])} was encoded to features with NaN or infinity in "
+                f"{str(dtype).removeprefix('torch.')}: the encoder may need encoder_dtype "
+                "'float32', or the checkpoint is damaged",
+                on_every_rank=True,
+            )
+    return encoded
+
+
+def _named(indices: Iterable[int]) -> str:
+    """Images by their place in the request, counted from 1."""
+    numbers = [str(index + 1) for index in indices]
+    return f"image{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} of the request"
+
+
+def _encode(
+    model: SpyreModel, features: "Sequence[MultiModalFeatureSpec]", dtype: torch.dtype
+) -> list[torch.Tensor]:
+    mm_kwargs: list[tuple[str, Any]] = [(feature.modality, feature.data) for feature in features]
+    encoded: list[torch.Tensor] = []
+    for _, _, batch in group_and_batch_mm_kwargs(mm_kwargs):
+        given: Any = batch.get("image_embeds")
+        if given is not None:
+            encoded.extend(each.to(dtype) for each in given)
+        else:
+            encoded.extend(model.encode(batch))
+    return encoded
