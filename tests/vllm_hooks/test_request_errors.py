@@ -42,7 +42,7 @@ async def collect(engine: Engine) -> list[RequestOutput]:
 
 def test_the_reason_is_raised_and_the_request_is_closed() -> None:
     engine = Engine(output(None, None), output("error", "because"), output(None, None))
-    with pytest.raises(GenerationError, match=r"^because$"):
+    with pytest.raises(GenerationError, match=r"^the request failed: because$"):
         asyncio.run(collect(engine))
     assert engine.closed
 

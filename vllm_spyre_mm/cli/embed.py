@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_spyre_mm.cli.shards import Shards
+from vllm_spyre_mm.cli.shards import Shards, ShardWriteError
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Encode.
 
     Returns:
-        The exit status: 1 if some pictures could not be read or none were given, 2 if nothing was
-        begun.
+        The exit status: 1 if some pictures could not be read, none were given or a shard could not
+        be written, 2 if nothing was begun.
     """
     from tqdm import tqdm
 
@@ -98,11 +98,15 @@ def run(arguments: argparse.Namespace) -> int:
         print("no pictures were given", file=sys.stderr)
         return 1
     failed: list[str] = []
-    if encoder is not None:
-        choice = _choice(arguments)
-        with tqdm(total=len(paths), initial=len(paths) - len(missing), unit="image") as progress:
-            encode_files(encoder, choice, missing, shards, failed, progress)
-    shards.finish()
+    try:
+        if encoder is not None:
+            choice, done = _choice(arguments), len(paths) - len(missing)
+            with tqdm(total=len(paths), initial=done, unit="image") as progress:
+                encode_files(encoder, choice, missing, shards, failed, progress)
+        shards.finish()
+    except ShardWriteError as error:
+        print(error, file=sys.stderr)
+        return 1
     print(f"{len(shards.index)} pictures in {shards.index_file}")
     if failed:
         print(f"{len(failed)} could not be read:", *failed, sep="\n  ", file=sys.stderr)

@@ -13,6 +13,10 @@ MAX_SHARD_BYTES = 1 << 30
 """A shard is written when its features reach this, however few pictures it has."""
 
 
+class ShardWriteError(RuntimeError):
+    """A shard or the index cannot be written: the disk is full, for instance."""
+
+
 class ShardFormat(Protocol):
     """One kind of file. ``made_with`` is what the features depend on."""
 
@@ -150,14 +154,22 @@ class Shards:
         return self.output.with_name(f"{self.output.name}.index.json")
 
     def add(self, name: str, features: "torch.Tensor") -> None:
-        """Take one picture's features, ``(rows, hidden_size)``."""
+        """Take one picture's features, ``(rows, hidden_size)``.
+
+        Raises:
+            ShardWriteError: the shard that it completes cannot be written.
+        """
         self._waiting[name] = features
         self._waiting_bytes += features.nbytes
         if len(self._waiting) >= self.size or self._waiting_bytes >= MAX_SHARD_BYTES:
             self._write()
 
     def finish(self) -> None:
-        """Write what is left, and the index."""
+        """Write what is left, and the index.
+
+        Raises:
+            ShardWriteError: one of them cannot be written.
+        """
         if self._waiting:
             self._write()
         index = {"metadata": self.made_with, "weight_map": self.index}
@@ -175,10 +187,21 @@ class Shards:
 
 
 def _replace(file: Path, write: Any) -> None:
-    """Write a file under another name and rename it, so that it is whole or not there."""
+    """Write a file under another name and rename it, so that it is whole or not there.
+
+    Raises:
+        ShardWriteError: says why, and what to do.
+    """
+    from safetensors import SafetensorError
+
     unfinished = file.with_name(f".{file.name}.unfinished")
     try:
         write(unfinished)
         unfinished.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise ShardWriteError(
+            f"{file} cannot be written: {error}. The shards before it are whole: make room and run "
+            "the same command again, which goes on after them"
+        ) from error
     finally:
         unfinished.unlink(missing_ok=True)

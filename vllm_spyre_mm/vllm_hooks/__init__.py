@@ -26,9 +26,11 @@ def install() -> None:
         metrics,
         mixed_images,
         openai_api,
+        orphans,
         output_processor,
         request_errors,
         sender_cache,
+        server_end,
         shutdown,
     )
 
@@ -42,4 +44,6 @@ def install() -> None:
     mixed_images.install()
     openai_api.install()
     request_errors.install()
+    server_end.install()
     shutdown.install()
+    orphans.install()

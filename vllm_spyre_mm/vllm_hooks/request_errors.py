@@ -38,7 +38,7 @@ def _raising_reason(original: Callable[..., Any]) -> Callable[..., Any]:
             async for output in outputs:
                 for completion in output.outputs:
                     if completion.finish_reason == "error" and completion.stop_reason:
-                        raise GenerationError(completion.stop_reason)
+                        raise GenerationError(f"the request failed: {completion.stop_reason}")
                 yield output
 
     return generate

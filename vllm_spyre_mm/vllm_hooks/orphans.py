@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ends a process of the engine when the one that started it is gone.
+
+Leans on: the engine and its workers load vLLM's general plugins, are started by
+:mod:`multiprocessing` under the names below, and leave in order at SIGTERM.
+
+vLLM's engine waits for requests for ever when its server is killed, and a worker whose engine is
+killed goes on until its step ends; both keep their memory and their shared memory.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from multiprocessing.process import BaseProcess
+
+from vllm_spyre_mm.log import get_logger
+
+logger = get_logger(__name__)
+
+NAMES = ("EngineCore", "VllmWorker")
+"""What vLLM calls the processes that it starts for an engine; others are not ended."""
+
+GRACE_SECONDS = 10.0
+"""For the step under way and for leaving in order."""
+
+
+WATCH = "orphan-watch"
+
+
+def install() -> None:
+    """Watch the process that started this one, if this is one of an engine's; repeatable."""
+    process, parent = multiprocessing.current_process(), multiprocessing.parent_process()
+    if parent is None or not process.name.startswith(NAMES):
+        return
+    if all(thread.name != WATCH for thread in threading.enumerate()):
+        threading.Thread(target=_end_after, args=(parent,), name=WATCH, daemon=True).start()
+
+
+def _end_after(parent: BaseProcess) -> None:
+    parent.join()
+    logger.warning("process %s, which started this one, is gone: it ends too", parent.pid)
+    os.kill(os.getpid(), signal.SIGTERM)  # vLLM's handlers leave in order
+    time.sleep(GRACE_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
