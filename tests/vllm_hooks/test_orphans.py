@@ -12,7 +12,7 @@ import pytest
 
 from vllm_spyre_mm.vllm_hooks import orphans
 
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")  # nothing is imported again: these only wait
 
 
 def child(pipe: Connection) -> None:
@@ -28,14 +28,14 @@ def child(pipe: Connection) -> None:
 
 def parent(name: str, pipe: Connection) -> None:
     """Start the child under a name, and wait."""
-    SPAWN.Process(target=child, args=(pipe,), name=name).start()
+    FORK.Process(target=child, args=(pipe,), name=name).start()
     time.sleep(600)
 
 
 def start(name: str) -> tuple[BaseProcess, Connection]:
     """A parent whose child runs, and what the child says from then on."""
-    ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=parent, args=(name, theirs))
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=parent, args=(name, theirs))
     process.start()
     theirs.close()
     return process, ours
