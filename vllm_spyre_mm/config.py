@@ -235,14 +235,31 @@ def export_card_environment(
     os.environ["VLLM_DT_MAX_BATCH_TKV_LIMIT"] = str(max_batch_tkv)
 
 
-def warn_of_other_spyre_plugin() -> None:
-    """Explain, before vLLM refuses two platforms, what to do about ``sendnn-inference``."""
+def another_spyre_plugin_contends() -> bool:
+    """Whether vLLM would find ``sendnn-inference``'s platform beside this one."""
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "sendnn_inference" not in allowed.split(","):
-        return
+        return False
     try:
         importlib.metadata.distribution("sendnn-inference")
     except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def excluded_by_environment() -> tuple[str, str] | None:
+    """What in the environment keeps vLLM from taking this platform, and what to do, or None."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "spyre_mm" not in allowed.split(","):
+        return f"VLLM_PLUGINS={allowed!r} does not name spyre_mm", "add it, or unset the variable"
+    if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
+        return "VLLM_TARGET_DEVICE=cpu makes vLLM take its own CPU platform", "unset the variable"
+    return None
+
+
+def warn_of_other_spyre_plugin() -> None:
+    """Explain, before vLLM refuses two platforms, what to do about ``sendnn-inference``."""
+    if not another_spyre_plugin_contends():
         return
     logger.error(
         "sendnn-inference and vllm-spyre-mm are installed side by side; each is a vLLM platform "

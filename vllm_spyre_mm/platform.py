@@ -18,6 +18,7 @@ from vllm_spyre_mm.config import (
     prepare_process_environment,
 )
 from vllm_spyre_mm.log import get_logger
+from vllm_spyre_mm.vllm_hooks.contract import check_versions
 from vllm_spyre_mm.vllm_hooks.engine_args import DeviceFlag, install_engine_args_hooks
 from vllm_spyre_mm.vllm_hooks.main_guard import check_main_guard
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+check_versions()  # before anything leans on another version's internals
 prepare_process_environment()
 ensure_torchvision_importable()
 install_engine_args_hooks()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.checkpoints import edit_tensors
+from tests.doctor.findings import pretend_installed
 from tests.e2e.engines import engine
 from vllm_spyre_mm.model_executor.checkpoint import CheckpointError
 
@@ -77,6 +78,25 @@ def test_a_wheel_builds_installs_and_works_from_there(
     assert line.endswith(str(installed / "vllm_spyre_mm" / "__init__.py"))
     assert "Traceback" not in finished.stderr
     assert "Compiling: 100%" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["-c", "import vllm; vllm.LLM('model')"], ["-m", "vllm.entrypoints.cli.main", "serve"]],
+)
+def test_a_vllm_that_is_not_declared_stops_the_start_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    """Before anything of vLLM's that the platform leans on is touched."""
+    pretend_installed(tmp_path, "vllm", "0.35.0")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    finished = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert finished.returncode != 0
+    last = finished.stderr.strip().splitlines()[-1]
+    assert "UnsupportedVllmError: vllm-spyre-mm" in last
+    assert "works with vllm<0.33,>=0.32.0, but 0.35.0 is installed" in last
 
 
 def test_half_a_checkpoint_stops_the_start(demo_checkpoint: Path, tmp_path: Path) -> None:

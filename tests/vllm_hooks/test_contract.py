@@ -64,6 +64,14 @@ def test_builds_and_patches_of_a_supported_version_are_accepted(
     check_versions()
 
 
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["not-installed-anywhere>=3"])
+    with pytest.raises(
+        UnsupportedVllmError, match=r"it needs not-installed-anywhere>=3, which is not installed"
+    ):
+        check_versions()
+
+
 def test_optional_requirements_are_not_checked(monkeypatch: pytest.MonkeyPatch):
     """Nobody who serves has the test tools; and a requirement may be without a range."""
     lines = ["not-installed-anywhere>=3; extra == 'test'", "also-not-installed"]

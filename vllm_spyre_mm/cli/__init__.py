@@ -10,7 +10,7 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-COMMANDS: tuple[str, ...] = ("embed", "show", "models")
+COMMANDS: tuple[str, ...] = ("embed", "show", "models", "doctor")
 """Names of the modules here that are subcommands, in the order of the help."""
 
 

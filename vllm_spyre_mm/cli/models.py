@@ -27,14 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """List, or check; the exit status is 1 for a model that is not served."""
-    from vllm_spyre_mm.compat import ensure_torchvision_importable
-
-    ensure_torchvision_importable()  # Transformers looks for it
     if arguments.model is None:
         print("\n".join(_listing()))
         return 0
     try:
-        config, mapping = _look_up(arguments.model)
+        config, mapping = look_up(arguments.model)
     except (OSError, ValueError) as error:
         print(f"{arguments.model}: {error}", file=sys.stderr)
         return 1
@@ -42,13 +39,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _look_up(model: str) -> "tuple[Any, MMUtils]":
+def look_up(model: str) -> "tuple[Any, MMUtils]":
     """A model's configuration and the mapping that serves it.
 
     Raises:
         OSError: there is no configuration.
         ValueError: nothing serves it; says why.
     """
+    from vllm_spyre_mm.compat import ensure_torchvision_importable
+
+    ensure_torchvision_importable()  # Transformers looks for it
     from transformers import AutoConfig
 
     from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
@@ -60,6 +60,9 @@ def _look_up(model: str) -> "tuple[Any, MMUtils]":
 
 
 def _listing() -> list[str]:
+    from vllm_spyre_mm.compat import ensure_torchvision_importable
+
+    ensure_torchvision_importable()  # Transformers looks for it
     import transformers
 
     from vllm_spyre_mm.model_executor.models.decoders import DECODERS

@@ -8,6 +8,7 @@ model that does not get exactly its parameters is not built.
 
 import copy
 import dataclasses
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -80,16 +81,7 @@ def load_model(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -> FmsM
         CheckpointError: a tensor is missing, unexpected, wrongly shaped or not finite.
     """
     overrides = mapping.load_overrides(options.for_card)
-    tensors = {
-        name: tensor
-        for name, tensor in open_checkpoint(checkpoint, overrides.rename).items()
-        if not overrides.is_unused(name)
-    }
-    _drop_tied_head(checkpoint, tensors, overrides.tied)
-    encoder, decoder = _split(tensors, overrides.encoder_modules)
-    if options.encoder_only:
-        tensors, decoder = encoder, {}
-    _check(checkpoint, overrides, options, tensors)
+    encoder, decoder = _take_stock(overrides, checkpoint, options)
     model = _build(overrides, options.decoder_dtype, options.group)
     if options.encoder_only:
         for name, _ in list(model.named_children()):
@@ -100,6 +92,40 @@ def load_model(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -> FmsM
     model.post_init()  # ties the head and computes the rotary tables, now that there is storage
     check_initialised(checkpoint, model)
     return model.eval().requires_grad_(False)
+
+
+def check_checkpoint(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -> int:
+    """Look at a checkpoint as :func:`load_model` does before it reads any weights.
+
+    Returns:
+        The number of elements that would be loaded.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or wrongly shaped.
+    """
+    parts = _take_stock(mapping.load_overrides(options.for_card), checkpoint, options)
+    return sum(math.prod(tensor.shape) for part in parts for tensor in part.values())
+
+
+def _take_stock(
+    overrides: LoadOverrides, checkpoint: Path, options: LoadOptions
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """The tensors of the encoder and of the decoder, which are exactly what the model needs.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    tensors = {
+        name: tensor
+        for name, tensor in open_checkpoint(checkpoint, overrides.rename).items()
+        if not overrides.is_unused(name)
+    }
+    _drop_tied_head(checkpoint, tensors, overrides.tied)
+    encoder, decoder = _split(tensors, overrides.encoder_modules)
+    if options.encoder_only:
+        decoder = {}
+    _check(checkpoint, overrides, options, {**encoder, **decoder})
+    return encoder, decoder
 
 
 def _build(overrides: LoadOverrides, dtype: torch.dtype, group: ProcessGroup | None) -> FmsModel:

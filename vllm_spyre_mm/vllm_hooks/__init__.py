@@ -15,11 +15,10 @@ def install() -> None:
     """Add the embedding to vLLM's outputs, and the checks to its inputs; repeatable.
 
     Raises:
-        UnsupportedVllmError: vLLM is not the version the hooks were made for, or one of its
-            classes is not as they expect.
+        UnsupportedVllmError: one of vLLM's classes is not as the hooks expect. (The platform has
+            checked the versions when it was loaded.)
     """
     from vllm_spyre_mm.vllm_hooks import (
-        contract,
         engine_output,
         input_processor,
         media,
@@ -34,7 +33,6 @@ def install() -> None:
         shutdown,
     )
 
-    contract.check_versions()
     engine_output.install()
     output_processor.install()
     input_processor.install()

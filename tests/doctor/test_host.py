@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is missing on the host is named: a compiler, the card's software, cores."""
+
+import os
+import stat
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from vllm.utils import cpu_resource_utils
+
+from tests.doctor.findings import only
+from vllm_spyre_mm.doctor import host
+
+pytestmark = pytest.mark.usefixtures("fresh_probes")
+
+
+def test_this_host_can_compile() -> None:
+    assert only(host.compiler()).level == "ok"
+    assert only(host.cpu()).level in ("ok", "warning")
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    finding = only(host.compiler())
+    assert finding.level == "error"
+    assert finding.says.startswith("no C++ compiler: ")
+    assert "--enforce-eager" in finding.do
+
+
+def test_a_compiler_without_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "my-g++"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *--version*|*-v*) echo "g++ (GCC) 13.2.0"; exit 0;; esac\n'
+        'echo "program.cpp:1:10: fatal error: Python.h: No such file or directory" >&2\nexit 1\n'
+    )
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(compiler))
+    finding = only(host.compiler())
+    assert finding.level == "error"
+    assert "cannot make a library: program.cpp:1:10: fatal error: Python.h" in finding.says
+
+
+def test_the_cards_software_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "torch_sendnn"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finding = only(host.backend())
+    assert (finding.level, finding.says) == (
+        "error",
+        "torch_sendnn is installed and lacks warmup_mode",
+    )
+    host.probe.cache_clear()
+    (package / "__init__.py").write_text("raise OSError('libsenlib.so')\n")
+    assert "lacks import: its process ended with OSError: libsenlib.so" in only(host.backend()).says
+    host.probe.cache_clear()
+    (package / "__init__.py").write_text("def warmup_mode(): ...\n")
+    assert only(host.backend()).says == "the card: torch_sendnn imports"
+
+
+def test_threads_beyond_a_containers_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5, 6, 7})
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert host.available_cores() == 8
+    assert only(host.threads()).says == "2 threads for 8 cores"
+    assert "unset OMP_NUM_THREADS" in only(host.threads()).do
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert host.available_cores() == 8
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    finding = only(host.threads())
+    assert finding.says == "2 threads for 1.5 cores"
+    assert "OMP_NUM_THREADS=1" in finding.do
+    (tmp_path / "cpu.max").write_text("200000 100000\n")
+    assert only(host.threads()).level == "ok"
+
+
+def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = SimpleNamespace(total_memory=8 << 30, available_memory=1 << 30)
+    monkeypatch.setattr(cpu_resource_utils, "get_memory_node_info", lambda: node)
+    finding = only(host.memory())
+    assert finding.level == "warning"
+    assert finding.says == "1.0 of 8.0 GiB are free"

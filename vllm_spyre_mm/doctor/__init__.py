@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examines an installation, and a model if one is given: what is found, and what to do about it.
+
+A check that fails in an unforeseen way is a finding too. What may take the process down with it
+(native libraries, vLLM with the hooks) is looked at in a process of its own (:mod:`.probe`).
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from vllm_spyre_mm.doctor.finding import Finding
+
+__all__ = ["Finding", "examine"]
+
+Check = tuple[str, Callable[[], Iterator[Finding]]]
+"""A check's name and what finds."""
+
+
+def examine(model: Path | None = None) -> Iterator[Finding]:
+    """Run every check, from what everything needs to what one model needs.
+
+    Args:
+        model: folder of a checkpoint.
+
+    Yields:
+        At least one finding of each check, as soon as it is known.
+    """
+    from vllm_spyre_mm.doctor import host, installation
+    from vllm_spyre_mm.doctor import model as of_model
+
+    of_installation: list[Check] = [
+        ("python", installation.python),
+        ("versions", installation.versions),
+        ("plugin", installation.plugin),
+        ("torchvision", installation.torchvision),
+        ("hooks", installation.hooks),
+        ("backend", host.backend),
+        ("compiler", host.compiler),
+        ("cpu", host.cpu),
+        ("threads", host.threads),
+        ("memory", host.memory),
+    ]
+    for name, check in of_installation:
+        yield from _guarded(name, check)
+    if model is None:
+        return
+    findings = list(_guarded("model", partial(of_model.configuration, model)))
+    yield from findings
+    if model.is_dir():
+        yield from _guarded("files", partial(of_model.files, model))
+    if any(finding.level == "error" for finding in findings):
+        return  # what it needs is not known
+    yield from _guarded("processor", partial(of_model.processor, model))
+    yield from _guarded("weights", partial(of_model.weights, model))
+
+
+def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except Exception as error:  # a broken installation breaks anywhere, and that is the finding
+        yield Finding(
+            name,
+            "error",
+            f"this could not be checked: {type(error).__name__}: {error}",
+            "correct the findings above first; if there are none, report this one",
+        )

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What it runs on: backend, compiler, instruction set, threads and memory."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from vllm_spyre_mm.doctor.finding import Finding
+from vllm_spyre_mm.doctor.probe import ProbeError, probe
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def backend() -> Iterator[Finding]:
+    """What would run the decoder."""
+    from vllm_spyre_mm.config import card_backend_available
+
+    if not card_backend_available():
+        said = "the CPU, compiled by inductor: torch_sendnn, the card's compiler, is not installed"
+        yield Finding("backend", "ok", said)
+        return
+    try:
+        missing = probe("card")["missing"]
+    except ProbeError as error:
+        missing = [f"import: {error}"]
+    if missing:
+        yield Finding(
+            "backend",
+            "error",
+            f"torch_sendnn is installed and lacks {', '.join(missing)}",
+            "install the Spyre software anew, or take the CPU: additional_config "
+            '\'{"backend": "inductor"}\'',
+        )
+    else:
+        yield Finding("backend", "ok", "the card: torch_sendnn imports")
+
+
+def compiler() -> Iterator[Finding]:
+    """The C++ compiler, without which nothing is compiled for the CPU."""
+    found = probe("host")
+    do = "install g++ and Python's headers, set CXX, or start with --enforce-eager, which is slower"
+    if not found["compiler"]:
+        yield Finding("compiler", "error", f"no C++ compiler: {found['compiler_fault']}", do)
+    elif found["compiler_fault"]:
+        said = f"{found['compiler']} cannot make a library: {found['compiler_fault']}"
+        yield Finding("compiler", "error", said, do)
+    else:
+        yield Finding("compiler", "ok", f"{found['compiler']} makes what inductor needs")
+
+
+def cpu() -> Iterator[Finding]:
+    """What the processor computes in."""
+    found = probe("host")
+    if found["bf16"]:
+        amx = "with AMX" if found["amx"] else "without AMX"
+        yield Finding("cpu", "ok", f"bfloat16 {amx}, vectors: {found['vectors']}")
+    else:
+        yield Finding(
+            "cpu",
+            "warning",
+            f"no bfloat16 (vectors: {found['vectors']}): float32 is served, in twice the memory",
+            "nothing; a processor with AVX512_BF16 or AMX is several times as fast",
+        )
+
+
+def threads() -> Iterator[Finding]:
+    """Whether there are as many threads as cores to run them."""
+    cores, count = available_cores(), probe("host")["threads"]
+    said = f"{count} threads for {cores:g} cores"
+    if count > max(cores, 1):
+        do = f"set OMP_NUM_THREADS={max(int(cores), 1)}: threads that wait for a core stop all"
+        yield Finding("threads", "warning", said, do)
+    elif count <= cores / 2:
+        do = "nothing if other programs need the rest; else unset OMP_NUM_THREADS"
+        yield Finding("threads", "warning", said, do)
+    else:
+        yield Finding("threads", "ok", said)
+
+
+def available_cores() -> float:
+    """Cores that this process may use: its affinity, and a container's quota of them."""
+    cores = float(len(os.sched_getaffinity(0)))
+    quota = CGROUP / "cpu.max"
+    if quota.exists():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, int(limit) / int(period))
+    return cores
+
+
+def memory() -> Iterator[Finding]:
+    """What is free of the host's memory, or of the container's limit."""
+    from vllm.utils.cpu_resource_utils import get_memory_node_info
+
+    node = get_memory_node_info()
+    said = f"{gib(node.available_memory)} of {gib(node.total_memory)} GiB are free"
+    if node.available_memory < 4 << 30:
+        do = "free memory: an engine's processes take about 3 GiB before any model"
+        yield Finding("memory", "warning", said, do)
+    else:
+        yield Finding("memory", "ok", said)
+
+
+def gib(size: int) -> str:
+    """Bytes as GiB with one decimal."""
+    return f"{size / 2**30:.1f}"

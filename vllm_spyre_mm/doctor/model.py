@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One checkpoint: its configuration, its files, and whether they are what the model needs.
+
+Headers are read, no weights: what a start would refuse after minutes is known in seconds.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_spyre_mm.doctor.finding import Finding
+from vllm_spyre_mm.doctor.host import gib
+from vllm_spyre_mm.doctor.probe import probe
+
+FETCH = "fetch the checkpoint again, every file of it"
+
+MEMORY_SHARE = 0.92
+"""vLLM's default of ``--gpu-memory-utilization``, which is a share of the host's memory here."""
+
+
+def configuration(folder: Path) -> Iterator[Finding]:
+    """Whether the model is one that is served."""
+    if not folder.is_dir():
+        do = "give the folder of a checkpoint; `vllm-spyre-mm models NAME` looks at a hub's model"
+        yield Finding("model", "error", f"{folder} is no folder", do)
+        return
+    if not (folder / "config.json").is_file():
+        yield Finding("model", "error", f"{folder} has no config.json", FETCH)
+        return
+    try:
+        mapping = _mapping(folder)
+    except (OSError, ValueError) as error:
+        do = "see docs/supported-models.md, or docs/adding-a-model.md"
+        yield Finding("model", "error", str(error), do)
+        return
+    yield Finding("model", "ok", f"served by {type(mapping).__name__} ({mapping.summary})")
+
+
+def processor(folder: Path) -> Iterator[Finding]:
+    """Whether prompts and pictures can be processed as the checkpoint says."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    mapping = _mapping(folder)
+    auto = AutoTokenizer if mapping.image_token_id is None else AutoProcessor
+    try:
+        found = auto.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        said = f"the tokenizer or processor does not load: {str(error).splitlines()[0]}"
+        yield Finding("processor", "error", said, FETCH)
+        return
+    if getattr(found, "chat_template", None) is None:
+        do = "give prompts with the model's own tags, or start with --chat-template FILE"
+        yield Finding("processor", "warning", "there is no chat template", do)
+    else:
+        yield Finding("processor", "ok", f"{type(found).__name__}, with a chat template")
+
+
+def files(folder: Path) -> Iterator[Finding]:
+    """Whether the weights are there: every file that the index names, none of them cut short."""
+    from safetensors import SafetensorError, safe_open
+
+    stored = sorted(folder.glob("*.safetensors"))
+    if not stored:
+        others = next(folder.glob("*.bin"), None)
+        do = (
+            "convert them: model.save_pretrained(..., safe_serialization=True) of transformers"
+            if others
+            else FETCH
+        )
+        yield Finding("files", "error", f"{folder} has no *.safetensors", do)
+        return
+    faults = list(_missing_files(folder))
+    for file in stored:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            pointer = file.stat().st_size < 1024 and file.read_bytes().startswith(b"version http")
+            why = "is a pointer of git LFS" if pointer else f"cannot be read: {error}"
+            faults.append(f"{file.name} {why}")
+    for fault in faults:
+        yield Finding("files", "error", fault, FETCH)
+    if not faults:
+        size = gib(sum(file.stat().st_size for file in stored))
+        yield Finding("files", "ok", f"{len(stored)} files of weights, {size} GiB")
+
+
+def _missing_files(folder: Path) -> Iterator[str]:
+    for index in folder.glob("*.safetensors.index.json"):
+        named: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        for file in sorted(set(named.values())):
+            if not (folder / file).exists():
+                count = sum(each == file for each in named.values())
+                yield f"{file}, with {count} of {len(named)} tensors, is missing"
+
+
+def weights(folder: Path) -> Iterator[Finding]:
+    """Whether the tensors are exactly those of the model, and fit into memory."""
+    import torch
+
+    from vllm_spyre_mm.config import DEFAULT_MAX_MODEL_LEN
+    from vllm_spyre_mm.model_executor.checkpoint import CheckpointError
+    from vllm_spyre_mm.model_executor.kv_cache import ACTIVATION_RESERVE
+    from vllm_spyre_mm.model_executor.loader import LoadOptions, check_checkpoint
+
+    mapping = _mapping(folder)
+    dtype = torch.bfloat16 if probe("host")["bf16"] else torch.float32
+    try:
+        elements = check_checkpoint(mapping, folder, LoadOptions(dtype, dtype))
+    except CheckpointError as error:
+        yield Finding("weights", "error", str(error), FETCH)
+        return
+    options = mapping.kv_cache_options()
+    length = min(mapping.text_config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
+    token = 2 * options.num_layers * options.num_kv_heads * options.head_dim * dtype.itemsize
+    model_bytes, sequence_bytes = elements * dtype.itemsize, token * length
+    needed = model_bytes + sequence_bytes + ACTIVATION_RESERVE
+    free = _free_bytes()
+    said = (
+        f"{elements / 1e6:.0f} M elements, every one accounted for; {gib(needed)} GiB for the "
+        f"model, one sequence of {length} tokens and activations, of {gib(free)} GiB free"
+    )
+    if needed > free:
+        do = "free memory, lower --max-model-len, or take a smaller model"
+        yield Finding("weights", "error", said, do)
+    else:
+        yield Finding("weights", "ok", said)
+
+
+def _free_bytes() -> int:
+    from vllm.utils.cpu_resource_utils import get_memory_node_info
+
+    node = get_memory_node_info()
+    return int(node.available_memory - (1 - MEMORY_SHARE) * node.total_memory)
+
+
+def _mapping(folder: Path) -> Any:
+    from vllm_spyre_mm.cli.models import look_up
+
+    return look_up(str(folder))[1]

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looks at native libraries and at vLLM in a process of its own, which may die of them.
+
+``python -m vllm_spyre_mm.doctor.probe NAME`` prints what it found as one line of JSON, the last.
+"""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TIMEOUT = 300
+"""Seconds that a probe may take; importing vLLM on a cold disk takes about a minute."""
+
+
+class ProbeError(RuntimeError):
+    """A probe's process failed; the message says of what."""
+
+
+@functools.cache
+def probe(name: str) -> dict[str, Any]:
+    """What the probe ``name`` finds.
+
+    Raises:
+        ProbeError: its process ended with an error, or not at all.
+    """
+    # -P: a folder named like one of the packages in the current directory is not imported.
+    command = [sys.executable, "-P", "-m", __name__, name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        raise ProbeError(f"its process gave no answer within {TIMEOUT} s") from None
+    if done.returncode:
+        cause = _cause(done.stderr) or f"status {done.returncode}"
+        raise ProbeError(f"its process ended with {cause}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _cause(written: str) -> str:
+    """The last line about an error, or else the last; what is written at exit may follow it."""
+    lines = written.strip().splitlines()
+    about_errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    return next(iter(about_errors[-1:] or lines[-1:]), "")
+
+
+def host() -> dict[str, Any]:
+    """What PyTorch says of the host, and whether its C++ compiler makes what Inductor needs."""
+    import torch
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        compiler, fault = get_cpp_compiler(), ""
+        fault = _compile(compiler)
+    except Exception as error:  # Inductor raises several classes of its own
+        compiler, fault = "", str(error).strip().splitlines()[0]
+    return {
+        "bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "amx": bool(torch.cpu._is_amx_tile_supported()),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "compiler": compiler,
+        "compiler_fault": fault,
+    }
+
+
+PROGRAM = "#include <Python.h>\n#include <vector>\n#include <omp.h>\nint main() { return 0; }\n"
+"""What the code that Inductor writes includes."""
+
+
+def _compile(compiler: str) -> str:
+    """The first error of making a library like Inductor's; empty if there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "program.cpp")
+        source.write_text(PROGRAM)
+        include = sysconfig.get_paths()["include"]
+        output = ["-o", str(source.with_suffix(".so"))]
+        command = [compiler, "-shared", "-fPIC", "-fopenmp", f"-I{include}", str(source), *output]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    return (errors or ["it failed without a message"])[0] if done.returncode else ""
+
+
+def torchvision() -> dict[str, Any]:
+    """Imports torchvision as the platform does."""
+    from vllm_spyre_mm.compat import ensure_torchvision_importable
+
+    ensure_torchvision_importable()
+    import torch
+    import torchvision.transforms.v2 as _  # noqa: F401 - what vLLM and Transformers use of it
+
+    has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU")
+    return {"operators": bool(has_kernels)}
+
+
+def card() -> dict[str, Any]:
+    """Imports the card's compiler."""
+    import torch_sendnn
+
+    return {"missing": [name for name in ("warmup_mode",) if not hasattr(torch_sendnn, name)]}
+
+
+def hooks() -> dict[str, Any]:
+    """Loads the platform and adds the hooks, as each of vLLM's processes does."""
+    from vllm.platforms import current_platform
+
+    from vllm_spyre_mm import PLATFORM_CLASS, register_hooks
+
+    cls = type(current_platform)
+    platform = f"{cls.__module__}.{cls.__qualname__}"
+    if platform == PLATFORM_CLASS:
+        import vllm.engine.arg_utils
+        import vllm.v1.engine.core  # noqa: F401 - the hooks on both act when they are loaded
+
+        import vllm_spyre_mm.scheduler
+        import vllm_spyre_mm.worker.worker  # noqa: F401
+
+        register_hooks()
+    return {"platform": platform, "ours": platform == PLATFORM_CLASS}
+
+
+PROBES: tuple[Callable[[], dict[str, Any]], ...] = (host, torchvision, card, hooks)
+
+if __name__ == "__main__":
+    print(json.dumps({each.__name__: each for each in PROBES}[sys.argv[1]]()))
