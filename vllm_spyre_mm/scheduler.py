@@ -20,7 +20,7 @@ from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.embedding_accounts import EmbeddingAccounts
 from vllm_spyre_mm.engine_config import geometry_of
 from vllm_spyre_mm.multimodal.embedding import choice_of
-from vllm_spyre_mm.vllm_hooks.contract import require_attributes
+from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_overridable
 from vllm_spyre_mm.vllm_hooks.engine_output import attach_mm_embeddings, give_reason
 from vllm_spyre_mm.worker.requests import FailedEncoding, SpyreModelRunnerOutput
 
@@ -34,27 +34,29 @@ class SpyreScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._check_base()
+        self.check_base()
+        self._check_parts()
         self.geometry = geometry_of(self.vllm_config)
         self.settings = SpyreSettings.from_vllm_config(self.vllm_config)
         self._accounts = EmbeddingAccounts(self.settings, self.vllm_config.model_config)
         self._last_step_was_prefill = False
 
-    def _check_base(self) -> None:
-        """Check that vLLM's scheduler has what is overridden and set here.
+    @classmethod
+    def check_base(cls) -> None:
+        """Check that vLLM's scheduler has, and calls as expected, what is overridden here.
 
         Raises:
-            UnsupportedVllmError: names what is missing.
+            UnsupportedVllmError: names what is missing or differs.
         """
-        require_attributes(
-            Scheduler,
-            (
-                "_get_local_prefix_cache_hit",
-                "_reserve_prefill_lookahead",
-                "_try_schedule_encoder_inputs",
-                "make_stats",
-            ),
-        )
+        require_overridable(Scheduler, cls._get_local_prefix_cache_hit, returned=4)
+        require_overridable(Scheduler, cls._reserve_prefill_lookahead)
+        require_overridable(Scheduler, cls._try_schedule_encoder_inputs, returned=5)
+        require_overridable(Scheduler, cls.schedule)
+        require_overridable(Scheduler, cls.update_from_output)
+        require_attributes(Scheduler, ("make_stats",))
+
+    def _check_parts(self) -> None:
+        """Check what this subclass reads and sets of vLLM's scheduler and its parts."""
         require_attributes(
             self,
             (

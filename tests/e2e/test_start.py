@@ -62,7 +62,7 @@ def test_a_wheel_builds_installs_and_works_from_there(
     shutil.copytree(
         ROOT,
         source,
-        ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", ".*_cache"),
+        ignore=shutil.ignore_patterns(".git", ".venv*", "build", "*.egg-info", ".*_cache"),
     )
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
     subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=300)

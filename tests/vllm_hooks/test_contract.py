@@ -11,6 +11,7 @@ from vllm_spyre_mm.vllm_hooks.contract import (
     check_versions,
     require,
     require_attributes,
+    require_overridable,
     require_parameters,
 )
 
@@ -97,6 +98,43 @@ def test_a_missing_attribute_is_named():
         require_attributes(UnsupportedVllmError, ("__init__", "absent"))
     with pytest.raises(UnsupportedVllmError, match=r"importlib\.metadata has no 'absent'"):
         require_attributes(importlib.metadata, ("absent",))
+
+
+class Base:
+    """What is overridden."""
+
+    def one(self, first: int) -> int:
+        return first
+
+    def two(self, first: int, second: int = 0) -> tuple[int, list[int]]:
+        return first, [second]
+
+
+class Derived(Base):
+    """Overrides it, as vLLM of another version would not expect."""
+
+    def one(self, first: int) -> int:
+        return first
+
+    def two(self, first: int) -> tuple[int, list[int]]:  # type: ignore[override]
+        return first, []
+
+    def three(self) -> None:
+        """The base has none."""
+
+
+def test_an_override_that_would_be_called_otherwise_is_named():
+    require_overridable(Base, Derived.one)
+    require_overridable(Base, Base.two, returned=2)
+    with pytest.raises(
+        UnsupportedVllmError,
+        match=r"Base\.two takes \(self, first, second\), and not \(self, first\)",
+    ):
+        require_overridable(Base, Derived.two, returned=2)
+    with pytest.raises(UnsupportedVllmError, match=r"Base\.two returns 2 values, not 3"):
+        require_overridable(Base, Base.two, returned=3)
+    with pytest.raises(UnsupportedVllmError, match="Base has no 'three'"):
+        require_overridable(Base, Derived.three)
 
 
 def test_a_condition_that_holds_says_nothing():

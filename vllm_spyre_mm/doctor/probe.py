@@ -117,10 +117,11 @@ def hooks() -> dict[str, Any]:
         import vllm.engine.arg_utils
         import vllm.v1.engine.core  # noqa: F401 - the hooks on both act when they are loaded
 
-        import vllm_spyre_mm.scheduler
         import vllm_spyre_mm.worker.worker  # noqa: F401
+        from vllm_spyre_mm.scheduler import SpyreScheduler
 
         register_hooks()
+        SpyreScheduler.check_base()
     return {"platform": platform, "ours": platform == PLATFORM_CLASS}
 
 

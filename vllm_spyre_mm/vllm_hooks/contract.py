@@ -4,7 +4,7 @@
 import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -32,7 +32,7 @@ def faulty_versions() -> Iterator[str]:
         except importlib.metadata.PackageNotFoundError:
             yield f"it needs {requirement.name}{requirement.specifier}, which is not installed"
             continue
-        # A build suffix (0.32.0+empty, 2.13.0+cpu) does not change the interface.
+        # A build's suffix (+empty, +cpu) does not change the interface.
         if not requirement.specifier.contains(installed.public, prereleases=True):
             yield (
                 f"it works with {requirement.name}{requirement.specifier}, but {installed} is "
@@ -73,6 +73,29 @@ def require_parameters(function: Callable[..., Any], names: Iterable[str]) -> No
     parameters = inspect.signature(function).parameters
     for name in names:
         require(name in parameters, f"{function.__qualname__} has no parameter {name!r}")
+
+
+def require_overridable(base: type, override: Callable[..., Any], returned: int = 1) -> None:
+    """Check that ``base`` has the method that ``override`` overrides, as it expects it.
+
+    Args:
+        base: the class that calls it.
+        override: the function that takes its place.
+        returned: values that it returns.
+
+    Raises:
+        UnsupportedVllmError: the method is missing, its parameters have other names or another
+            order, or its annotation says another number of values.
+    """
+    name = override.__name__
+    require_attributes(base, (name,))
+    signature = inspect.signature(getattr(base, name))
+    expected = ", ".join(inspect.signature(override).parameters)
+    found = ", ".join(signature.parameters)
+    require(found == expected, f"{base.__name__}.{name} takes ({found}), and not ({expected})")
+    annotation = signature.return_annotation
+    values = len(get_args(annotation)) if get_origin(annotation) is tuple else 1
+    require(values == returned, f"{base.__name__}.{name} returns {values} values, not {returned}")
 
 
 def require_attributes(owner: object, names: Iterable[str]) -> None:
