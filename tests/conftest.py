@@ -13,6 +13,16 @@ from tests.reference import Reference
 from vllm_spyre_mm.demo import checkpoint_path
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much is drawn by the tests that draw: a quick share of it by default."""
+    parser.addoption(
+        "--scenarios",
+        type=int,
+        default=30,
+        help="scenarios for each backend in tests/worker/test_numbers.py (default: 30)",
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> Iterator[None]:
     """The models are tiny: more threads only wait for each other, and machines may have two cores.
