@@ -3,7 +3,8 @@
 
 vLLM's scheduler does all the bookkeeping (blocks, encoder cache, queues, finished requests). This
 subclass decides what kind of step it is, shows ``super().schedule()`` only the requests that take
-part, and keeps every chunk on Spyre's grid (:mod:`vllm_spyre_mm.geometry`).
+part, and keeps every chunk on Spyre's grid (:mod:`vllm_spyre_mm.geometry`). Waiting requests with
+and without images take turns (:mod:`vllm_spyre_mm.request_queue`).
 """
 
 import contextlib
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
@@ -20,7 +22,8 @@ from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.embedding_accounts import EmbeddingAccounts
 from vllm_spyre_mm.engine_config import geometry_of
 from vllm_spyre_mm.multimodal.embedding import choice_of
-from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_overridable
+from vllm_spyre_mm.request_queue import TurnsQueue
+from vllm_spyre_mm.vllm_hooks.contract import require, require_attributes, require_overridable
 from vllm_spyre_mm.vllm_hooks.engine_output import attach_mm_embeddings, give_reason
 from vllm_spyre_mm.worker.requests import FailedEncoding, SpyreModelRunnerOutput
 
@@ -36,6 +39,8 @@ class SpyreScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.check_base()
         self._check_parts()
+        if self.policy == SchedulingPolicy.FCFS:
+            self.waiting = TurnsQueue()
         self.geometry = geometry_of(self.vllm_config)
         self.settings = SpyreSettings.from_vllm_config(self.vllm_config)
         self._accounts = EmbeddingAccounts(self.settings, self.vllm_config.model_config)
@@ -54,6 +59,8 @@ class SpyreScheduler(Scheduler):
         require_overridable(Scheduler, cls.schedule)
         require_overridable(Scheduler, cls.update_from_output)
         require_attributes(Scheduler, ("make_stats",))
+        missing = sorted(TurnsQueue.__abstractmethods__)
+        require(not missing, f"its queue of waiting requests has {', '.join(missing)} too")
 
     def _check_parts(self) -> None:
         """Check what this subclass reads and sets of vLLM's scheduler and its parts."""
@@ -64,6 +71,7 @@ class SpyreScheduler(Scheduler):
                 "encoder_cache_mismatch_reqs",
                 "max_num_active_reqs",
                 "num_waiting_for_streaming_input",
+                "waiting",
             ),
         )
         require_attributes(

@@ -14,7 +14,7 @@ def test_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert only(installation.python()).level == "ok"
     monkeypatch.setattr(platform, "python_version", lambda: "3.13.1")
     finding = only(installation.python())
-    assert (finding.level, finding.do) == ("error", "use Python 3.11.*")
+    assert (finding.level, finding.do) == ("error", "use a Python==3.11.*")
     assert "Python 3.13.1 is not Python==3.11.*" in finding.says
 
 

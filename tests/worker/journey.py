@@ -35,7 +35,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from tests import architectures
 from tests.checkpoints import edit_tensors
 from vllm_spyre_mm.config import Backend
-from vllm_spyre_mm.geometry import Geometry
+from vllm_spyre_mm.engine_config import geometry_of
 from vllm_spyre_mm.model_executor.kv_cache import allocate_kv_cache
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
@@ -187,6 +187,7 @@ class Journey:
         config.scheduler_config.max_num_encoder_input_tokens = setup.encoder_cache
         config.additional_config = {
             **config.additional_config,
+            "backend": self.backend,
             "max_batch_tkv": setup.max_batch_tkv,
         }
         options = mapping.kv_cache_options()
@@ -197,8 +198,9 @@ class Journey:
             for cache in self._caches():
                 cache.fill_(POISONS[setup.poison])
         self._poisoned = set(range(setup.num_blocks))
-        geometry = Geometry(setup.block_size, setup.chunk_size, setup.max_batch_tkv)
-        runner = SpyreModelRunner(config, self.model, geometry, return_mm_embedding=False)
+        runner = SpyreModelRunner(
+            config, self.model, geometry_of(config), return_mm_embedding=False
+        )
         return make_scheduler(config, setup), runner
 
     def _caches(self) -> Iterator[torch.Tensor]:

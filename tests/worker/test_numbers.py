@@ -184,4 +184,4 @@ def test_logits_are_those_of_a_plain_forward_pass(
     print(f"\n{backend}: {tally}, {len(tally.shapes)} shapes")
     assert len(tally.shapes) > 3 * count
     for name in ("hits", "chunked", "batched", "pictured"):
-        assert getattr(tally, name) > tally.requests / 10, name
+        assert getattr(tally, name) > tally.requests / 20, name

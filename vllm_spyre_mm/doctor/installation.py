@@ -21,7 +21,7 @@ def python() -> Iterator[Finding]:
     wanted = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
     if not SpecifierSet(wanted).contains(running):
         yield Finding(
-            "python", "error", f"Python {running} is not Python{wanted}", f"use Python {wanted[2:]}"
+            "python", "error", f"Python {running} is not Python{wanted}", f"use a Python{wanted}"
         )
     elif sys.platform != "linux":
         yield Finding("python", "error", f"{sys.platform} is not Linux", "use a Linux machine")
