@@ -18,8 +18,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--scenarios",
         type=int,
-        default=30,
-        help="scenarios for each backend in tests/worker/test_numbers.py (default: 30)",
+        default=15,
+        help="scenarios for each backend in tests/worker/test_numbers.py (default: 15)",
     )
 
 

@@ -271,7 +271,7 @@ def test_the_cards_environment_is_exported(
     for name in expected:
         monkeypatch.setenv(name, "before")
     config.export_card_environment(
-        chunk_size=512, max_model_len=4096, max_num_seqs=max_num_seqs, max_batch_tkv=65536
+        chunk_size=512, context_len=4096, max_num_seqs=max_num_seqs, max_batch_tkv=65536
     )
     assert {name: os.environ[name] for name in expected} == expected
 

@@ -59,6 +59,7 @@ def test_left_padding_is_the_least_that_makes_the_prompt_whole_chunks(prompt: tu
     assert padding % geometry.block_size == 0
     assert 0 <= padding < geometry.chunk_size
     assert padded % geometry.chunk_size == 0
+    assert geometry.padded_length(num_tokens) == padded
 
 
 @given(prompts())

@@ -219,18 +219,18 @@ def rust_frontend_requested() -> bool:
 
 
 def export_card_environment(
-    *, chunk_size: int, max_model_len: int, max_num_seqs: int, max_batch_tkv: int
+    *, chunk_size: int, context_len: int, max_num_seqs: int, max_batch_tkv: int
 ) -> None:
     """Set what ``torch_sendnn`` reads when it is imported; must run before that import.
 
     Args:
         chunk_size: tokens in a prefill chunk.
-        max_model_len: longest sequence in tokens.
+        context_len: longest sequence in tokens, with its padding.
         max_num_seqs: largest decode batch; the card's compiler wants at least 2.
         max_batch_tkv: bound on batch × padded length in tokens.
     """
     os.environ["VLLM_DT_CHUNK_LEN"] = str(chunk_size)
-    os.environ["VLLM_DT_MAX_CONTEXT_LEN"] = str(max_model_len)
+    os.environ["VLLM_DT_MAX_CONTEXT_LEN"] = str(context_len)
     os.environ["VLLM_DT_MAX_BATCH_SIZE"] = str(max(max_num_seqs, 2))
     os.environ["VLLM_DT_MAX_BATCH_TKV_LIMIT"] = str(max_batch_tkv)
 

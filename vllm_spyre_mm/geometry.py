@@ -44,6 +44,10 @@ class Geometry:
         padded = self.num_blocks(num_tokens) * self.block_size
         return -padded % self.chunk_size
 
+    def padded_length(self, num_tokens: int) -> int:
+        """Length of a prompt of ``num_tokens`` tokens with all its padding: whole chunks."""
+        return -(-num_tokens // self.chunk_size) * self.chunk_size
+
     def chunk_end(self, num_tokens: int, start: int) -> int:
         """Where the chunk that computes token ``start`` of a prompt of ``num_tokens`` ends."""
         padding = self.left_padding(num_tokens)

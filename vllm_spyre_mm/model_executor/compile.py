@@ -5,7 +5,7 @@ import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,14 +53,42 @@ def _mark_tokens_dynamic(block: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         torch._dynamo.mark_dynamic(kwargs[name], 1)
 
 
+class CardError(RuntimeError):
+    """The card's compiler or its runtime failed; the message names the step by its shapes."""
+
+
 def compile_for_card(model: nn.Module) -> Callable[..., Any]:
-    """The decoder as one graph for the card's compiler.
+    """The decoder as one graph for the card's compiler; a failure says of which step.
 
     Importing ``torch_sendnn`` registers the backend; it reads ``VLLM_DT_*`` at that moment.
     """
     import torch_sendnn  # noqa: F401
 
-    return torch.compile(model, backend="sendnn", dynamic=False, fullgraph=True)
+    compiled = torch.compile(model, backend="sendnn", dynamic=False, fullgraph=True)
+
+    def run(embeds: torch.Tensor, **inputs: Any) -> Any:
+        try:
+            return compiled(embeds, **inputs)
+        except Exception as error:
+            # PyTorch wraps what a backend raises, with a page about how to debug it.
+            cause = getattr(error, "inner_exception", error)
+            raise CardError(
+                f"the card could not compile or run {_step_of(embeds, inputs)}: "
+                f"{type(cause).__name__}: {cause}"
+            ) from error
+
+    return run
+
+
+def _step_of(embeds: torch.Tensor, inputs: Mapping[str, Any]) -> str:
+    """A step in words, with the shapes of its inputs."""
+    rows, length = embeds.shape[:2]
+    step = f"a decode of {rows} rows" if length == 1 else f"a chunk of {length} tokens"
+    shapes = {"embeds": embeds.shape}
+    shapes |= {name: each.shape for name, each in inputs.items() if isinstance(each, torch.Tensor)}
+    listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+    caches = inputs["past_key_value_states"]
+    return f"{step} ({listed}; {len(caches)} layers of KV cache {tuple(caches[0][0].shape)})"
 
 
 @contextlib.contextmanager

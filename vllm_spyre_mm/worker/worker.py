@@ -65,11 +65,12 @@ class SpyreWorker(WorkerBase):
         self.device = torch.device("cpu")
         if self.for_card:
             assert self.settings.max_batch_tkv is not None, "resolved at start"
+            longest = self.geometry.padded_length(self.model_config.max_model_len)
             export_card_environment(
                 chunk_size=self.geometry.chunk_size,
-                max_model_len=self.model_config.max_model_len,
+                context_len=longest,
                 max_num_seqs=self.scheduler_config.max_num_seqs,
-                max_batch_tkv=self.settings.max_batch_tkv,
+                max_batch_tkv=max(self.settings.max_batch_tkv, longest),
             )
         init_worker_distributed_environment(
             self.vllm_config,

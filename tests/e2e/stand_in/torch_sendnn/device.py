@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device's memory: the KV cache is there, and what the host holds are ghosts of it, all NaN.
+
+Whoever reads a ghost on the host gets NaN, and whoever hands over anything but the latest ghosts is
+found out.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+class Device:
+    """Keeps what ghosts stand for, by where a ghost lies; the ghosts are kept, so that no other
+    tensor ever lies there."""
+
+    def __init__(self) -> None:
+        self._real: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._shapes: set[tuple[int, ...]] = set()
+
+    def load(self, named: Mapping[str, Any], in_warmup: bool) -> tuple[list[Any], list[str]]:
+        """The inputs of a graph with the device's caches in place of their ghosts, and the faults.
+
+        Args:
+            named: inputs of the graph by placeholder name.
+            in_warmup: whether a cache of the host may be moved to the device, as happens once.
+        """
+        loaded, faults = [], []
+        for name, each in named.items():
+            if "past_key_value" not in name:
+                loaded.append(each)
+            elif each.data_ptr() in self._real:
+                ghost, real = self._real[each.data_ptr()]
+                if not ghost.isnan().all():
+                    faults.append("the KV cache was written to on the host")
+                loaded.append(real)
+            else:
+                if not in_warmup:
+                    faults.append("a KV cache was handed over that the device did not return last")
+                self._shapes.add(tuple(each.shape))
+                loaded.append(each)
+        return loaded, faults
+
+    def store(self, outputs: Sequence[Any]) -> tuple[Any, ...]:
+        """The outputs of a graph with ghosts in place of the caches."""
+        self._real = {}
+        return tuple(map(self._ghost, outputs))
+
+    def _ghost(self, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor) or tuple(output.shape) not in self._shapes:
+            return output
+        ghost = torch.full_like(output, torch.nan)
+        self._real[ghost.data_ptr()] = (ghost, output)
+        return ghost
+
+    def poison(self) -> None:
+        """Fill the device's KV cache with NaN."""
+        with torch.inference_mode():
+            for _, real in self._real.values():
+                real.fill_(torch.nan)
