@@ -9,7 +9,7 @@ export VLLM_TARGET_DEVICE := empty
 VLLM_VERSION := $(shell sed -n 's/^vllm==//p' constraints.txt)
 export VLLM_VERSION_OVERRIDE := $(VLLM_VERSION)
 
-.PHONY: setup demo test lint wheel clean bench bench-reference upstream
+.PHONY: setup demo test soak lint wheel clean bench bench-reference upstream
 
 setup: $(VENV)/.ready
 
@@ -28,6 +28,10 @@ test: setup
 	@for file in tests/e2e/test_*.py; do \
 		echo "== $$file"; $(BIN)/python -m pytest $$file $(ARGS) || exit 1; \
 	done
+
+# Thousands of requests above capacity, a third of them aborted; ARGS="--seconds 3600" for an hour.
+soak: setup
+	$(BIN)/python -m tools.soak $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

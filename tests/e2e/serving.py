@@ -4,13 +4,15 @@
 import base64
 import contextlib
 import io
+import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,42 +51,74 @@ def serve_command(checkpoint: Path, port: int, *more: str) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Served:
+    """A server in a process of its own.
+
+    Attributes:
+        address: without a path.
+        process: ends when the context is left; a test may end it before.
+        log: file with what it prints.
+    """
+
+    address: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.address}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+        pytest.fail(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+
+
 @contextlib.contextmanager
-def running_server(checkpoint: Path, log: Path, *more: str) -> Iterator[str]:
-    """The address of a server that runs inside the context.
+def starting_server(
+    checkpoint: Path,
+    log: Path,
+    *more: str,
+    plugins: Sequence[Path] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Served]:
+    """A server that has been started, and is ended when the context is left.
 
     Args:
         checkpoint: folder of the model.
         log: file for what it prints.
         more: flags besides those of :func:`serve_command`.
+        plugins: folders with plugins of vLLM's for its processes.
+        environment: more of it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
+    path = [*map(str, plugins), *filter(None, [os.environ.get("PYTHONPATH")])]
     with (
         log.open("w") as output,
         subprocess.Popen(
-            serve_command(checkpoint, port, *more), stdout=output, stderr=subprocess.STDOUT
+            serve_command(checkpoint, port, *more),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **(environment or {})},
         ) as process,
     ):
         try:
-            wait_until_healthy(address, process, log)
-            yield address
+            yield Served(f"http://127.0.0.1:{port}", process, log)
         finally:
             process.terminate()
             process.wait(60)
 
 
-def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.5)
-    pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
+@contextlib.contextmanager
+def running_server(checkpoint: Path, log: Path, *more: str) -> Iterator[str]:
+    """The address of a server that runs inside the context; see :func:`starting_server`."""
+    with starting_server(checkpoint, log, *more) as server:
+        server.wait_until_healthy()
+        yield server.address
 
 
 def data_url(content: bytes, kind: str = "png") -> str:

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server's processes hold, seen from outside and, through the inspector, from inside."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+INSPECTOR = Path(__file__).parent / "inspector"
+"""To be on ``PYTHONPATH`` of the server, which wants ``VLLM_SERVER_DEV_MODE=1`` besides."""
+
+SETTLE_SECONDS = 30.0
+
+Figures = dict[str, int]
+
+
+@dataclass(frozen=True)
+class State:
+    """The processes at one moment.
+
+    Attributes:
+        figures: by name and process: what may be there and must not become more.
+        mentions: places in their memory that name a request.
+    """
+
+    figures: Figures
+    mentions: dict[str, int]
+
+    def more_than(self, baseline: "State") -> list[str]:
+        """What is there that was not, one line each."""
+        grown = [
+            f"{name}: {baseline.figures.get(name, 0)} before, {value} after"
+            for name, value in self.figures.items()
+            if value > baseline.figures.get(name, 0)
+        ]
+        return grown + [
+            f"{count} request ids in a {where}" for where, count in self.mentions.items()
+        ]
+
+
+def processes(root: int) -> dict[str, psutil.Process]:
+    """The server and everything it started, by what each is: ``server``, ``engine`` and others."""
+    server = psutil.Process(root)
+    found = {"server": server}
+    for number, child in enumerate(server.children(recursive=True)):
+        is_engine = child.name().startswith("VLLM::EngineCore")
+        found["engine" if is_engine else f"{child.name()} {number}"] = child
+    return found
+
+
+def resident_bytes(root: int) -> dict[str, int]:
+    """Resident memory of the server and of its engine."""
+    found = processes(root)
+    return {name: found[name].memory_info().rss for name in ("server", "engine")}
+
+
+def _outside(root: int) -> Figures:
+    found = processes(root)
+    figures = {"processes": len(found)}
+    for name, process in found.items():
+        figures[f"open files of the {name}"] = process.num_fds()
+        figures[f"threads of the {name}"] = _num_threads(process)
+        figures[f"shared memory of the {name}"] = sum(
+            mapped.path.startswith("/dev/shm/") for mapped in process.memory_maps()
+        )
+    return figures
+
+
+def _num_threads(process: psutil.Process) -> int:
+    """Threads, without one of an allocator's that comes with the first memory it gives back."""
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/comm")
+    return sum(task.read_text().strip() != "jemalloc_bg_thd" for task in tasks)
+
+
+async def _inside(address: str) -> tuple[Figures, dict[str, int]]:
+    figures: Figures = {}
+    mentions: dict[str, int] = {}
+    async with (
+        aiohttp.ClientSession(address) as session,
+        session.post("/collective_rpc", json={"method": "soak_state"}) as response,
+    ):
+        response.raise_for_status()
+        parts: list[dict[str, Any]] = (await response.json())["results"]
+    for name, part in zip(("server", "engine"), parts, strict=True):
+        figures |= {f"{what} in the {name}": count for what, count in part["counts"].items()}
+        mentions |= {f"{where}, in the {name}": n for where, n in part["mentions"].items()}
+    return figures, mentions
+
+
+async def preemptions(address: str) -> int:
+    """How many requests the engine has preempted so far."""
+    async with aiohttp.ClientSession(address) as session, session.get("/metrics") as response:
+        lines = (await response.text()).splitlines()
+    (line,) = (line for line in lines if line.startswith("vllm:num_preemptions_total{"))
+    return int(float(line.rpartition(" ")[2]))
+
+
+async def take_state(address: str, root: int) -> State:
+    """The state of the processes now."""
+    inside, mentions = await _inside(address)
+    outside = _outside(root)
+    for name in ("server", "engine"):
+        # Executors start their threads when they are needed, up to a bound, and keep them.
+        outside[f"threads of the {name}"] -= inside.pop(f"pool_threads in the {name}")
+    return State(outside | inside, mentions)
+
+
+async def settled_state(address: str, root: int, baseline: State | None = None) -> State:
+    """The state when nothing is under way: no request, and no more than the baseline has.
+
+    What is still more after :data:`SETTLE_SECONDS` stays.
+    """
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        await asyncio.sleep(1.0)
+        state = await take_state(address, root)
+        requests = sum(count for name, count in state.figures.items() if "requests in" in name)
+        quiet = not requests and not (baseline and state.more_than(baseline))
+        if quiet or time.monotonic() > deadline:
+            return state
