@@ -6,12 +6,12 @@ cache costs as much as the attention of a single query. The kernel is C++ that I
 tool chain compiles, with its flags and into its cache, for the shape of one model.
 """
 
-import ctypes
 import functools
 from collections.abc import Callable
-from importlib import resources
 
 import torch
+
+from vllm_spyre_mm.model_executor.kernels import FLOAT, POINTER, SIZE, compile_kernel
 
 LANES = 16
 """The kernel takes heads whose width is a multiple of this."""
@@ -69,8 +69,6 @@ def _kernel(
     head_dim: int, group: int, kv_heads: int, block_size: int, dtype: torch.dtype
 ) -> Callable[..., None]:
     """Compile the kernel, or find it in Inductor's cache."""
-    from torch._inductor.codecache import CppCodeCache
-
     constants = {
         "HEAD_DIM": head_dim,
         "GROUP": group,
@@ -78,10 +76,4 @@ def _kernel(
         "BLOCK_SIZE": block_size,
         "BF16": int(dtype == torch.bfloat16),
     }
-    source = resources.files(__package__).joinpath("paged_decode.cpp").read_text()
-    defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    function = CppCodeCache.load(defines + source).paged_decode
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [*[pointer] * 6, size, size, ctypes.c_float]
-    function.restype = None
-    return function
+    return compile_kernel("paged_decode", constants, [*[POINTER] * 6, SIZE, SIZE, FLOAT])

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""C++ that is compiled for the model at hand, by Inductor's tool chain and into its cache."""
+
+import ctypes
+from collections.abc import Callable, Mapping
+from importlib import resources
+from typing import Any
+
+
+def compile_kernel(
+    name: str, constants: Mapping[str, int], arguments: list[Any]
+) -> Callable[..., None]:
+    """Compile a kernel, or find it in Inductor's cache.
+
+    Args:
+        name: of the C++ function, and of its file beside this one.
+        constants: what the file wants defined.
+        arguments: types of its arguments, of :mod:`ctypes`.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    source = resources.files(__package__).joinpath(f"{name}.cpp").read_text()
+    defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
+    # Inductor keeps products and sums apart, to round as PyTorch does.
+    library = CppCodeCache.load(defines + source, extra_flags=("-ffp-contract=fast",))
+    function = getattr(library, name)
+    function.argtypes, function.restype = arguments, None
+    return function
+
+
+POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+"""Types of arguments."""
