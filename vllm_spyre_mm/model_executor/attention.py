@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_spyre_mm.model_executor import paged_decode
+from vllm_spyre_mm.model_executor import blocked_attention, paged_decode
 
 CPU_ATTENTION = "spyre_mm_cpu_paged_attn"
 """Name of the algorithm made of PyTorch's operations, FMS's ``attn_name``."""
 
 CPU_COMPILED_ATTENTION = "spyre_mm_cpu_paged_attn_compiled"
-"""Name of the algorithm whose decode is compiled (:mod:`paged_decode`)."""
+"""Name of the algorithm that is compiled (:mod:`paged_decode`, :mod:`blocked_attention`)."""
 
 CARD_ATTENTION = "spyre_paged_attn"
 """Name of FMS's own algorithm for the card."""
@@ -168,7 +168,9 @@ def _attend_cpu(
     rows = query.flatten(0, 1)
     caches = (key_cache, value_cache)
     if int(query_lengths[0]) > 1:
-        attended = _attend_chunk(rows, *caches, kv_blocks[0], int(kv_lengths[0]), scale)
+        blocked = compiled and blocked_attention.supports(query.shape[-1], query.dtype)
+        attend = blocked_attention.attend_to_earlier if blocked else _attend_chunk
+        attended = attend(rows, *caches, kv_blocks[0], int(kv_lengths[0]), scale)
     elif compiled and paged_decode.supports(query.shape[-1], query.dtype):
         attended = paged_decode.paged_decode(rows, *caches, kv_blocks, kv_lengths, scale)
     else:
