@@ -10,7 +10,7 @@ from fms.modules.feedforward import FeedForwardBlock
 from torch import nn
 from torch._dynamo.utils import counters
 
-from vllm_spyre_mm.model_executor.linear import HostLinear, pack_linears
+from vllm_spyre_mm.model_executor.linear import HostLinear, HostPatches, pack_linears
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 SHAPES = [(7, 48), (1, 5, 48), (3, 1, 48), (1, 1, 48)]
@@ -74,6 +74,27 @@ def test_all_layers_of_a_model_are_replaced(dtype: torch.dtype):
     pack_linears(model)
     assert not any(isinstance(part, nn.Linear | nn.GELU) for part in model.modules())
     assert_close(model(token_ids), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_patches_are_cut_as_a_convolution_does(dtype: torch.dtype, bias: bool):
+    """Pixels that fill no patch are left out; a tile's patches lie one after the other."""
+    model = nn.Sequential(nn.Conv2d(3, 40, 14, 14, bias=bias, dtype=dtype))
+    pixels = torch.randn(2, 3, 14 * 3 + 5, 14 * 4 + 1, dtype=dtype)
+    expected = model(pixels)
+    pack_linears(model)
+    assert isinstance(model[0], HostPatches)
+    assert model[0].weight.dtype == dtype
+    patches = model(pixels)
+    assert_close(patches, expected)
+    assert patches.flatten(2).transpose(1, 2).is_contiguous()
+
+
+def test_a_convolution_whose_patches_overlap_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
+    pack_linears(model)
+    assert type(model[0]) is nn.Conv2d
 
 
 def test_the_weight_of_a_layer_is_held_once():

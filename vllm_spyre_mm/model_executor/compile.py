@@ -28,13 +28,6 @@ def compile_encoder_blocks(blocks: nn.ModuleList) -> None:
         block.forward = torch.compile(
             block.forward, backend="inductor", dynamic=True, fullgraph=True
         )
-    # A convolution leaves the patches of an image transposed, and every block would keep it so:
-    # each linear layer would copy its input, and each norm read across the rows. (Pixtral, which
-    # is called with keywords, lays them out itself.)
-    for block in blocks[:1]:
-        block.register_forward_pre_hook(
-            lambda _, args: (args[0].contiguous(), *args[1:]) if args else None
-        )
 
 
 def compile_decoder_blocks(blocks: nn.ModuleList) -> None:

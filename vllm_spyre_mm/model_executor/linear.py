@@ -11,7 +11,7 @@ every layer.
 
 import ctypes
 import functools
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +52,51 @@ class HostLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, packed={packed}, gelu={self.gelu}"
 
 
+class HostPatches(nn.Module):
+    """A convolution of patches that do not overlap: a linear layer of each one's pixels.
+
+    PyTorch's convolution leaves the patches across the rows of what follows, which then reads and
+    writes it element by element.
+
+    Args:
+        convolution: what it replaces.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.patch = convolution.kernel_size
+        weight = convolution.weight.flatten(1)
+        linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = cast("nn.Parameter", convolution.bias)
+        self.linear = HostLinear(linear)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """What others ask for the dtype."""
+        return self.linear.weight
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """``(tiles, channels, height, width)`` to ``(tiles, hidden_size, rows, columns)``, where
+        the patches of a tile lie one after the other."""
+        (high, wide), (height, width) = self.patch, pixels.shape[-2:]
+        whole = pixels[..., : height // high * high, : width // wide * wide]
+        patches = whole.unflatten(3, (-1, wide)).unflatten(2, (-1, high)).permute(0, 2, 4, 1, 3, 5)
+        return self.linear(patches.flatten(3)).permute(0, 3, 1, 2)
+
+
+def _cuts_patches(part: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return (
+        isinstance(part, nn.Conv2d)
+        and part.kernel_size == part.stride
+        and part.padding in ((0, 0), "valid")
+        and part.dilation == (1, 1)
+        and part.groups == 1
+    )
+
+
 def pack_linears(module: nn.Module) -> None:
-    """Replace every ``nn.Linear`` below a module on the host, one at a time.
+    """Replace every ``nn.Linear`` below a module on the host, and what cuts patches, one at a time.
 
     A head that is tied to the embedding is packed too: the embedding keeps its rows.
     """
@@ -66,6 +109,9 @@ def pack_linears(module: nn.Module) -> None:
             name for name, child in parent.named_children() if type(child) in HOST_LINEARS
         ]:
             setattr(parent, name, HostLinear(cast("nn.Linear", getattr(parent, name))))
+        for name, child in list(parent.named_children()):
+            if _cuts_patches(child):
+                setattr(parent, name, HostPatches(child))
     _return_free_memory()
 
 
