@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The geometry's arithmetic holds for every prompt, chunk and block size."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -95,7 +96,7 @@ def test_a_hit_is_rounded_down_to_the_largest_chunk_start_it_covers(
 ):
     geometry, num_tokens = prompt
     num_cached = data.draw(st.integers(0, num_tokens + geometry.block_size))
-    start = geometry.floor_to_chunk(num_tokens, num_cached)
+    start = geometry.prefill_start(num_tokens, num_cached)
     bounds = chunk_bounds(geometry, num_tokens, 0)
     # The last bound is the prompt's end: starting there would leave no token to compute.
     assert start == max(bound for bound in bounds[:-1] if bound <= num_cached)
@@ -109,7 +110,7 @@ def test_prefill_after_a_hit_walks_the_same_grid_to_the_end(
 ):
     geometry, num_tokens = prompt
     num_cached = data.draw(st.integers(0, num_tokens))
-    start = geometry.floor_to_chunk(num_tokens, num_cached)
+    start = geometry.prefill_start(num_tokens, num_cached)
     rest = chunk_bounds(geometry, num_tokens, start)
     assert rest[-1] == num_tokens
     assert set(rest) <= set(chunk_bounds(geometry, num_tokens, 0))
@@ -117,8 +118,27 @@ def test_prefill_after_a_hit_walks_the_same_grid_to_the_end(
 
 def test_a_prompt_that_is_cached_whole_still_computes_its_last_chunk():
     geometry = Geometry(block_size=64, chunk_size=128, max_batch_tkv=1024)
-    assert geometry.floor_to_chunk(256, 256) == 128
-    assert geometry.floor_to_chunk(128, 128) == 0
+    assert geometry.prefill_start(256, 256) == 128
+    assert geometry.prefill_start(128, 128) == 0
+
+
+@given(prompts(), st.data())
+@PROPERTY
+def test_without_whole_chunks_a_prefill_starts_at_the_last_cached_block(
+    prompt: tuple[Geometry, int], data: st.DataObject
+):
+    """And goes on on the grid."""
+    geometry, num_tokens = prompt
+    geometry = dataclasses.replace(geometry, whole_chunks=False)
+    num_cached = data.draw(st.integers(0, num_tokens + geometry.block_size))
+    start = geometry.prefill_start(num_tokens, num_cached)
+    assert start % geometry.block_size == 0
+    assert start <= num_cached
+    assert start < num_tokens
+    assert start + geometry.block_size > min(num_cached, num_tokens - 1)
+    rest = chunk_bounds(geometry, num_tokens, start)
+    assert rest[-1] == num_tokens
+    assert set(rest[1:]) <= set(chunk_bounds(geometry, num_tokens, 0))
 
 
 def cost(geometry: Geometry, lengths: list[int]) -> int:

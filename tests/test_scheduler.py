@@ -5,6 +5,7 @@ Every scenario is driven to its end by :class:`Simulation`, which checks each st
 rules that hold for all of them.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +175,8 @@ class Simulation:
         (request,), (start,) = requests, starts
         end = start + scheduled[request.request_id]
         padding = geometry.left_padding(request.num_tokens)
-        assert start == 0 or (start + padding) % CHUNK == 0
+        assert start % BLOCK == 0
+        assert not geometry.whole_chunks or start == 0 or (start + padding) % CHUNK == 0
         assert end == geometry.chunk_end(request.num_tokens, start)
         self.kinds.append(("prefill", request.request_id, start, end))
 
@@ -225,7 +227,8 @@ def test_prefill_and_decode_alternate(scheduler: SpyreScheduler) -> None:
     assert kinds == ["prefill", "decode", *["prefill", "decode"] * 3, "prefill"]
 
 
-def test_a_prefix_hit_is_rounded_down_to_the_grid(scheduler: SpyreScheduler) -> None:
+def test_for_a_card_a_prefix_hit_is_rounded_down_to_the_grid(scheduler: SpyreScheduler) -> None:
+    scheduler.geometry = dataclasses.replace(scheduler.geometry, whole_chunks=True)
     first = run(scheduler, make_request("a", 300))
     assert len([kind for kind in first.kinds if kind[0] == "prefill"]) == 3
     again = run(scheduler, make_request("b", 300))
@@ -234,6 +237,17 @@ def test_a_prefix_hit_is_rounded_down_to_the_grid(scheduler: SpyreScheduler) -> 
     longer = run(scheduler, make_request("c", 400))
     # Another grid: 7 blocks, so chunks begin at 64, 192 and 320; the hit of 256 becomes 192.
     assert longer.kinds[0] == ("prefill", "c", 192, 320)
+
+
+def test_on_a_cpu_a_prefill_goes_on_after_the_last_cached_block(scheduler: SpyreScheduler) -> None:
+    run(scheduler, make_request("a", 300))
+    again = run(scheduler, make_request("b", 300))
+    assert [kind for kind in again.kinds if kind[0] == "prefill"] == [("prefill", "b", 256, 300)]
+    longer = run(scheduler, make_request("c", 400))
+    assert [kind for kind in longer.kinds if kind[0] == "prefill"] == [
+        ("prefill", "c", 256, 320),
+        ("prefill", "c", 320, 400),
+    ]
 
 
 def test_an_image_is_encoded_once_at_the_first_chunk_that_needs_it(
@@ -257,13 +271,13 @@ def test_a_full_prefix_hit_encodes_evicted_images_once(scheduler: SpyreScheduler
     run(scheduler, make_request("a", 300, images=images))
     again = run(scheduler, make_request("b", 300, images=images))
     assert again.encoded == []
-    assert again.kinds[0] == ("prefill", "b", 192, 300)
+    assert again.kinds[0] == ("prefill", "b", 256, 300)
     cache = scheduler.encoder_cache_manager
     run(scheduler, make_request("c", 950, images={"z": (0, 900)}, fill=8))
     assert "x" not in cache.cached
     third = run(scheduler, make_request("d", 300, images=images))
     assert third.encoded == ["x", "y"]
-    assert third.kinds[0] == ("prefill", "d", 192, 300)
+    assert third.kinds[0] == ("prefill", "d", 256, 300)
 
 
 def test_without_the_embedding_a_covered_image_is_not_encoded(scheduler: SpyreScheduler) -> None:
@@ -323,8 +337,8 @@ def test_preempted_requests_finish(vllm_config: VllmConfig) -> None:
     requests = [make_request(f"r{i}", 300, max_tokens=180, fill=30 + i) for i in range(3)]
     simulation = run(scheduler, *requests)
     assert simulation.outputs == {f"r{i}": 180 for i in range(3)}
-    prefills = [kind[1] for kind in simulation.kinds if kind[0] == "prefill" and kind[2] == 0]
-    assert len(prefills) > 3, "nothing was preempted: the scenario proves nothing"
+    resumed = [kind for kind in simulation.kinds if kind[0] == "prefill" and kind[3] > 300]
+    assert resumed, "nothing was preempted: the scenario proves nothing"
 
 
 @pytest.mark.parametrize("aborted", [False, True], ids=["", "aborted meanwhile"])

@@ -32,6 +32,7 @@ def geometry_of(vllm_config: "VllmConfig") -> Geometry:
         block_size=vllm_config.cache_config.block_size,
         chunk_size=vllm_config.scheduler_config.max_num_batched_tokens,
         max_batch_tkv=settings.max_batch_tkv,
+        whole_chunks=settings.backend == "sendnn",
     )
 
 

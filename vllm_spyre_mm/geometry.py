@@ -22,11 +22,14 @@ class Geometry:
         block_size: tokens in a KV cache block.
         chunk_size: tokens in a prefill chunk, a multiple of ``block_size``.
         max_batch_tkv: bound on batch × padded length of a decode step, in tokens.
+        whole_chunks: whether a prefill starts with a whole chunk of the grid, as the card's static
+            program does. A CPU, which computes no padding, starts at any block.
     """
 
     block_size: int
     chunk_size: int
     max_batch_tkv: int
+    whole_chunks: bool = True
 
     def __post_init__(self) -> None:
         if self.chunk_size <= 0 or self.chunk_size % self.block_size:
@@ -54,13 +57,15 @@ class Geometry:
         padded_end = ((start + padding) // self.chunk_size + 1) * self.chunk_size
         return min(num_tokens, padded_end - padding)
 
-    def floor_to_chunk(self, num_tokens: int, num_cached: int) -> int:
-        """Largest chunk start that is covered by ``num_cached`` cached tokens.
+    def prefill_start(self, num_tokens: int, num_cached: int) -> int:
+        """Where the prefill of a prompt begins that has ``num_cached`` cached tokens.
 
-        The last chunk is never covered, since its last token has to be computed for its logits.
+        The last token is computed in any case, for its logits.
         """
-        padding = self.left_padding(num_tokens)
         usable = min(num_cached, num_tokens - 1)
+        if not self.whole_chunks:
+            return usable // self.block_size * self.block_size
+        padding = self.left_padding(num_tokens)
         return max(0, (usable + padding) // self.chunk_size * self.chunk_size - padding)
 
     def decode_rows_that_fit(self, lengths: list[int]) -> list[int]:

@@ -169,9 +169,9 @@ class SpyreScheduler(Scheduler):
     def _get_local_prefix_cache_hit(
         self, request: Request
     ) -> "tuple[KVCacheBlocks, int, int, bool]":
-        """Round a prefix-cache hit down to a chunk's start, before anything is allocated."""
+        """Round a prefix-cache hit down to where a prefill may start; nothing is allocated yet."""
         blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        start = self.geometry.floor_to_chunk(request.num_tokens, num_hit)
+        start = self.geometry.prefill_start(request.num_tokens, num_hit)
         if start < num_hit:
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, start)
         return blocks, start, boundary, diverged
