@@ -8,14 +8,15 @@ from typing import Any
 
 
 def compile_kernel(
-    name: str, constants: Mapping[str, int], arguments: list[Any]
-) -> Callable[..., None]:
+    name: str, constants: Mapping[str, int], arguments: list[Any], returns: Any = None
+) -> Callable[..., Any]:
     """Compile a kernel, or find it in Inductor's cache.
 
     Args:
         name: of the C++ function, and of its file beside this one.
         constants: what the file wants defined.
         arguments: types of its arguments, of :mod:`ctypes`.
+        returns: type of what it returns, None for nothing.
     """
     from torch._inductor.codecache import CppCodeCache
 
@@ -24,7 +25,7 @@ def compile_kernel(
     # Inductor keeps products and sums apart, to round as PyTorch does.
     library = CppCodeCache.load(defines + source, extra_flags=("-ffp-contract=fast",))
     function = getattr(library, name)
-    function.argtypes, function.restype = arguments, None
+    function.argtypes, function.restype = arguments, returns
     return function
 
 

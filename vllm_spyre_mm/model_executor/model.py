@@ -25,6 +25,7 @@ from vllm_spyre_mm.model_executor.compile import (
 )
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
 from vllm_spyre_mm.model_executor.linear import pack_linears
+from vllm_spyre_mm.model_executor.rotary import replace_rotary
 from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, MMUtils
 
 
@@ -90,7 +91,9 @@ class SpyreModel:
         if self.backend != "eager":
             compile_encoder_blocks(overrides.encoder_blocks(self.fms_model))
         if self.backend == "inductor":
-            compile_decoder_blocks(overrides.decoder_blocks(self.fms_model))
+            blocks = overrides.decoder_blocks(self.fms_model)
+            replace_rotary(blocks)
+            compile_decoder_blocks(blocks)
         elif self.backend == "sendnn":
             self._run = compile_for_card(self.fms_model)
 

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rotation of queries and keys by their positions, in neighbouring pairs of numbers.
+//
+// Compiled with HEAD_DIM and BF16 defined; see rotary.py.
+
+#include <cstdint>
+#include <cstring>
+
+constexpr int LANES = 16;
+static_assert(HEAD_DIM % LANES == 0);
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+static inline Floats load(const float* from) {
+  Floats values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
+#if BF16
+using Element = uint16_t;
+static inline Floats load(const Element* from) {
+  Halves bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return (Floats)(__builtin_convertvector(bits, Bits) << 16);
+}
+static inline void store(Element* to, Floats values) {  // round to nearest, ties to even
+  Bits bits = (Bits)values;
+  Halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+  std::memcpy(to, &rounded, sizeof(rounded));
+}
+#else
+using Element = float;
+static inline void store(Element* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
+#endif
+
+static inline void rotate(const Element* from, Element* to, const float* angle, int64_t heads) {
+  for (int d = 0; d < HEAD_DIM; d += LANES) {
+    Floats pairs = load(angle + d);  // cosine and sine of each pair
+    Floats cosines = __builtin_shufflevector(pairs, pairs, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12,
+                                             12, 14, 14);
+    Floats sines = __builtin_shufflevector(-pairs, pairs, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27,
+                                           13, 29, 15, 31);
+    for (int64_t head = 0; head < heads; ++head) {
+      Floats x = load(from + head * HEAD_DIM + d);
+      Floats swapped =
+          __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+      store(to + head * HEAD_DIM + d, x * cosines + swapped * sines);
+    }
+  }
+}
+
+// query and keys: (tokens, heads, HEAD_DIM), heads side by side; out: the same, contiguous.
+// table: (num_positions, HEAD_DIM / 2, 2), cosine and sine. A position beyond it is left alone;
+// the number of such is returned.
+extern "C" int64_t rotary(const Element* query, const Element* keys, Element* query_out,
+                          Element* keys_out, const int64_t* positions, const float* table,
+                          int64_t tokens, int64_t heads, int64_t kv_heads, int64_t query_token,
+                          int64_t keys_token, int64_t num_positions) {
+  int64_t beyond = 0;
+#pragma omp parallel for reduction(+ : beyond) if (tokens * heads > 64)
+  for (int64_t token = 0; token < tokens; ++token) {
+    if (positions[token] < 0 || positions[token] >= num_positions) {
+      ++beyond;
+      continue;
+    }
+    const float* angle = table + positions[token] * HEAD_DIM;
+    rotate(query + token * query_token, query_out + token * heads * HEAD_DIM, angle, heads);
+    rotate(keys + token * keys_token, keys_out + token * kv_heads * HEAD_DIM, angle, kv_heads);
+  }
+  return beyond;
+}
