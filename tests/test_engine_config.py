@@ -23,7 +23,7 @@ def configure(checkpoint: Path, **arguments: Any) -> VllmConfig:
 
 def test_defaults(demo_checkpoint: Path) -> None:
     config = configure(demo_checkpoint)
-    assert config.scheduler_config.max_num_batched_tokens == 512
+    assert config.scheduler_config.max_num_batched_tokens == 1536
     assert config.scheduler_config.max_num_seqs == 16
     assert config.cache_config.block_size == 64
     assert config.scheduler_config.scheduler_cls == "vllm_spyre_mm.scheduler.SpyreScheduler"

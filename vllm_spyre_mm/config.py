@@ -26,8 +26,11 @@ Backend = Literal["sendnn", "inductor", "eager"]
 BLOCK_SIZE = 64
 """Tokens in a block of the KV cache: what the card's compiler expects."""
 
-DEFAULT_CHUNK_SIZE = 512
+CARD_CHUNK_SIZE = 512
 """Tokens in a prefill chunk (vLLM's ``max_num_batched_tokens``) unless the user gives it."""
+
+HOST_CHUNK_SIZE = 1536
+"""The same on a CPU, which reads the weights once for each chunk and computes no padding."""
 
 DEFAULT_MAX_NUM_SEQS = 16
 """Sequences decoded together (vLLM's ``max_num_seqs``) unless the user gives it."""

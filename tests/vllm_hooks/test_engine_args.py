@@ -9,6 +9,7 @@ from vllm.config.multimodal import MultiModalConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_spyre_mm import config
 from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError, engine_args
 
 KEYWORD = "enable_return_mm_embedding"
@@ -132,8 +133,22 @@ def test_another_device_is_refused_with_a_sentence(device: str, capsys: pytest.C
 @both_classes
 def test_chunks_and_batches_have_the_platforms_sizes(cls: type):
     for arguments in (cls(model=MODEL), from_command_line(cls)):
-        assert arguments.max_num_batched_tokens == 512
+        assert arguments.max_num_batched_tokens == 1536
         assert arguments.max_num_seqs == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chunk_size"),
+    [({}, 512), ({"enforce_eager": True}, 1536)],
+    ids=["decoder on the card", "decoder on the CPU"],
+)
+@both_classes
+def test_beside_a_card_the_chunk_is_that_of_the_decoders_backend(
+    cls: type, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, bool], chunk_size: int
+):
+    for module in (config, engine_args):
+        monkeypatch.setattr(module, "card_backend_available", lambda: True)
+    assert cls(model=MODEL, **arguments).max_num_batched_tokens == chunk_size
 
 
 @both_classes

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from vllm_spyre_mm.config import (
-    DEFAULT_CHUNK_SIZE,
+    CARD_CHUNK_SIZE,
     DEFAULT_MAX_NUM_SEQS,
+    HOST_CHUNK_SIZE,
     SpyreSettings,
     card_backend_available,
 )
@@ -72,27 +73,34 @@ def _accepting_keyword(original: Callable[..., None]) -> Callable[..., None]:
         original(self, *args, **kwargs)
         if wanted is not None:
             self.additional_config = _with_keyword(self.additional_config, wanted)
+        for_card = _is_for_card(self.additional_config, self.enforce_eager)
         if self.max_num_batched_tokens is None:
-            self.max_num_batched_tokens = DEFAULT_CHUNK_SIZE
+            self.max_num_batched_tokens = CARD_CHUNK_SIZE if for_card else HOST_CHUNK_SIZE
         if self.max_num_seqs is None:
             self.max_num_seqs = DEFAULT_MAX_NUM_SEQS
-        if self.dtype == "auto" and card_backend_available():
-            self.dtype = _dtype_beside_card(self.additional_config, self.enforce_eager)
+        if self.dtype == "auto" and card_backend_available() and not for_card:
+            self.dtype = _host_dtype()
 
     setattr(__init__, KEYWORD, True)
     return __init__
 
 
-def _dtype_beside_card(additional_config: Any, enforce_eager: bool) -> str | torch.dtype:
-    """What ``auto`` is where there is a card.
+def _is_for_card(additional_config: Any, enforce_eager: bool) -> bool:
+    """Whether there is a card, and these arguments let it run the decoder."""
+    if not card_backend_available():
+        return False
+    return SpyreSettings.parse(additional_config).resolve_backend(enforce_eager) == "sendnn"
+
+
+def _host_dtype() -> torch.dtype:
+    """What ``auto`` is for a backend on the CPU where there is a card.
 
     vLLM asks the platform what it computes in before it knows the backend, and is told of the
-    card's dtype alone. A backend on the CPU takes the host's, as it does without a card.
+    card's dtype alone.
     """
     from vllm_spyre_mm.platform import host_dtypes
 
-    backend = SpyreSettings.parse(additional_config).resolve_backend(enforce_eager)
-    return "auto" if backend == "sendnn" else host_dtypes()[0]
+    return host_dtypes()[0]
 
 
 def _reading_flag(original: Callable[..., Any]) -> Any:
