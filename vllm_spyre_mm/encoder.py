@@ -18,7 +18,7 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm_spyre_mm.config import Backend
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
 from vllm_spyre_mm.model_executor.compile import compile_encoder_blocks
-from vllm_spyre_mm.model_executor.linear import pack_linears
+from vllm_spyre_mm.model_executor.linear import replace_linears
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, convert, pool
 from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError, get_mm_mapping
@@ -60,7 +60,7 @@ class VisionEncoder:
             find_checkpoint(model_config, arguments.create_load_config()),
             LoadOptions(decoder_dtype=self.dtype, encoder_dtype=self.dtype, encoder_only=True),
         )
-        pack_linears(self.model)
+        replace_linears(self.model)
         if backend == "inductor":
             compile_encoder_blocks(self.mapping.load_overrides().encoder_blocks(self.model))
         self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)

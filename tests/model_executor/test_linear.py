@@ -10,7 +10,7 @@ from fms.modules.feedforward import FeedForwardBlock
 from torch import nn
 from torch._dynamo.utils import counters
 
-from vllm_spyre_mm.model_executor.linear import HostLinear, HostPatches, pack_linears
+from vllm_spyre_mm.model_executor.linear import HostLinear, HostPatches, replace_linears
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 SHAPES = [(7, 48), (1, 5, 48), (3, 1, 48), (1, 1, 48)]
@@ -43,6 +43,22 @@ def test_it_computes_what_the_layer_does(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 33])
+@pytest.mark.parametrize(("width", "outputs"), [(64, 80), (96, 200), (1024, 70), (48, 16)])
+def test_a_weight_that_stays_in_rows_computes_the_same(
+    dtype: torch.dtype, bias: bool, rows: int, width: int, outputs: int
+):
+    """With the kernel of few rows, and with oneDNN beyond them or for another width."""
+    linear = nn.Linear(width, outputs, bias=bias, dtype=dtype)
+    kept = HostLinear(linear, in_rows=True)
+    assert kept.weight.data_ptr() == linear.weight.data_ptr()
+    x = torch.randn(1, rows, width, dtype=dtype)
+    assert_close(kept(x), linear(x))
+    assert_close(kept(x[:, -1:]), linear(x[:, -1:]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_slice_of_a_sequence_is_taken(dtype: torch.dtype):
     """The head gets the last positions of a longer tensor."""
     linear = nn.Linear(48, 80, dtype=dtype)
@@ -71,7 +87,7 @@ def test_all_layers_of_a_model_are_replaced(dtype: torch.dtype):
     hidden = model.embedding(token_ids)
     first, second = model.block.w1, model.block.w2
     expected = F.linear(second(F.gelu(first(hidden), approximate="tanh")), model.embedding.weight)
-    pack_linears(model)
+    replace_linears(model)
     assert not any(isinstance(part, nn.Linear | nn.GELU) for part in model.modules())
     assert_close(model(token_ids), expected)
 
@@ -83,7 +99,7 @@ def test_patches_are_cut_as_a_convolution_does(dtype: torch.dtype, bias: bool):
     model = nn.Sequential(nn.Conv2d(3, 40, 14, 14, bias=bias, dtype=dtype))
     pixels = torch.randn(2, 3, 14 * 3 + 5, 14 * 4 + 1, dtype=dtype)
     expected = model(pixels)
-    pack_linears(model)
+    replace_linears(model)
     assert isinstance(model[0], HostPatches)
     assert model[0].weight.dtype == dtype
     patches = model(pixels)
@@ -93,16 +109,22 @@ def test_patches_are_cut_as_a_convolution_does(dtype: torch.dtype, bias: bool):
 
 def test_a_convolution_whose_patches_overlap_is_left_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
-    pack_linears(model)
+    replace_linears(model)
     assert type(model[0]) is nn.Conv2d
 
 
 def test_the_weight_of_a_layer_is_held_once():
     model = Model(torch.bfloat16)
-    pack_linears(model)
+    replace_linears(model)
     for name, parameter in model.named_parameters():
         wanted = name.endswith("weight") and not name.startswith("embedding")
         assert parameter.is_mkldnn == wanted, name
+
+
+def test_a_tied_head_that_stays_in_rows_is_not_held_twice():
+    model = Model(torch.bfloat16)
+    replace_linears(model, in_rows=True)
+    assert model.head.weight.data_ptr() == model.embedding.weight.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,7 +133,7 @@ def test_one_graph_serves_every_layer(dtype: torch.dtype):
     counters.clear()
     blocks = [FeedForwardBlock(48, activation_fn=nn.GELU(), p_dropout=0.0).to(dtype) for _ in "ab"]
     for block in blocks:
-        pack_linears(block)
+        replace_linears(block)
         eager = block.forward
         compiled = torch.compile(eager, fullgraph=True, backend="aot_eager", dynamic=True)
         for length in (4, 9):

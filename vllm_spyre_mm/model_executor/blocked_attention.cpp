@@ -8,28 +8,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <memory>
 
 #include <omp.h>
 
-#include <c10/util/BFloat16.h>
+#include "matrices.h"
 
-namespace at::native::cpublas {
-// Of ATen/native/CPUBlas.h, which would take seconds to compile.
-__attribute__((visibility("default"))) void brgemm(
-    int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, const bool add_C,
-    const at::BFloat16* A, const at::BFloat16* B, float* C, bool is_vnni);
-__attribute__((visibility("default"))) void brgemm_release(bool is_vnni);
-}  // namespace at::native::cpublas
-using at::native::cpublas::brgemm;
-using at::native::cpublas::brgemm_release;
-
-using Element = uint16_t;  // the bits of a bf16 number
-static inline const at::BFloat16* tile(const Element* from) { return (const at::BFloat16*)from; }
-
-constexpr int LANES = 16;
 constexpr int DEPTH = (HEAD_DIM + 31) / 32 * 32;  // of a head, as a tile's operand
 constexpr int WIDTH = (HEAD_DIM + 15) / 16 * 16;  // of a head, as a tile's result
 constexpr int ROWS = 32;   // queries that are multiplied at a time
@@ -37,24 +21,6 @@ constexpr int KEYS = 768;  // keys that are packed at a time
 constexpr int RUN = 768;   // queries that share the packed keys
 constexpr int AHEAD = 32;  // keys between a prefetch and its use
 static_assert(HEAD_DIM % 2 == 0);
-
-// GCC's and Clang's vector types: one register with AVX-512, two or four with less.
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef uint16_t TwoHalves __attribute__((vector_size(4 * LANES)));
-
-// The first COUNT elements; the rest is zero.
-template <typename Vector, int COUNT = sizeof(Vector) / sizeof(Element)>
-static inline Vector load(const void* from) {
-  Vector values = {};
-  std::memcpy(&values, from, COUNT * sizeof(Element));
-  return values;
-}
-template <typename Vector>
-static inline void store(void* to, Vector values) {
-  std::memcpy(to, &values, sizeof(values));
-}
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -83,21 +49,6 @@ static inline Floats exp2_of_negative(Floats x) {
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.0f;
   return (Floats)((Bits)p + ((Bits)shifted << 23));
-}
-
-// Rows of 16 pairs of numbers to columns.
-static inline void transpose(Bits rows[LANES]) {
-  for (int round = 0; round < 4; ++round) {
-    Bits next[LANES];
-    for (int i = 0; i < LANES / 2; ++i) {
-      Bits a = rows[i], b = rows[i + LANES / 2];
-      next[2 * i] =
-          __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      next[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
-                                                14, 30, 15, 31);
-    }
-    std::memcpy(rows, next, sizeof(next));
-  }
 }
 
 struct Scratch {
@@ -210,11 +161,8 @@ static inline float weigh(float* scores, Element* weights, int64_t count, int64_
 
 static inline void store_row(Element* to, const float* row, float factor) {
   Element rounded[WIDTH];
-  for (int d = 0; d < WIDTH; d += LANES) {
-    Bits bits = (Bits)(load<Floats>(row + d) * factor);
-    store(rounded + d,
-          __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves));
-  }
+  for (int d = 0; d < WIDTH; d += LANES)
+    store(rounded + d, round_to_bf16(load<Floats>(row + d) * factor));
   std::memcpy(to, rounded, HEAD_DIM * sizeof(Element));
 }
 

@@ -11,17 +11,18 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_spyre_mm.model_executor.kernels import FLOAT, POINTER, SIZE, compile_kernel
+from vllm_spyre_mm.model_executor.kernels import (
+    FLOAT,
+    POINTER,
+    SIZE,
+    compile_kernel,
+    has_matrix_unit,
+)
 
 
 def supports(head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the kernel takes such heads on this machine: bf16 with a matrix unit (AMX)."""
-    return dtype == torch.bfloat16 and head_dim % 2 == 0 and _has_matrix_unit()
-
-
-@functools.cache
-def _has_matrix_unit() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return dtype == torch.bfloat16 and head_dim % 2 == 0 and has_matrix_unit()
 
 
 def attend_to_all(

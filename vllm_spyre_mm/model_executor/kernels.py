@@ -2,9 +2,18 @@
 """C++ that is compiled for the model at hand, by Inductor's tool chain and into its cache."""
 
 import ctypes
+import functools
 from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
+
+import torch
+
+HEADER = "matrices.h"
+"""What kernels may include."""
+
+POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+"""Types of arguments."""
 
 
 def compile_kernel(
@@ -20,7 +29,10 @@ def compile_kernel(
     """
     from torch._inductor.codecache import CppCodeCache
 
-    source = resources.files(__package__).joinpath(f"{name}.cpp").read_text()
+    files = resources.files(__package__)
+    source = files.joinpath(f"{name}.cpp").read_text()
+    # In place: the cache goes by the text, and would not see another text of the header.
+    source = source.replace(f'#include "{HEADER}"', files.joinpath(HEADER).read_text())
     defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
     # Inductor keeps products and sums apart, to round as PyTorch does.
     library = CppCodeCache.load(defines + source, extra_flags=("-ffp-contract=fast",))
@@ -29,5 +41,7 @@ def compile_kernel(
     return function
 
 
-POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-"""Types of arguments."""
+@functools.cache
+def has_matrix_unit() -> bool:
+    """Whether this machine multiplies bf16 matrices in hardware (AMX)."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers on the CPU: weights that oneDNN reads as they lie in memory.
+"""Linear layers on the CPU: weights that are read as they lie in memory.
 
 oneDNN rearranges a bf16 weight in a checkpoint's row-major layout at every call, which for the few
 rows of a decode costs more than the arithmetic. Here it is rearranged once, and replaces the
-original. For fp32 there is nothing to gain.
+original; or it is kept in rows, which the project's own kernel reads (:mod:`rows_linear`). For fp32
+there is nothing to gain.
 
 The operation is opaque to the compiler, and the weight an input of its graph: one graph serves
 every layer.
@@ -19,6 +20,8 @@ from fms.modules.feedforward import FeedForwardBlock
 from fms.modules.head import LinearClassificationHead
 from torch import nn
 
+from vllm_spyre_mm.model_executor import rows_linear
+
 HOST_LINEARS = (nn.Linear, LinearClassificationHead)
 """What is replaced: FMS's head is a linear layer with a way to shard it."""
 
@@ -29,15 +32,18 @@ class HostLinear(nn.Module):
     Args:
         linear: what it replaces; its weight is left to whoever else refers to it.
         activation: a GELU that follows it and is computed with it, if there is one.
+        in_rows: keep a bf16 weight as it is.
     """
 
-    def __init__(self, linear: nn.Linear, activation: nn.GELU | None = None) -> None:
+    def __init__(
+        self, linear: nn.Linear, activation: nn.GELU | None = None, in_rows: bool = False
+    ) -> None:
         super().__init__()
         _define_op()
         self.gelu = None if activation is None else activation.approximate
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
-        if weight.dtype == torch.bfloat16:
+        if weight.dtype == torch.bfloat16 and not in_rows:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias
@@ -95,20 +101,24 @@ def _cuts_patches(part: nn.Module) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def pack_linears(module: nn.Module) -> None:
+def replace_linears(module: nn.Module, in_rows: bool = False) -> None:
     """Replace every ``nn.Linear`` below a module on the host, and what cuts patches, one at a time.
 
-    A head that is tied to the embedding is packed too: the embedding keeps its rows.
+    Args:
+        module: what they are below.
+        in_rows: keep bf16 weights as they are. Otherwise they are rearranged, and a head that is
+            tied to the embedding is held twice: the embedding keeps its rows.
     """
     # Nothing here may keep a layer that was replaced: its weight has to go before the next comes.
     parents = [part for part in module.modules() if not isinstance(part, nn.Linear)]
     for parent in parents:
         if isinstance(parent, FeedForwardBlock) and isinstance(parent.a, nn.GELU):
-            parent.w1, parent.a = HostLinear(cast("nn.Linear", parent.w1), parent.a), nn.Identity()
+            parent.w1 = HostLinear(cast("nn.Linear", parent.w1), parent.a, in_rows)
+            parent.a = nn.Identity()
         for name in [
             name for name, child in parent.named_children() if type(child) in HOST_LINEARS
         ]:
-            setattr(parent, name, HostLinear(cast("nn.Linear", getattr(parent, name))))
+            setattr(parent, name, HostLinear(getattr(parent, name), in_rows=in_rows))
         for name, child in list(parent.named_children()):
             if _cuts_patches(child):
                 setattr(parent, name, HostPatches(child))
@@ -154,7 +164,9 @@ def _linear_dense(
     gelu: str | None,
 ) -> torch.Tensor:
     # As a matrix: F.linear copies the weight for a slice of a three-dimensional tensor.
-    rows = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    few = rows_linear.takes(rows, weight)
+    rows = rows_linear.rows_linear(rows, weight, bias) if few else F.linear(rows, weight, bias)
     if gelu is not None:
         rows = F.gelu(rows, approximate=gelu)
     return rows.view(*x.shape[:-1], out_features)

@@ -23,8 +23,9 @@ from vllm_spyre_mm.model_executor.compile import (
     cpu_compile_context,
     warmup_context,
 )
+from vllm_spyre_mm.model_executor.kernels import has_matrix_unit
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
-from vllm_spyre_mm.model_executor.linear import pack_linears
+from vllm_spyre_mm.model_executor.linear import replace_linears
 from vllm_spyre_mm.model_executor.rotary import replace_rotary
 from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, MMUtils
 
@@ -73,13 +74,14 @@ class SpyreModel:
         else:
             self.attn_name = CPU_ATTENTION if backend == "eager" else CPU_COMPILED_ATTENTION
             register_cpu_attention()
-        for part in self._parts_on_host():
-            pack_linears(part)
+        for part in self._encoder_parts():
+            replace_linears(part)
+        if backend != "sendnn":
+            # A decode's few rows go through a kernel, which needs a compiler.
+            replace_linears(fms_model, in_rows=backend == "inductor" and has_matrix_unit())
         self._run: Any = fms_model
 
-    def _parts_on_host(self) -> list[nn.Module]:
-        if self.backend != "sendnn":
-            return [self.fms_model]
+    def _encoder_parts(self) -> list[nn.Module]:
         parts = [
             getattr(self.fms_model, name) for name in self.mapping.load_overrides().encoder_modules
         ]

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels share that let PyTorch's brgemm multiply: vectors of 16 lanes, and brgemm itself.
+
+#include <cstdint>
+#include <cstring>
+
+#include <c10/util/BFloat16.h>
+
+namespace at::native::cpublas {
+// Of ATen/native/CPUBlas.h, which would take seconds to compile.
+__attribute__((visibility("default"))) void brgemm(
+    int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, const bool add_C,
+    const at::BFloat16* A, const at::BFloat16* B, float* C, bool is_vnni);
+__attribute__((visibility("default"))) void brgemm_release(bool is_vnni);
+}  // namespace at::native::cpublas
+using at::native::cpublas::brgemm;
+using at::native::cpublas::brgemm_release;
+
+using Element = uint16_t;  // the bits of a bf16 number
+static inline const at::BFloat16* tile(const Element* from) { return (const at::BFloat16*)from; }
+
+constexpr int LANES = 16;
+
+// GCC's and Clang's vector types: one register with AVX-512, two or four with less.
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint16_t TwoHalves __attribute__((vector_size(4 * LANES)));
+
+// The first COUNT elements; the rest is zero.
+template <typename Vector, int COUNT = sizeof(Vector) / sizeof(Element)>
+static inline Vector load(const void* from) {
+  Vector values = {};
+  std::memcpy(&values, from, COUNT * sizeof(Element));
+  return values;
+}
+template <typename Vector>
+static inline void store(void* to, Vector values) {
+  std::memcpy(to, &values, sizeof(values));
+}
+
+// To nearest, ties to even.
+static inline Halves round_to_bf16(Floats values) {
+  Bits bits = (Bits)values;
+  return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+}
+
+// Rows of 16 pairs of numbers to columns.
+static inline void transpose(Bits rows[LANES]) {
+  for (int round = 0; round < 4; ++round) {
+    Bits next[LANES];
+    for (int i = 0; i < LANES / 2; ++i) {
+      Bits a = rows[i], b = rows[i + LANES / 2];
+      next[2 * i] =
+          __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      next[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
+                                                14, 30, 15, 31);
+    }
+    std::memcpy(rows, next, sizeof(next));
+  }
+}

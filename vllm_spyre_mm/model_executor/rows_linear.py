@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled linear layer of the few rows of a decode, for a weight that stays as it is stored.
+
+A decode reads every weight once, and the kernel does it at the memory's pace, where oneDNN reaches
+about half of that, rearranged weights or not. Many rows are left to oneDNN, which rearranges the
+weight at each call: a tenth of the time of a long chunk.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from vllm_spyre_mm.model_executor.kernels import (
+    POINTER,
+    SIZE,
+    compile_kernel,
+    has_matrix_unit,
+)
+
+MAX_ROWS = 32
+"""Beyond this oneDNN is the faster one."""
+
+LANES = 32
+"""The kernel takes rows whose width is a multiple of this."""
+
+
+def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernel computes this, for a matrix ``x``, on this machine."""
+    fits = len(x) <= MAX_ROWS and x.shape[1] % LANES == 0
+    return fits and weight.dtype == torch.bfloat16 and has_matrix_unit()
+
+
+def rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``(rows, width)`` to ``(rows, outputs)``.
+
+    Args:
+        x: bf16; :func:`takes` has accepted it.
+        weight: ``(outputs, width)``, bf16, contiguous.
+        bias: ``(outputs,)``, bf16.
+    """
+    x = x.contiguous()
+    out = x.new_empty(len(x), len(weight))
+    _kernel()(
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        len(x),
+        x.shape[1],
+        len(weight),
+    )
+    return out
+
+
+@functools.cache
+def _kernel() -> Callable[..., None]:
+    return compile_kernel("rows_linear", {}, [*[POINTER] * 4, *[SIZE] * 3])
