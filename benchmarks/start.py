@@ -9,10 +9,17 @@ from benchmarks.checkpoints import SMALL
 from benchmarks.measure import Row, compare, constant
 from benchmarks.process import Driver
 from benchmarks.serving import ENGINE, WORKLOAD
+from vllm_spyre_mm.config import HOST_CHUNK_SIZE
 from vllm_spyre_mm.demo import checkpoint_path
 
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-IMPORTS = ("fms.models", "torch._inductor.compile_fx", "vllm.v1.engine.core")
+IMPORTS = (
+    "fms.models",
+    "torch._inductor.compile_fx",
+    "vllm.v1.engine.core",
+    "vllm_spyre_mm.worker.worker",
+    "vllm.model_executor.models.llava_next",
+)
 """The engine runs in the measured process, and its imports are done before the clock starts."""
 
 
@@ -68,7 +75,7 @@ def _kv_cache_bytes() -> int:
 
 
 def _activation_bytes() -> int:
-    """Of a chunk of 512 in one layer: residual, norm, projections, attention, feed-forward."""
+    """Of a chunk in one layer: residual, norm, projections, attention, feed-forward."""
     width, inner, heads, kv_heads, _ = SMALL.text
     kv_width = width // heads * kv_heads
-    return 2 * 512 * (4 * width + 2 * kv_width + 3 * inner + 2 * width)
+    return 2 * HOST_CHUNK_SIZE * (4 * width + 2 * kv_width + 3 * inner + 2 * width)

@@ -10,7 +10,6 @@ The operation is opaque to the compiler, and the weight an input of its graph: o
 every layer.
 """
 
-import ctypes
 import functools
 from typing import TypeGuard, cast
 
@@ -21,6 +20,7 @@ from fms.modules.head import LinearClassificationHead
 from torch import nn
 
 from vllm_spyre_mm.model_executor import rows_linear
+from vllm_spyre_mm.model_executor.memory import return_free_memory
 
 HOST_LINEARS = (nn.Linear, LinearClassificationHead)
 """What is replaced: FMS's head is a linear layer with a way to shard it."""
@@ -122,14 +122,7 @@ def replace_linears(module: nn.Module, in_rows: bool = False) -> None:
         for name, child in list(parent.named_children()):
             if _cuts_patches(child):
                 setattr(parent, name, HostPatches(child))
-    _return_free_memory()
-
-
-def _return_free_memory() -> None:
-    """Give the operating system what the replaced weights left behind; glibc would keep it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    return_free_memory()
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from vllm_spyre_mm.model_executor.kv_cache import (
     kv_cache_spec,
 )
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
+from vllm_spyre_mm.model_executor.memory import return_free_memory
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 from vllm_spyre_mm.worker.encoding import ImageEncodingError
@@ -160,6 +161,7 @@ class SpyreWorker(WorkerBase):
         started = time.perf_counter()
         self.model.compile()
         warm_up(self.model_runner, self.vllm_config)
+        return_free_memory()
         set_random_seed(self.model_config.seed)
         elapsed = time.perf_counter() - started
         logger.info("Warmed up in %.1f s", elapsed)
