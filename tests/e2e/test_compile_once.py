@@ -44,7 +44,7 @@ def compiled() -> dict[str, Any]:
         "breaks": dict(counters["graph_break"]),
         "frames": dict(counters["frames"]),
         "kernels": [
-            module._kernel.cache_info().misses
+            module.kernel.cache_info().misses
             for module in (blocked_attention, paged_decode, rotary, rows_linear)
         ],
     }

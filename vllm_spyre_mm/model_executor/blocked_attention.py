@@ -83,7 +83,7 @@ def _run(
     batch, tokens, heads, head_dim = query.shape
     kv_heads = keys.shape[2]
     out = query.new_empty(query.shape)
-    _kernel(head_dim)(
+    kernel(head_dim)(
         *(part.data_ptr() for part in parts),
         out.data_ptr(),
         *(blocks, block_size, batch, tokens, num_keys, kv_heads, heads // kv_heads),
@@ -94,6 +94,7 @@ def _run(
 
 
 @functools.cache
-def _kernel(head_dim: int) -> Callable[..., None]:
+def kernel(head_dim: int) -> Callable[..., None]:
+    """Compile for heads of this width, or find it in Inductor's cache."""
     arguments = [*[POINTER] * 5, *[SIZE] * 12, FLOAT]
     return compile_kernel("blocked_attention", {"HEAD_DIM": head_dim}, arguments)

@@ -2,10 +2,12 @@
 """Compilation: one block at a time for the CPU, the whole decoder for the card."""
 
 import contextlib
+import contextvars
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -85,8 +87,14 @@ def _step_of(embeds: torch.Tensor, inputs: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def cpu_compile_context() -> Iterator[None]:
-    """Make the CPU's graphs in as little time as may be; the second start finds them on disk."""
+def cpu_compile_context(kernels: Sequence[Callable[[], object]] = ()) -> Iterator[None]:
+    """Make the CPU's graphs in as little time as may be; the second start finds them on disk.
+
+    Args:
+        kernels: what else will be compiled, each when it is called. They are called beside what
+            happens in the context, so that the first use finds them or waits for them. An error
+            is left to the first use.
+    """
     from torch._dynamo import config as dynamo_config
     from torch._inductor import config
     from torch._inductor.async_compile import shutdown_compile_workers
@@ -95,7 +103,13 @@ def cpu_compile_context() -> Iterator[None]:
     if _compiler_knows_cpu():
         settings["cpp.vec_isa_ok"] = True
     # Numbers of a module, an epsilon for one, are constants; only lengths vary.
-    with config.patch(settings), dynamo_config.patch(specialize_float=True):
+    with (
+        config.patch(settings),
+        dynamo_config.patch(specialize_float=True),
+        ThreadPoolExecutor() as pool,
+    ):
+        for kernel in kernels:
+            pool.submit(contextvars.copy_context().run, kernel)  # with these settings
         try:
             yield
         finally:

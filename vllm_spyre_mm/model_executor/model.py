@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model as the runner uses it: embed, encode and run, whatever executes the decoder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from vllm_spyre_mm.config import Backend
+from vllm_spyre_mm.model_executor import blocked_attention, paged_decode, rotary, rows_linear
 from vllm_spyre_mm.model_executor.attention import (
     CARD_ATTENTION,
     CPU_ATTENTION,
@@ -101,8 +103,31 @@ class SpyreModel:
 
     def warmup(self) -> AbstractContextManager[None]:
         """The context that graphs are made in."""
-        contexts = {"sendnn": warmup_context, "inductor": cpu_compile_context}
-        return contexts.get(self.backend, nullcontext)()
+        if self.backend == "inductor":
+            return cpu_compile_context(self._kernels())
+        return warmup_context() if self.backend == "sendnn" else nullcontext()
+
+    def _kernels(self) -> list[Callable[[], object]]:
+        """What compiles the kernels that the model uses; there is a KV cache by now."""
+        keys, _ = self.kv_cache[0]
+        _, block_size, kv_heads, head_dim = keys.shape
+        group = (
+            self.mapping.text_config.num_attention_heads
+            // self.mapping.kv_cache_options().num_kv_heads
+        )
+        kernels: list[Callable[[], object]] = []
+        if blocked_attention.supports(head_dim, keys.dtype):
+            kernels += [partial(blocked_attention.kernel, head_dim), rows_linear.kernel]
+            vision = getattr(self.mapping.hf_config, "vision_config", None)
+            if vision is not None:
+                width = vision.hidden_size // vision.num_attention_heads
+                kernels.append(partial(blocked_attention.kernel, width))
+        if paged_decode.supports(head_dim, keys.dtype):
+            kernels += [
+                partial(paged_decode.kernel, head_dim, group, kv_heads, block_size, keys.dtype),
+                partial(rotary.kernel, head_dim, keys.dtype),
+            ]
+        return kernels
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Text embeddings ``(batch, length, hidden_size)`` of int64 ``(batch, length)``."""

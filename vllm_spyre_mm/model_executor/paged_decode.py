@@ -47,10 +47,10 @@ def paged_decode(
     """
     _, block_size, kv_heads, head_dim = key_cache.shape
     rows, heads, _ = query.shape
-    kernel = _kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)
+    attend = kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)
     query = query.contiguous()
     out = torch.empty_like(query)
-    kernel(
+    attend(
         query.data_ptr(),
         key_cache.data_ptr(),
         value_cache.data_ptr(),
@@ -65,7 +65,7 @@ def paged_decode(
 
 
 @functools.cache
-def _kernel(
+def kernel(
     head_dim: int, group: int, kv_heads: int, block_size: int, dtype: torch.dtype
 ) -> Callable[..., None]:
     """Compile the kernel, or find it in Inductor's cache."""

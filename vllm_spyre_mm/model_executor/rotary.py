@@ -88,7 +88,7 @@ def _rotate(
     _, length, heads, head_dim = query.shape
     query, keys = _as_rows(query), _as_rows(keys)
     rotated_query, rotated_keys = query.new_empty(query.shape), keys.new_empty(keys.shape)
-    beyond = _kernel(head_dim, query.dtype)(
+    beyond = kernel(head_dim, query.dtype)(
         query.data_ptr(),
         keys.data_ptr(),
         rotated_query.data_ptr(),
@@ -113,6 +113,7 @@ def _as_rows(part: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _kernel(head_dim: int, dtype: torch.dtype) -> Callable[..., int]:
+def kernel(head_dim: int, dtype: torch.dtype) -> Callable[..., int]:
+    """Compile for heads of this width, or find it in Inductor's cache."""
     constants = {"HEAD_DIM": head_dim, "BF16": int(dtype == torch.bfloat16)}
     return compile_kernel("rotary", constants, [*[POINTER] * 6, *[SIZE] * 6], SIZE)

@@ -41,7 +41,7 @@ def rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """
     x = x.contiguous()
     out = x.new_empty(len(x), len(weight))
-    _kernel()(
+    kernel()(
         x.data_ptr(),
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
@@ -54,5 +54,6 @@ def rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 @functools.cache
-def _kernel() -> Callable[..., None]:
+def kernel() -> Callable[..., None]:
+    """Compile, or find it in Inductor's cache."""
     return compile_kernel("rows_linear", {}, [*[POINTER] * 4, *[SIZE] * 3])
