@@ -59,6 +59,19 @@ def test_a_weight_that_stays_in_rows_computes_the_same(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_rows", [True, False])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("outputs", [80, 7])
+def test_a_compiled_gelu_computes_the_same(
+    dtype: torch.dtype, in_rows: bool, approximate: str, outputs: int
+):
+    linear, gelu = nn.Linear(64, outputs, dtype=dtype), nn.GELU(approximate)
+    x = 30 * torch.randn(3, 50, 64, dtype=dtype)
+    compiled = HostLinear(linear, gelu, in_rows=in_rows, compiled=True)
+    assert_close(compiled(x), gelu(linear(x)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_slice_of_a_sequence_is_taken(dtype: torch.dtype):
     """The head gets the last positions of a longer tensor."""
     linear = nn.Linear(48, 80, dtype=dtype)

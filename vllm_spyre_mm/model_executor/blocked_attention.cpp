@@ -23,7 +23,6 @@ constexpr int AHEAD = 32;  // keys between a prefetch and its use
 static_assert(HEAD_DIM % 2 == 0);
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 static inline Floats sum(Floats a, Floats b) { return a + b; }
 
 template <typename Join>
@@ -36,19 +35,6 @@ static inline float across(Floats values, Join join) {
                                                 9, 14, 15, 12, 13));
   return join(values, __builtin_shufflevector(values, values, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10,
                                               13, 12, 15, 14))[0];
-}
-
-// 2^x for x <= 0, to 4e-6; 2^-126 for what is less.
-static inline Floats exp2_of_negative(Floats x) {
-  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  x = larger(Floats{} - 126.0f, x);
-  Floats shifted = x + shift;
-  Floats r = x - (shifted - shift);
-  Floats p = r * 9.6181291e-3f + 5.5504109e-2f;
-  p = p * r + 2.4022651e-1f;
-  p = p * r + 6.9314718e-1f;
-  p = p * r + 1.0f;
-  return (Floats)((Bits)p + ((Bits)shifted << 23));
 }
 
 struct Scratch {
@@ -141,11 +127,11 @@ static inline float weigh(float* scores, Element* weights, int64_t count, int64_
     for (int i = 0; i < 2; ++i)
       most[i] = larger(most[i], load<Floats>(scores + n + i * LANES));
   float top = std::max(maximum, across(larger(most[0], most[1]), larger) * scale);
-  float kept = maximum == top ? 1.0f : exp2_of_negative(Floats{} + (maximum - top))[0];
+  float kept = maximum == top ? 1.0f : exp2_bounded(Floats{} + (maximum - top))[0];
   Floats total = {};
   for (int64_t n = 0; n < whole; n += 2 * LANES) {
-    Floats low = exp2_of_negative(load<Floats>(scores + n) * scale - top);
-    Floats high = exp2_of_negative(load<Floats>(scores + n + LANES) * scale - top);
+    Floats low = exp2_bounded(load<Floats>(scores + n) * scale - top);
+    Floats high = exp2_bounded(load<Floats>(scores + n + LANES) * scale - top);
     total += low + high;
     // The upper halves, rounded.
     TwoHalves a = (TwoHalves)((Bits)low + 0x8000), b = (TwoHalves)((Bits)high + 0x8000);

@@ -20,10 +20,15 @@ from fms.modules.head import LinearClassificationHead
 from torch import nn
 
 from vllm_spyre_mm.model_executor import rows_linear
+from vllm_spyre_mm.model_executor.gelu import gelu_tanh_
 from vllm_spyre_mm.model_executor.memory import return_free_memory
 
 HOST_LINEARS = (nn.Linear, LinearClassificationHead)
 """What is replaced: FMS's head is a linear layer with a way to shard it."""
+
+
+COMPILED_TANH = "tanh, compiled"
+"""The operator's name of the GELU that :mod:`gelu` computes."""
 
 
 class HostLinear(nn.Module):
@@ -33,10 +38,16 @@ class HostLinear(nn.Module):
         linear: what it replaces; its weight is left to whoever else refers to it.
         activation: a GELU that follows it and is computed with it, if there is one.
         in_rows: keep a bf16 weight as it is.
+        compiled: take the project's kernel for a GELU that it computes (:mod:`gelu`).
     """
 
     def __init__(
-        self, linear: nn.Linear, activation: nn.GELU | None = None, in_rows: bool = False
+        self,
+        linear: nn.Linear,
+        activation: nn.GELU | None = None,
+        *,
+        in_rows: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         _define_op()
@@ -45,6 +56,8 @@ class HostLinear(nn.Module):
         weight = linear.weight.detach()
         if weight.dtype == torch.bfloat16 and not in_rows:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        if compiled and self.gelu == "tanh" and weight.dtype == torch.bfloat16:
+            self.gelu = COMPILED_TANH
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias
 
@@ -101,19 +114,22 @@ def _cuts_patches(part: nn.Module) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def replace_linears(module: nn.Module, in_rows: bool = False) -> None:
+def replace_linears(module: nn.Module, *, in_rows: bool = False, compiled: bool = False) -> None:
     """Replace every ``nn.Linear`` below a module on the host, and what cuts patches, one at a time.
 
     Args:
         module: what they are below.
         in_rows: keep bf16 weights as they are. Otherwise they are rearranged, and a head that is
             tied to the embedding is held twice: the embedding keeps its rows.
+        compiled: take the project's kernel for a GELU that it computes.
     """
     # Nothing here may keep a layer that was replaced: its weight has to go before the next comes.
     parents = [part for part in module.modules() if not isinstance(part, nn.Linear)]
     for parent in parents:
         if isinstance(parent, FeedForwardBlock) and isinstance(parent.a, nn.GELU):
-            parent.w1 = HostLinear(cast("nn.Linear", parent.w1), parent.a, in_rows)
+            parent.w1 = HostLinear(
+                cast("nn.Linear", parent.w1), parent.a, in_rows=in_rows, compiled=compiled
+            )
             parent.a = nn.Identity()
         for name in [
             name for name, child in parent.named_children() if type(child) in HOST_LINEARS
@@ -145,6 +161,8 @@ def _linear_packed(
     out_features: int,
     gelu: str | None,
 ) -> torch.Tensor:
+    if gelu == COMPILED_TANH:
+        return gelu_tanh_(_linear_packed(x, weight, bias, out_features, None))
     name, variant = ("none", "") if gelu is None else ("gelu", gelu)
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, name, [], variant)
 
@@ -160,7 +178,9 @@ def _linear_dense(
     rows = x.reshape(-1, x.shape[-1])
     few = rows_linear.takes(rows, weight)
     rows = rows_linear.rows_linear(rows, weight, bias) if few else F.linear(rows, weight, bias)
-    if gelu is not None:
+    if gelu == COMPILED_TANH:
+        rows = gelu_tanh_(rows)
+    elif gelu is not None:
         rows = F.gelu(rows, approximate=gelu)
     return rows.view(*x.shape[:-1], out_features)
 

@@ -45,6 +45,21 @@ static inline Halves round_to_bf16(Floats values) {
   return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
 }
 
+static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// 2^x for x < 127, to 4e-6; 2^-126 for what is less than -126.
+static inline Floats exp2_bounded(Floats x) {
+  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  x = larger(Floats{} - 126.0f, x);
+  Floats shifted = x + shift;
+  Floats r = x - (shifted - shift);
+  Floats p = r * 9.6181291e-3f + 5.5504109e-2f;
+  p = p * r + 2.4022651e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.0f;
+  return (Floats)((Bits)p + ((Bits)shifted << 23));
+}
+
 // Rows of 16 pairs of numbers to columns.
 static inline void transpose(Bits rows[LANES]) {
   for (int round = 0; round < 4; ++round) {

@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from vllm_spyre_mm.config import Backend
-from vllm_spyre_mm.model_executor import blocked_attention, paged_decode, rotary, rows_linear
+from vllm_spyre_mm.model_executor import (
+    blocked_attention,
+    gelu,
+    paged_decode,
+    rotary,
+    rows_linear,
+)
 from vllm_spyre_mm.model_executor.attention import (
     CARD_ATTENTION,
     CPU_ATTENTION,
@@ -76,11 +82,11 @@ class SpyreModel:
         else:
             self.attn_name = CPU_ATTENTION if backend == "eager" else CPU_COMPILED_ATTENTION
             register_cpu_attention()
+        kernels = has_matrix_unit()  # without one oneDNN and PyTorch are as fast
         for part in self._encoder_parts():
-            replace_linears(part)
+            replace_linears(part, compiled=kernels and backend != "eager")
         if backend != "sendnn":
-            # A decode's few rows go through a kernel, which needs a compiler.
-            replace_linears(fms_model, in_rows=backend == "inductor" and has_matrix_unit())
+            replace_linears(fms_model, in_rows=kernels and backend == "inductor")
         self._run: Any = fms_model
 
     def _encoder_parts(self) -> list[nn.Module]:
@@ -121,7 +127,7 @@ class SpyreModel:
             vision = getattr(self.mapping.hf_config, "vision_config", None)
             if vision is not None:
                 width = vision.hidden_size // vision.num_attention_heads
-                kernels.append(partial(blocked_attention.kernel, width))
+                kernels += [partial(blocked_attention.kernel, width), gelu.kernel]
         if paged_decode.supports(head_dim, keys.dtype):
             kernels += [
                 partial(paged_decode.kernel, head_dim, group, kv_heads, block_size, keys.dtype),
