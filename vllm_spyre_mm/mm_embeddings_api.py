@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 router = APIRouter()
 
@@ -33,6 +34,7 @@ class MMEmbeddingsRequest(BaseModel):
 
 
 @router.post("/v1/mm_embeddings")
+@with_cancellation  # a client that goes away takes its request with it
 async def create_mm_embeddings(body: MMEmbeddingsRequest, raw_request: Request) -> JSONResponse:
     """Encode images; the decoder does not run.
 

@@ -13,6 +13,8 @@ ENOUGH_TO_MEASURE = 2000
 def faults(result: SoakResult) -> list[str]:
     """What should not be, a line each; none for a soak that passed."""
     found = [*result.wrong, *result.grown]
+    if result.late > 1:  # 1 is the step under way
+        found.append(f"a request took part in the {result.late}th step after its abort")
     if result.endings.total() >= ENOUGH_TO_MEASURE:
         found += [
             f"resident memory of the {name} grew by {growth:.1%} over the second half"

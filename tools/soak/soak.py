@@ -64,6 +64,7 @@ class SoakResult:
         seconds: of the traffic.
         preemptions: of the engine.
         resident: samples of memory: requests that had ended, and bytes by process.
+        late: steps, at most, that a request took part in after its abort had arrived.
         grown: what the processes hold in the end and did not before.
     """
 
@@ -72,6 +73,7 @@ class SoakResult:
     seconds: float = 0.0
     preemptions: int = 0
     resident: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+    late: int = 0
     grown: list[str] = field(default_factory=list)
 
     def growth(self) -> dict[str, float]:
@@ -133,6 +135,7 @@ class Soak:
         self.result.preemptions = await preemptions(self.address) - preempted
         state: State = await settled_state(self.address, self.root, baseline)
         self.result.grown = state.more_than(baseline)
+        self.result.late = state.work["late"]
         return self.result
 
     def _session(self) -> aiohttp.ClientSession:

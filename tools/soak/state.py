@@ -3,7 +3,7 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,13 @@ class State:
     Attributes:
         figures: by name and process: what may be there and must not become more.
         mentions: places in their memory that name a request.
+        work: what the engine has done: ``steps``, images ``encoded``, and steps that an aborted
+            request took part in too ``late``.
     """
 
     figures: Figures
     mentions: dict[str, int]
+    work: Figures = field(default_factory=dict)
 
     def more_than(self, baseline: "State") -> list[str]:
         """What is there that was not, one line each."""
@@ -76,19 +79,15 @@ def _num_threads(process: psutil.Process) -> int:
     return sum(task.read_text().strip() != "jemalloc_bg_thd" for task in tasks)
 
 
-async def _inside(address: str) -> tuple[Figures, dict[str, int]]:
-    figures: Figures = {}
-    mentions: dict[str, int] = {}
+async def _call(address: str, method: str) -> dict[str, dict[str, Any]]:
+    """What the inspector says, by process."""
     async with (
         aiohttp.ClientSession(address) as session,
-        session.post("/collective_rpc", json={"method": "soak_state"}) as response,
+        session.post("/collective_rpc", json={"method": method}) as response,
     ):
         response.raise_for_status()
-        parts: list[dict[str, Any]] = (await response.json())["results"]
-    for name, part in zip(("server", "engine"), parts, strict=True):
-        figures |= {f"{what} in the {name}": count for what, count in part["counts"].items()}
-        mentions |= {f"{where}, in the {name}": n for where, n in part["mentions"].items()}
-    return figures, mentions
+        server, engine = (await response.json())["results"]
+    return {"server": server, "engine": engine}
 
 
 async def preemptions(address: str) -> int:
@@ -100,13 +99,14 @@ async def preemptions(address: str) -> int:
 
 
 async def take_state(address: str, root: int) -> State:
-    """The state of the processes now."""
-    inside, mentions = await _inside(address)
-    outside = _outside(root)
-    for name in ("server", "engine"):
+    """The state of the processes now, without the mentions, which take seconds to find."""
+    inside = await _call(address, "soak_counts")
+    figures = _outside(root)
+    for name, found in inside.items():
         # Executors start their threads when they are needed, up to a bound, and keep them.
-        outside[f"threads of the {name}"] -= inside.pop(f"pool_threads in the {name}")
-    return State(outside | inside, mentions)
+        figures[f"threads of the {name}"] -= found["counts"].pop("pool_threads")
+        figures |= {f"{what} in the {name}": count for what, count in found["counts"].items()}
+    return State(figures, {}, inside["engine"]["work"])
 
 
 async def settled_state(address: str, root: int, baseline: State | None = None) -> State:
@@ -116,9 +116,15 @@ async def settled_state(address: str, root: int, baseline: State | None = None) 
     """
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(0.5)
         state = await take_state(address, root)
         requests = sum(count for name, count in state.figures.items() if "requests in" in name)
         quiet = not requests and not (baseline and state.more_than(baseline))
         if quiet or time.monotonic() > deadline:
-            return state
+            break
+    mentions = {
+        f"{where}, in the {name}": count
+        for name, found in (await _call(address, "soak_mentions")).items()
+        for where, count in found.items()
+    }
+    return replace(state, mentions=mentions)

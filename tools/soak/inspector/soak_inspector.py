@@ -1,26 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plugin of vLLM's that tells what the server's and the engine's process hold.
 
-With this folder on ``PYTHONPATH`` and ``VLLM_SERVER_DEV_MODE=1``, a call of ``soak_state`` at
-``/collective_rpc`` returns the state of the front end, and after it that of each worker.
+With this folder on ``PYTHONPATH`` and ``VLLM_SERVER_DEV_MODE=1``, calls of ``soak_counts`` and
+``soak_mentions`` at ``/collective_rpc`` return what the front end has, and then each worker.
 """
 
 import asyncio
 import concurrent.futures.thread
+import functools
 import gc
 import re
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-METHOD = "soak_state"
 REQUEST_ID = re.compile(r"^(?:\d+_)?(?:chatcmpl|cmpl|mmemb)-")
 CONTAINERS = (dict, set, list, deque)
 
 schedulers: "weakref.WeakSet[Any]" = weakref.WeakSet()
 """The scheduler of the engine that runs in this process."""
+
+
+@dataclass
+class Work:
+    """What the engine of this process has done.
+
+    Attributes:
+        steps: that computed something.
+        encoded: images that were scheduled for the encoder.
+        late: steps begun between the arrival of a request's abort and the last step that it took
+            part in, at most. One is the step under way: its requests may be chosen already.
+        arrived: by hash of a request's id, the steps begun when its abort arrived.
+    """
+
+    steps: int = 0
+    encoded: int = 0
+    late: int = 0
+    arrived: dict[int, int] = field(default_factory=dict)
+
+
+work = Work()
 
 
 def register() -> None:
@@ -29,7 +51,8 @@ def register() -> None:
 
     when_loaded("vllm.v1.engine.async_llm", _extend_front_end)
     when_loaded("vllm_spyre_mm.worker.worker", _extend_worker)
-    when_loaded("vllm_spyre_mm.scheduler", _note_scheduler)
+    when_loaded("vllm_spyre_mm.scheduler", _watch_scheduler)
+    when_loaded("vllm.v1.engine.core", _watch_aborts)
 
 
 def mentions() -> dict[str, int]:
@@ -79,38 +102,68 @@ def _extend_front_end(module: ModuleType) -> None:
 
     async def collective_rpc(self: Any, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         results = await original(self, method, *args, **kwargs)
-        return [_front_end(self), *results] if method == METHOD else results
+        if method == "soak_mentions":
+            return [mentions(), *results]
+        return [_front_end(self), *results] if method == "soak_counts" else results
 
     engine.collective_rpc = collective_rpc
 
 
 def _front_end(engine: Any) -> dict[str, Any]:
     processor = engine.output_processor
-    return {
-        "counts": _sizes(
-            requests=processor.request_states,
-            parents=processor.parent_requests,
-            external_ids=processor.external_req_ids,
-            tasks=asyncio.all_tasks(),
-        )
-        | _pools(),
-        "mentions": mentions(),
-    }
+    counts = _sizes(
+        requests=processor.request_states,
+        parents=processor.parent_requests,
+        external_ids=processor.external_req_ids,
+        tasks=asyncio.all_tasks(),
+    )
+    return {"counts": counts | _pools()}
 
 
-def _note_scheduler(module: ModuleType) -> None:
+def _watch_scheduler(module: ModuleType) -> None:
     scheduler = module.SpyreScheduler  # type: ignore[attr-defined]
-    original = scheduler.__init__
+    original, schedule_originally = scheduler.__init__, scheduler.schedule
 
+    @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         schedulers.add(self)
 
-    scheduler.__init__ = __init__
+    @functools.wraps(schedule_originally)
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = schedule_originally(self, *args, **kwargs)
+        work.steps += bool(output.num_scheduled_tokens)
+        work.encoded += sum(map(len, output.scheduled_encoder_inputs.values()))
+        for req_id in output.num_scheduled_tokens:
+            late = work.steps - work.arrived.get(hash(req_id), work.steps)
+            work.late = max(work.late, late)
+        return output
+
+    scheduler.__init__, scheduler.schedule = __init__, schedule
+
+
+def _watch_aborts(module: ModuleType) -> None:
+    engine = module.EngineCore  # type: ignore[attr-defined]
+    original = engine.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        put = self.aborts_queue.put_nowait
+
+        def put_nowait(req_ids: list[str]) -> None:
+            for req_id in req_ids:
+                work.arrived.setdefault(hash(req_id), work.steps)
+            put(req_ids)
+
+        self.aborts_queue.put_nowait = put_nowait
+
+    engine.__init__ = __init__
 
 
 def _extend_worker(module: ModuleType) -> None:
-    module.SpyreWorker.soak_state = _worker  # type: ignore[attr-defined]
+    worker = module.SpyreWorker  # type: ignore[attr-defined]
+    worker.soak_counts, worker.soak_mentions = _worker, lambda self: mentions()
 
 
 def _worker(worker: Any) -> dict[str, Any]:
@@ -140,4 +193,5 @@ def _worker(worker: Any) -> dict[str, Any]:
         counts["held_bytes"] = scheduler._accounts.held(scheduler.requests)
         counts["blocks_in_use"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
         counts["encoder_places_lost"] = books.cache_size - books.num_freeable_slots
-    return {"counts": counts | _pools(), "mentions": mentions()}
+    done = {"steps": work.steps, "encoded": work.encoded, "late": work.late}
+    return {"counts": counts | _pools(), "work": done}

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What breaks breaks alone, or ends in order: errors in bounded time, and nothing stays behind.
+
+The faults come from a plugin of vLLM's in the folder ``faulty``: pictures of certain colours make
+the encoder raise, give NaN, run out of memory or stall.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+from PIL import Image
+
+from tests.e2e.faulty.faulty_encoder import NAN, OUT_OF_MEMORY, RAISES, STALLED, STALLS
+from tests.e2e.serving import Served, chat, data_url, png, starting_server
+from tests.e2e.test_server import picture
+
+FAULTY = Path(__file__).parent / "faulty"
+QUESTION = "What is in the picture?"
+BOUND_SECONDS = 60.0
+
+
+def shared_memory() -> set[str]:
+    """What the server's kind of processes leaves in shared memory."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-"))}
+
+
+def faulty(fault: int) -> str:
+    return data_url(png(Image.new("RGB", (96, 96), (fault, 0, 0))))
+
+
+def good(seed: int) -> str:
+    return data_url(png(picture(seed).image))
+
+
+class Asked:
+    """A server, its processes as they were while it ran, and clients that ask at the same time."""
+
+    def __init__(self, server: Served) -> None:
+        self.server = server
+        self.client = openai.OpenAI(
+            base_url=f"{server.address}/v1", api_key="unused", max_retries=0, timeout=BOUND_SECONDS
+        )
+        self.threads = ThreadPoolExecutor(16)
+        self.processes: list[psutil.Process] = []
+        self.mapped: set[str] = set()
+
+    def look(self) -> None:
+        """Note the processes and the shared memory that they use."""
+        root = psutil.Process(self.server.process.pid)
+        self.processes = [root, *root.children(recursive=True)]
+        for process in self.processes:
+            paths = (Path(each.path) for each in process.memory_maps())
+            self.mapped |= {path.name for path in paths if path.parent == Path("/dev/shm")}
+
+    def process(self, name: str) -> psutil.Process:
+        return next(each for each in self.processes if name in each.name())
+
+    def ask(self, *urls: str, **more: object) -> "Future[str]":
+        return self.threads.submit(chat, self.client, QUESTION, *urls, **more)
+
+    def load(self, count: int = 6) -> "list[Future[str]]":
+        """Requests that go on until they are ended."""
+        body = {"ignore_eos": True, "max_tokens": 800}
+        return [self.ask(good(seed), extra_body=body) for seed in range(count)]
+
+    def stall(self) -> None:
+        """Ask for a step that does not end, and wait until it is under way."""
+        self.ask(faulty(STALLS))
+        self.wait_for(lambda: STALLED in self.server.log.read_text())
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + BOUND_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, self.server.log.read_text()[-3000:]
+            time.sleep(0.05)
+
+    def ends(self, status: int, sentence: str) -> None:
+        """The server ends with a status and a sentence, and nothing of it stays behind."""
+        assert self.server.process.wait(BOUND_SECONDS) == status
+        assert sentence in self.server.log.read_text()
+        self.wait_for(lambda: not [each for each in self.processes if _runs(each)])
+        self.wait_for(lambda: not self.mapped & shared_memory())
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@contextlib.contextmanager
+def asked(checkpoint: Path, log: Path, *more: str) -> Iterator[Asked]:
+    with starting_server(checkpoint, log, *more, plugins=[FAULTY]) as server:
+        server.wait_until_healthy()
+        asked = Asked(server)
+        asked.look()
+        try:
+            yield asked
+        finally:
+            for process in asked.processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            asked.threads.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
+    """One server for the faults that it survives; the last test ends it."""
+    with asked(demo_checkpoint, tmp_path_factory.mktemp("faults") / "log.txt") as server:
+        yield server
+
+
+def failed(request: "Future[str]") -> str:
+    """The sentence that a request failed with."""
+    with pytest.raises(openai.APIError) as raised:
+        request.result(BOUND_SECONDS)
+    return str(raised.value)
+
+
+# -- faults of one request ------------------------------------------------------------------------
+
+SENTENCES = {
+    RAISES: "could not be encoded: ValueError: this picture is not to my taste",
+    NAN: "was encoded to features with NaN or infinity in float32",
+    OUT_OF_MEMORY: "could not be encoded: RuntimeError: [enforce fail at alloc_cpu",
+}
+
+
+@pytest.mark.parametrize("fault", SENTENCES, ids=["raises", "NaN", "out of memory"])
+def test_one_request_fails_and_the_others_do_not_notice(server: Asked, fault: int) -> None:
+    alone = [chat(server.client, QUESTION, good(seed)) for seed in range(4)]
+    others = [server.ask(good(seed)) for seed in range(4)]
+    failing = server.ask(good(7), faulty(fault))
+    more = [server.ask(good(seed)) for seed in range(4)]
+    assert f"the request failed: image{'s 1,' if fault != NAN else ''} 2" in failed(failing)
+    assert SENTENCES[fault] in failed(server.ask(faulty(fault)))
+    assert [each.result() for each in others] == alone
+    assert [each.result() for each in more] == alone
+    # The good picture of the failed request was in its step; it is encoded anew.
+    assert chat(server.client, QUESTION, good(7)) == chat(server.client, QUESTION, good(7))
+
+
+def test_a_stream_fails_with_a_sentence(server: Asked) -> None:
+    def read() -> str:
+        stream = server.client.chat.completions.create(
+            model="demo",
+            messages=[
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": faulty(RAISES)}}],
+                }
+            ],
+            stream=True,
+        )
+        return "".join(str(event) for event in stream)
+
+    assert SENTENCES[RAISES] in failed(server.threads.submit(read))
+
+
+def test_sigterm_under_load_answers_everybody(server: Asked) -> None:
+    under_way = server.load()
+    server.wait_for(lambda: bool(server.threads._work_queue.empty()))
+    first = server.ask(good(9), extra_body={"max_tokens": 1})
+    first.result(BOUND_SECONDS)  # the others are at it
+    server.server.process.send_signal(signal.SIGTERM)
+    for request in under_way:
+        assert "the server was shut down before this request was finished" in failed(request)
+    server.ends(0, "shutting down FastAPI HTTP server")
+
+
+# -- faults of a process --------------------------------------------------------------------------
+
+
+def test_the_engine_killed_in_the_middle_of_a_step(demo_checkpoint: Path, tmp_path: Path) -> None:
+    with asked(demo_checkpoint, tmp_path / "log.txt") as server:
+        under_way = server.load(2)
+        server.stall()
+        under_way += server.load(2)
+        server.process("EngineCore").kill()
+        for request in under_way:
+            assert "EngineCore encountered an issue" in failed(request)
+        server.ends(1, "the engine's process ended unexpectedly")
+
+
+@pytest.mark.parametrize("victim", ["Worker_TP1", "EngineCore"])
+def test_one_process_of_several_killed_in_the_middle_of_a_step(
+    demo_checkpoint: Path, tmp_path: Path, victim: str
+) -> None:
+    parallel = ("--tensor-parallel-size", "2")
+    with asked(demo_checkpoint, tmp_path / "log.txt", *parallel) as server:
+        under_way = server.load(2)
+        server.stall()
+        server.process(victim).kill()
+        for request in under_way:
+            assert "EngineCore encountered an issue" in failed(request)
+        server.ends(1, "the engine's process ended unexpectedly")
+
+
+def test_the_server_killed(demo_checkpoint: Path, tmp_path: Path) -> None:
+    with asked(demo_checkpoint, tmp_path / "log.txt") as server:
+        server.load(2)
+        server.server.process.kill()
+        server.ends(-signal.SIGKILL, "is gone: it ends too")
+
+
+def test_sigterm_during_the_warmup(demo_checkpoint: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    with starting_server(demo_checkpoint, log, "--max-num-batched-tokens", "64") as server:
+        asked = Asked(server)
+        asked.wait_for(lambda: "Warming up" in log.read_text())
+        asked.look()
+        server.process.send_signal(signal.SIGTERM)
+        asked.ends(1, "the server was told to end before it was ready")
