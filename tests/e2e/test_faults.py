@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import openai
@@ -97,24 +98,57 @@ def _runs(process: psutil.Process) -> bool:
 
 
 @contextlib.contextmanager
-def asked(checkpoint: Path, log: Path, *more: str) -> Iterator[Asked]:
-    with starting_server(checkpoint, log, *more, plugins=[FAULTY]) as server:
-        server.wait_until_healthy()
-        asked = Asked(server)
-        asked.look()
-        try:
-            yield asked
-        finally:
-            for process in asked.processes:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            asked.threads.shutdown()
+def asked(server: Served) -> Iterator[Asked]:
+    """A server that has been started, when it is ready."""
+    server.wait_until_healthy()
+    asked = Asked(server)
+    asked.look()
+    try:
+        yield asked
+    finally:
+        for process in asked.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        asked.threads.shutdown()
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Servers that start together, one for each way to end.
+
+    Attributes:
+        faults: for what a server survives, and SIGTERM at the end.
+        engine: for its engine's end.
+        worker: of two ranks, for the end of one.
+        whole: of two ranks, for its own end.
+    """
+
+    faults: Served
+    engine: Served
+    worker: Served
+    whole: Served
 
 
 @pytest.fixture(scope="module")
-def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
-    """One server for the faults that it survives; the last test ends it."""
-    with asked(demo_checkpoint, tmp_path_factory.mktemp("faults") / "log.txt") as server:
+def servers(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    folder = tmp_path_factory.mktemp("faults")
+    two = ("--tensor-parallel-size", "2")
+    flags: dict[str, tuple[str, ...]] = {"faults": (), "engine": (), "worker": two, "whole": two}
+    with contextlib.ExitStack() as stack:
+        yield Servers(
+            **{
+                name: stack.enter_context(
+                    starting_server(demo_checkpoint, folder / name, *more, plugins=[FAULTY])
+                )
+                for name, more in flags.items()
+            }
+        )
+
+
+@pytest.fixture(scope="module")
+def server(servers: Servers) -> Iterator[Asked]:
+    """For the faults that it survives; the last test with it ends it."""
+    with asked(servers.faults) as server:
         yield server
 
 
@@ -167,9 +201,7 @@ def test_a_stream_fails_with_a_sentence(server: Asked) -> None:
 
 def test_sigterm_under_load_answers_everybody(server: Asked) -> None:
     under_way = server.load()
-    server.wait_for(lambda: bool(server.threads._work_queue.empty()))
-    first = server.ask(good(9), extra_body={"max_tokens": 1})
-    first.result(BOUND_SECONDS)  # the others are at it
+    server.ask(good(9), extra_body={"max_tokens": 1}).result(BOUND_SECONDS)  # behind the others
     server.server.process.send_signal(signal.SIGTERM)
     for request in under_way:
         assert "the server was shut down before this request was finished" in failed(request)
@@ -179,8 +211,8 @@ def test_sigterm_under_load_answers_everybody(server: Asked) -> None:
 # -- faults of a process --------------------------------------------------------------------------
 
 
-def test_the_engine_killed_in_the_middle_of_a_step(demo_checkpoint: Path, tmp_path: Path) -> None:
-    with asked(demo_checkpoint, tmp_path / "log.txt") as server:
+def test_the_engine_killed_in_the_middle_of_a_step(servers: Servers) -> None:
+    with asked(servers.engine) as server:
         under_way = server.load(2)
         server.stall()
         under_way += server.load(2)
@@ -190,23 +222,20 @@ def test_the_engine_killed_in_the_middle_of_a_step(demo_checkpoint: Path, tmp_pa
         server.ends(1, "the engine's process ended unexpectedly")
 
 
-@pytest.mark.parametrize("victim", ["Worker_TP1", "EngineCore"])
-def test_one_process_of_several_killed_in_the_middle_of_a_step(
-    demo_checkpoint: Path, tmp_path: Path, victim: str
-) -> None:
-    parallel = ("--tensor-parallel-size", "2")
-    with asked(demo_checkpoint, tmp_path / "log.txt", *parallel) as server:
+def test_a_worker_killed_in_the_middle_of_a_step(servers: Servers) -> None:
+    with asked(servers.worker) as server:
         under_way = server.load(2)
         server.stall()
-        server.process(victim).kill()
+        server.process("Worker_TP1").kill()
         for request in under_way:
             assert "EngineCore encountered an issue" in failed(request)
         server.ends(1, "the engine's process ended unexpectedly")
 
 
-def test_the_server_killed(demo_checkpoint: Path, tmp_path: Path) -> None:
-    with asked(demo_checkpoint, tmp_path / "log.txt") as server:
-        server.load(2)
+def test_the_server_killed_in_the_middle_of_a_step(servers: Servers) -> None:
+    """Its engine waits for a step that does not end, and the workers are in it."""
+    with asked(servers.whole) as server:
+        server.stall()
         server.server.process.kill()
         server.ends(-signal.SIGKILL, "is gone: it ends too")
 

@@ -22,7 +22,7 @@ logger = get_logger(__name__)
 NAMES = ("EngineCore", "VllmWorker")
 """What vLLM calls the processes that it starts for an engine; others are not ended."""
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 5.0
 """For the step under way and for leaving in order."""
 
 

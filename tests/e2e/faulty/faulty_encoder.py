@@ -30,7 +30,7 @@ def _make_faulty(module: ModuleType) -> None:
     original = model.encode
 
     def encode(self: Any, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        faults = {_fault(picture) for picture in mm_kwargs["pixel_values"]}
+        faults = [_fault(picture) for picture in mm_kwargs["pixel_values"]]
         if RAISES in faults:
             raise ValueError("this picture is not to my taste")
         if OUT_OF_MEMORY in faults:
@@ -39,7 +39,10 @@ def _make_faulty(module: ModuleType) -> None:
             print(STALLED, os.getpid(), flush=True)
             time.sleep(600)
         features = original(self, mm_kwargs)
-        return [each * float("nan") for each in features] if NAN in faults else features
+        return [
+            each * float("nan") if fault == NAN else each
+            for fault, each in zip(faults, features, strict=True)
+        ]
 
     model.encode = encode
 
