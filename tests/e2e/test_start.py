@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm import SamplingParams
 
+from tests import architectures
 from tests.checkpoints import edit_tensors
 from tests.doctor.findings import pretend_installed
 from tests.e2e.engines import engine
@@ -115,3 +117,25 @@ def test_a_nan_in_a_weight_stops_the_start(demo_checkpoint: Path, tmp_path: Path
     edit_tensors(checkpoint, {"image_newline": torch.full((256,), torch.nan)})
     with pytest.raises(CheckpointError, match="not finite: image_newline"), engine(checkpoint):
         pass
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 4])
+def test_the_smallest_cache_serves_the_longest_request(tmp_path: Path, max_num_seqs: int) -> None:
+    """One block is nobody's, the rest hold one sequence; the warmup has to do with them too."""
+    checkpoint = architectures.save_checkpoint(
+        tmp_path, architectures.llava(architectures.llama(num_hidden_layers=1, head_dim=32))
+    )
+    block_bytes = 64 * 2 * 2 * 32 * 4
+    with engine(
+        checkpoint,
+        max_model_len=512,
+        max_num_seqs=max_num_seqs,
+        kv_cache_memory_bytes=9 * block_bytes,
+    ) as llm:
+        assert llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == 9
+        outputs = llm.generate(
+            [{"prompt_token_ids": [20 + i] * 511} for i in range(2)],
+            SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True),
+            use_tqdm=False,
+        )
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [1, 1]

@@ -15,7 +15,6 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from vllm_spyre_mm.geometry import Geometry
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 
@@ -47,11 +46,12 @@ def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
     """
     requests = list(_requests(vllm_config, runner))
     backend = runner.spyre_model.backend
+    together = min(2, vllm_config.scheduler_config.max_num_seqs)
     with runner.spyre_model.warmup():
-        _run_all(runner, requests, "Warming up" if backend == "eager" else "Compiling")
+        _run_all(runner, requests, together, "Warming up" if backend == "eager" else "Compiling")
     if backend == "sendnn":
         # What was compiled inside the card's warmup context is deployed by a run outside it.
-        _run_all(runner, requests, "Deploying")
+        _run_all(runner, requests, together, "Deploying")
     shapes = ", ".join(request.name for request in requests)
     logger.info("The warmup ran %d made-up requests: %s", len(requests), shapes)
 
@@ -91,20 +91,29 @@ def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[W
         )
 
 
-def _run_all(runner: SpyreModelRunner, requests: list[WarmupRequest], title: str) -> None:
-    """Each request alone (prefill in chunks, one decode), then one decode of two together."""
+def _run_all(
+    runner: SpyreModelRunner, requests: list[WarmupRequest], together: int, title: str
+) -> None:
+    """Each request alone (prefill in chunks, one decode), then one decode of the last together.
+
+    What a small cache cannot hold side by side lies in the same blocks: whatever is read there is
+    as good as anything.
+    """
     lengths: dict[str, int] = {}
+    num_blocks = len(runner.spyre_model.kv_cache[0][0])
     next_block = 1
     with tqdm(total=2 * len(requests) + 1, desc=title, unit="step") as progress:
         for request in requests:
             progress.set_postfix_str(f"prefill, {request.name}")
             blocks = runner.geometry.num_blocks(len(request.token_ids) + 4)
+            if next_block + blocks > num_blocks:
+                next_block = 1
             _prefill(runner, request, list(range(next_block, next_block + blocks)))
             progress.update()
             progress.set_postfix_str(f"decode, {request.name}")
             _decode(runner, {request.name: len(request.token_ids)})
             progress.update()
-            if request in requests[-2:]:
+            if request in requests[-together:]:
                 lengths[request.name] = len(request.token_ids) + 1
                 next_block += blocks
             else:
@@ -168,8 +177,3 @@ def _cached(num_computed: dict[str, int]) -> CachedRequestData:
     cached.new_block_ids = [None] * len(num_computed)
     cached.num_output_tokens = [0] * len(num_computed)
     return cached
-
-
-def blocks_needed(geometry: Geometry, max_model_len: int) -> int:
-    """Blocks of the KV cache that the warmup uses at most, block 0 included."""
-    return 3 * geometry.num_blocks(max_model_len) + 1
