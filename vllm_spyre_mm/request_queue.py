@@ -7,6 +7,7 @@ chunks, stand before every short question that comes after them.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
@@ -84,9 +85,5 @@ class TurnsQueue(RequestQueue):
     def __iter__(self) -> Iterator[Request]:
         """All requests, in the order in which they would be taken."""
         yield from self._preempted
-        lists = [list(self._kinds[self._turn]), list(self._kinds[1 - self._turn])]
-        shorter = min(map(len, lists))
-        for pair in zip(*lists, strict=False):
-            yield from pair
-        for rest in lists:
-            yield from rest[shorter:]
+        for pair in zip_longest(self._kinds[self._turn], self._kinds[1 - self._turn]):
+            yield from (request for request in pair if request is not None)

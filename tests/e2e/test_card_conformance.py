@@ -14,6 +14,7 @@ from vllm import LLM
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy
 from tests.reference import Reference
+from vllm_spyre_mm.geometry import Geometry
 from vllm_spyre_mm.model_executor.compile import CardError
 
 CHUNK = 128
@@ -32,13 +33,13 @@ ENGINE = {
 
 @pytest.fixture(scope="module")
 def llm(card: None, demo_checkpoint: Path) -> Iterator[LLM]:
-    """An engine with a KV cache of 20 blocks and a tight bound on batch × length, so that requests
+    """An engine with a KV cache of 9 blocks and a tight bound on batch × length, so that requests
     are paused and preempted."""
     block_bytes = 64 * 2 * 2 * 128 * 4 * 2
     with engine(
         demo_checkpoint,
         **ENGINE,
-        kv_cache_memory_bytes=20 * block_bytes,
+        kv_cache_memory_bytes=9 * block_bytes,
         additional_config={"max_batch_tkv": BATCH_TKV},
     ) as llm:
         yield llm
@@ -50,18 +51,37 @@ def record(llm: LLM) -> Any:
 
 
 def many_asks() -> list[Ask]:
-    """Prompts of all lengths, with and without pictures, some of them the same."""
+    """Four prompts that fill the cache and go on, then some of all lengths, with and without
+    pictures, some of them the same."""
+    grow = [f"Where is the {colour} circle? " * 16 for colour in ("red", "blue", "green", "yellow")]
     asks = [ask for ask in parity_asks(18, seed=5) if len(ask.images) < 2]
     words = ["Where is the red circle? " * count for count in (1, 20, 48, 60)]
-    return [*asks, *map(Ask, words), asks[1], Ask(words[-1])]
+    return [*map(Ask, grow), *asks, *map(Ask, words), asks[1], Ask(words[-1])]
 
 
 def test_a_workload_that_pauses_and_preempts_keeps_the_contract(
-    llm: LLM, record: Any, demo_reference: Reference
+    llm: LLM, record: Any, demo_reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    happened = set()
+    preempt, fit = scheduler._preempt_request, Geometry.decode_rows_that_fit
+
+    def preempting(*args: Any, **kwargs: Any) -> None:
+        happened.add("preempted")
+        preempt(*args, **kwargs)
+
+    def fitting(geometry: Geometry, lengths: list[int]) -> list[int]:
+        rows = fit(geometry, lengths)
+        if len(rows) < len(lengths):
+            happened.add("paused")
+        return rows
+
+    monkeypatch.setattr(scheduler, "_preempt_request", preempting)
+    monkeypatch.setattr(Geometry, "decode_rows_that_fit", fitting)
     asks = many_asks()
     graphs, before = len(record.graphs), len(record.runs)
-    outputs = llm.generate([ask.prompt for ask in asks], greedy(MAX_TOKENS), use_tqdm=False)
+    on = greedy(MAX_TOKENS, ignore_eos=True)
+    outputs = llm.generate([ask.prompt for ask in asks], on, use_tqdm=False)
     assert not record.faults
     assert len(record.graphs) == graphs
     assert record.compiled_outside == 0
@@ -69,6 +89,7 @@ def test_a_workload_that_pauses_and_preempts_keeps_the_contract(
         expected = demo_reference.certain_tokens(ask.text, list(ask.images), MAX_TOKENS, margin=0.5)
         assert list(output.outputs[0].token_ids)[: len(expected)] == expected
     rows, widths = zip(*map(table_of, record.runs[before:]), strict=True)
+    assert happened == {"paused", "preempted"}
     assert max(rows) >= 3, "nothing was decoded together"
     assert max(widths) * 64 > MAX_MODEL_LEN, "no prompt was padded beyond max_model_len"
 
