@@ -68,6 +68,7 @@ def test_every_setting_is_taken():
         "return_mm_embedding_by_default": False,
         "max_mm_embedding_response_bytes": 1000,
         "max_held_mm_embedding_bytes": 2000,
+        "trust_client_image_uuids": True,
         "backend": "eager",
         "encoder_dtype": "float32",
         "encoder_cache_tokens": 5000,

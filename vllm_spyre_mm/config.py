@@ -57,6 +57,8 @@ class SpyreSettings(BaseModel):
         max_held_mm_embedding_bytes: bound on the embeddings of the requests that run at the same
             time, in bytes. A request that would exceed it waits until others have finished; one
             that alone exceeds it is refused.
+        trust_client_image_uuids: take a client's ``uuid`` of an image over HTTP for its identity in
+            every cache. Off, such uuids are ignored: images are told apart by their content.
         backend: what runs the decoder. ``auto`` takes ``sendnn`` where ``torch_sendnn`` is
             importable; otherwise the CPU, compiled by ``inductor``, or ``eager`` with vLLM's
             ``--enforce-eager``.
@@ -76,6 +78,7 @@ class SpyreSettings(BaseModel):
     return_mm_embedding_by_default: bool = True
     max_mm_embedding_response_bytes: int = Field(default=64 << 20, gt=0)
     max_held_mm_embedding_bytes: int = Field(default=1 << 30, gt=0)
+    trust_client_image_uuids: bool = False
     backend: Literal["auto", "sendnn", "inductor", "eager"] = "auto"
     encoder_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     encoder_cache_tokens: int | None = Field(default=None, gt=0)

@@ -12,6 +12,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
+from vllm_spyre_mm.multimodal.embedding import parse_choice
+
 router = APIRouter()
 
 
@@ -29,7 +31,7 @@ class MMEmbeddingsRequest(BaseModel):
 
     model: str | None = None
     input: list[dict[str, Any]] = Field(min_length=1)
-    return_mm_embedding: bool | dict[str, Any] = True
+    return_mm_embedding: Any = True
     encoding_format: str = "base64"
 
 
@@ -53,20 +55,19 @@ async def create_mm_embeddings(body: MMEmbeddingsRequest, raw_request: Request) 
             f"input takes images alone, not {', '.join(others)}: ask /v1/chat/completions",
             parameter="input",
         )
-    choice = body.return_mm_embedding
-    if choice is False:
+    choice = parse_choice(body.return_mm_embedding)
+    if choice is None:
         raise VLLMValidationError(
             "return_mm_embedding is false, and embeddings are all that there is here",
             parameter="return_mm_embedding",
         )
-    chosen = (choice if isinstance(choice, dict) else {}) | {"generate": False}
     request = ChatCompletionRequest.model_validate(
         {
             "model": body.model,
             "messages": [{"role": "user", "content": body.input}],
             "max_tokens": 1,
             "temperature": 0,
-            "return_mm_embedding": chosen,
+            "return_mm_embedding": choice.model_dump(mode="json") | {"generate": False},
             "encoding_format": body.encoding_format,
         }
     )

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import torch
 
@@ -37,6 +38,13 @@ def validate_params(params: "SamplingParams | PoolingParams") -> None:
             "token only. logprobs of generated tokens are supported.",
             parameter="prompt_logprobs",
         )
+    try:
+        msgspec.msgpack.encode(params, enc_hook=lambda _: None)
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise VLLMValidationError(
+            "the sampling parameters hold a number or a text that cannot be sent to the engine: "
+            f"{error}"
+        ) from None
 
 
 def validate_images(images: Iterable[object], indices: Iterable[int] | None = None) -> None:
@@ -87,6 +95,24 @@ def validate_mixture(multimodal: "MultiModalConfig") -> None:
         )
 
 
+EMBEDDING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def fault_of_serialized_embedding(embedding: torch.Tensor) -> str | None:
+    """Why a tensor that a client serialized is no embedding of an image; None if it may be one.
+
+    It comes before anything is computed of the embedding, so that a small request does not make
+    the server work on a large tensor.
+    """
+    if embedding.device.type != "cpu" or embedding.is_quantized:
+        return "it is not a plain tensor on the CPU"
+    if embedding.ndim != 2:
+        return f"it has {embedding.ndim} dimensions, not 2"
+    if embedding.untyped_storage().nbytes() < embedding.numel() * embedding.itemsize:
+        return f"it has fewer elements than its shape says, {tuple(embedding.shape)}"
+    return None
+
+
 def validate_image_embeddings(
     embeddings: Iterable[torch.Tensor], hidden_size: int, indices: Iterable[int] | None = None
 ) -> None:
@@ -110,8 +136,8 @@ def validate_image_embeddings(
             fault = f"its rows have {embedding.shape[1]} elements, the model's {hidden_size}"
         elif not len(embedding):
             fault = "it has no rows"
-        elif not embedding.is_floating_point():
-            fault = f"its dtype is {embedding.dtype}, not a floating-point one"
+        elif embedding.dtype not in EMBEDDING_DTYPES:
+            fault = f"its dtype is {embedding.dtype}, not a floating-point one of 16 bits or more"
         elif not bool(embedding.isfinite().all()):
             fault = "it holds NaN or infinity"
         if fault is not None:

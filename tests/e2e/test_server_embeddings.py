@@ -347,6 +347,7 @@ def test_a_prompt_is_answered_rightly_after_its_images_were_embedded_alone(
         ({"input": []}, "input"),
         ({}, "input"),
         ({"input": parts_of(Image.new("RGB", (9, 9))), "return_mm_embedding": False}, "false"),
+        ({"input": parts_of(Image.new("RGB", (9, 9))), "return_mm_embedding": "yes"}, "str"),
         ({"input": parts_of(Image.new("RGB", (9, 9))), "dimensions": 5}, "dimensions"),
         (
             {"input": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]},
@@ -354,7 +355,16 @@ def test_a_prompt_is_answered_rightly_after_its_images_were_embedded_alone(
         ),
         ({"input": parts_of(Image.new("RGB", (9, 9))), "model": "other"}, "other"),
     ],
-    ids=["text", "empty", "missing", "false", "unknown field", "no picture", "another model"],
+    ids=[
+        "text",
+        "empty",
+        "missing",
+        "false",
+        "text for a choice",
+        "unknown field",
+        "no picture",
+        "another model",
+    ],
 )
 def test_what_is_no_image_is_the_clients_error(server: str, body: Any, named: str) -> None:
     status, answer = post(server, body)

@@ -174,6 +174,17 @@ def test_other_sampling_parameters_are_accepted(asked: dict[str, Any]):
     validate_params(SamplingParams(**asked))
 
 
+@pytest.mark.parametrize("asked", [{"top_k": 2**64}, {"stop": ["\ud83d"]}], ids=["number", "text"])
+def test_sampling_parameters_that_cannot_be_sent_are_refused(asked: dict[str, Any]):
+    """vLLM finds out when it sends them, and answers HTTP 500."""
+    with pytest.raises(VLLMValidationError, match="cannot be sent to the engine"):
+        validate_params(SamplingParams(**asked))
+
+
+def test_sampling_parameters_may_hold_objects_where_nothing_is_sent():
+    validate_params(SamplingParams(extra_args={"mine": object()}))
+
+
 @pytest.mark.parametrize(("num_items", "num_tags"), [(1, 0), (3, 2)])
 def test_missing_tags_are_refused_with_both_counts(num_items: int, num_tags: int):
     with pytest.raises(VLLMValidationError, match="one tag into the prompt for each") as error:

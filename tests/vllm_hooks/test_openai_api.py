@@ -67,6 +67,13 @@ def test_a_limit_of_the_clients_is_not_raised(given: int, limit: int):
     assert extra_args(asked)["return_mm_embedding"]["max_bytes"] == limit
 
 
+@pytest.mark.parametrize(("n", "limit"), [(1, 1000), (4, 250), (5000, 1)])
+def test_the_answers_of_a_response_share_its_limit(n: int, limit: int):
+    asked = request(return_mm_embedding=True, n=n)
+    read_field(asked, ON)
+    assert extra_args(asked)["return_mm_embedding"]["max_bytes"] == limit
+
+
 def test_declining():
     asked = request(return_mm_embedding=False)
     read_field(asked, ON)

@@ -19,6 +19,7 @@ def install() -> None:
             checked the versions when it was loaded.)
     """
     from vllm_spyre_mm.vllm_hooks import (
+        chat_parts,
         engine_output,
         input_processor,
         media,
@@ -38,6 +39,7 @@ def install() -> None:
     input_processor.install()
     sender_cache.install()
     media.install()
+    chat_parts.install()
     metrics.install()
     mixed_images.install()
     openai_api.install()

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a picture that Pillow refuses the client's error, also where it is a decompression bomb.
+"""Makes media that cannot be used the client's error, and never a picture of its own.
 
 Leans on: ``ImageMediaIO.load_bytes`` decodes every picture that comes as bytes (over HTTP, from a
-file), and a ValueError from it is answered with HTTP 400. vLLM turns OSError into one; what Pillow
-raises for a bomb, and from within damaged files, is none and would be answered with HTTP 500 or
-501.
+file), and the data parser takes every picture of Pillow's; both call ``normalize_image`` by the
+name they imported, before they decode. ``ImageEmbeddingMediaIO.load_bytes`` reads every serialized
+embedding; ``MediaConnector`` loads every URL with ``load_from_url`` or ``load_from_url_async``,
+over its ``connection``. A ValueError is answered with HTTP 400; most of what these libraries raise
+is none, and would be answered with HTTP 500 or 501 and a closed connection.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -17,29 +20,165 @@ from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 
 def install() -> None:
-    """Extend vLLM's picture loader as soon as it exists."""
-    when_loaded("vllm.multimodal.media.image", _extend_image_loader)
+    """Extend vLLM's loaders of media as soon as they exist."""
+    when_loaded("vllm.multimodal.media.image", _extend_image_loaders)
+    when_loaded("vllm.multimodal.media.image", _decode_first)
+    when_loaded("vllm.multimodal.parse", _decode_first)
+    when_loaded("vllm.multimodal.media.connector", _extend_connector)
 
 
-def _extend_image_loader(module: ModuleType) -> None:
-    require_attributes(module, ("ImageMediaIO",))
-    loader = module.ImageMediaIO
-    if hasattr(loader.load_bytes, "__wrapped__"):
+def _extend_image_loaders(module: ModuleType) -> None:
+    require_attributes(module, ("ImageMediaIO", "ImageEmbeddingMediaIO"))
+    pictures, embeddings = module.ImageMediaIO, module.ImageEmbeddingMediaIO
+    if hasattr(pictures.load_bytes, "__wrapped__"):
         return
-    require_parameters(loader.load_bytes, ("data",))
-    loader.load_bytes = _refusing(loader.load_bytes)
+    require_parameters(pictures.load_bytes, ("data",))
+    require_parameters(embeddings.load_bytes, ("data",))
+    pictures.load_bytes = _refusing("image", pictures.load_bytes)
+    embeddings.load_bytes = _checking_embedding(
+        _refusing("an image embedding", embeddings.load_bytes)
+    )
 
 
-def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+def _refusing(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.exceptions import VLLMError
+
     @functools.wraps(original)
     def load_bytes(self: Any, data: bytes) -> Any:
         try:
             return original(self, data)
-        except (ValueError, MemoryError):
+        except (ValueError, VLLMError, MemoryError):
             raise  # vLLM's own sentence; what no picture is to blame for
         except Exception as error:
             # Nothing but the client's bytes is worked on here, and there is no end to what
-            # Pillow's decoders raise for damaged ones: RuntimeError, TypeError, AttributeError...
-            raise ValueError(f"Failed to load image: {error}") from error
+            # decoders raise for damaged ones: RuntimeError, TypeError, AttributeError...
+            raise ValueError(f"Failed to load {what}: {error}") from error
 
     return load_bytes
+
+
+def _checking_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses at once what is no embedding of an image: one of rank 3 would be taken for pixels."""
+    from vllm_spyre_mm.requests import fault_of_serialized_embedding
+
+    @functools.wraps(original)
+    def load_bytes(self: Any, data: bytes) -> Any:
+        try:
+            embedding = original(self, data)
+        except MemoryError as error:  # an array may say that it has any shape
+            raise ValueError("Failed to load an image embedding: it is too large") from error
+        fault = fault_of_serialized_embedding(embedding)
+        if fault is not None:
+            raise ValueError(f"Failed to load an image embedding: {fault}")
+        return embedding
+
+    return load_bytes
+
+
+def _decode_first(module: ModuleType) -> None:
+    """Decodes a picture before vLLM turns it as its EXIF says.
+
+    vLLM suppresses every error of the turning, which decodes first. Pillow does not decode a second
+    time what it failed at: the rows that are missing, or all of them, would be served as black.
+    """
+    require_attributes(module, ("normalize_image",))
+    original = module.normalize_image
+    if hasattr(original, "__wrapped__"):
+        return
+    require_parameters(original, ("image",))
+
+    @functools.wraps(original)
+    def normalize_image(image: Any) -> Any:
+        try:
+            image.load()
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(f"Failed to load image: {error}") from error
+        return original(image)
+
+    module.normalize_image = normalize_image  # type: ignore[attr-defined]
+
+
+# -- URLs -----------------------------------------------------------------------------------------
+
+
+def _extend_connector(module: ModuleType) -> None:
+    require_attributes(module, ("MediaConnector", "HTTPConnection", "global_http_connection"))
+    connector, connection = module.MediaConnector, module.HTTPConnection
+    if hasattr(connector.load_from_url, "__wrapped__"):
+        return
+    require_parameters(connector.__init__, ("connection", "allowed_media_domains"))
+    for name in ("load_from_url", "load_from_url_async"):
+        require_parameters(getattr(connector, name), ("url", "media_io"))
+    for name in ("get_response", "get_async_response"):
+        require_parameters(getattr(connection, name), ("url", "allow_redirects"))
+    connector.load_from_url = _explaining(connector.load_from_url)
+    connector.load_from_url_async = _explaining_later(connector.load_from_url_async)
+    shared = module.global_http_connection
+    connector.__init__ = _staying(connector.__init__, shared, _direct(connection)())
+
+
+@contextlib.contextmanager
+def _clients_error() -> Iterator[None]:
+    """Raises what went wrong with a URL as the client's error (HTTP 422), if it is not one yet."""
+    from vllm.exceptions import VLLMError, VLLMUnprocessableEntityError
+
+    try:
+        yield
+    except (ValueError, VLLMError, MemoryError):
+        raise
+    except Exception as error:
+        raise VLLMUnprocessableEntityError(
+            f"the media at this URL cannot be used: {error or type(error).__name__}",
+            parameter="image_url",
+        ) from error
+
+
+def _explaining(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_from_url(*args: Any, **kwargs: Any) -> Any:
+        with _clients_error():
+            return original(*args, **kwargs)
+
+    return load_from_url
+
+
+def _explaining_later(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def load_from_url_async(*args: Any, **kwargs: Any) -> Any:
+        with _clients_error():
+            return await original(*args, **kwargs)
+
+    return load_from_url_async
+
+
+def _direct(connection: type) -> type:
+    """A connection that follows no redirect, whatever it is told."""
+
+    class DirectConnection(connection):
+        def get_response(self, url: str, **kwargs: Any) -> Any:
+            return super().get_response(url, **kwargs | {"allow_redirects": False})
+
+        async def get_async_response(self, url: str, **kwargs: Any) -> Any:
+            return await super().get_async_response(url, **kwargs | {"allow_redirects": False})
+
+    return DirectConnection
+
+
+def _staying(original: Callable[..., None], shared: Any, direct: Any) -> Callable[..., None]:
+    """Keeps a connector to its allowed domains: vLLM checks a URL, not where it redirects to.
+
+    Args:
+        original: ``MediaConnector.__init__``.
+        shared: the connection of every connector that is given none.
+        direct: takes its place where there are allowed domains.
+    """
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.allowed_media_domains and self.connection is shared:
+            self.connection = direct
+
+    return __init__

@@ -58,7 +58,8 @@ def read_field(request: Any, settings: SpyreSettings) -> None:
         choice = parse_choice(choice.model_dump(mode="json") | {"encoding_format": top})
     given: Any = False
     if choice is not None:
-        limit = settings.max_mm_embedding_response_bytes
+        # Every answer carries its own copy.
+        limit = max(settings.max_mm_embedding_response_bytes // max(request.n or 1, 1), 1)
         given = choice.model_dump(mode="json")
         given["max_bytes"] = min(choice.max_bytes or limit, limit)
     request.vllm_xargs = xargs | {EXTRA_ARG: given}
