@@ -9,7 +9,7 @@ export VLLM_TARGET_DEVICE := empty
 VLLM_VERSION := $(shell sed -n 's/^vllm==//p' constraints.txt)
 export VLLM_VERSION_OVERRIDE := $(VLLM_VERSION)
 
-.PHONY: setup demo test soak lint wheel clean bench bench-reference upstream
+.PHONY: setup demo test soak hostile lint wheel clean bench bench-reference upstream
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,10 @@ test: setup
 # Thousands of requests above capacity, a third of them aborted; ARGS="--seconds 3600" for an hour.
 soak: setup
 	$(BIN)/python -m tools.soak $(ARGS)
+
+# Every hostile request over HTTP, for several seeds: ARGS="--seeds 20".
+hostile: setup
+	$(BIN)/python -m tests.hostile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
