@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given as over
+from hypothesis import strategies as st
 
 from vllm_spyre_mm import config, register
 from vllm_spyre_mm.config import SpyreSettings
@@ -115,6 +117,55 @@ def test_anything_but_a_mapping_is_refused(given: object):
     with pytest.raises(ValueError, match="must be a JSON object") as error:
         SpyreSettings.parse(given)
     assert type(given).__name__ in str(error.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = sorted(SpyreSettings.model_fields)
+SOME = st.sampled_from(["auto", "eager", "float32"]) | st.booleans() | st.integers(1, 10**9)
+
+
+@over(JSON | st.dictionaries(st.sampled_from(NAMES) | st.text(), SOME | JSON))
+def test_any_json_is_settings_or_refused(given: Any):
+    try:
+        settings = SpyreSettings.parse(given)
+    except ValueError as error:
+        refused = str(error)
+        assert refused.startswith("additional_config ")
+        return
+    assert SpyreSettings.parse(settings.model_dump()) == settings
+    assert SpyreSettings.parse(json.loads(settings.model_dump_json())) == settings
+    assert {name: getattr(settings, name) for name in given} == given
+
+
+@over(
+    st.dictionaries(st.sampled_from(NAMES), SOME),
+    st.booleans(),
+    st.integers(1, 10**6),
+    st.integers(1, 1000),
+)
+def test_what_is_resolved_holds_a_request_or_is_refused(
+    given: Any, enforce_eager: bool, max_model_len: int, max_num_seqs: int
+):
+    try:
+        settings = SpyreSettings.parse(given).resolve(
+            enforce_eager=enforce_eager,
+            decoder_dtype="float32",
+            host_dtypes=("bfloat16", "float32"),
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+        )
+    except ValueError:
+        return
+    assert settings.resolved
+    assert settings.max_batch_tkv is not None
+    assert settings.max_batch_tkv >= max_model_len
+    assert settings.encoder_cache_tokens is not None
+    assert settings.encoder_cache_tokens >= max_model_len
+    assert "auto" not in settings.model_dump().values()
 
 
 def test_settings_cannot_be_changed_afterwards():

@@ -12,6 +12,11 @@ from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
 
 EncodingFormat = Literal["base64", "float"]
 
+DTYPES = {
+    name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64", "int8")
+}
+"""Those that an embedding may have, by the names of a response."""
+
 
 def encode_mm_embedding(
     embedding: torch.Tensor, info: MMEmbeddingInfo, encoding_format: EncodingFormat
@@ -50,11 +55,21 @@ def decode_mm_embedding(payload: Mapping[str, Any]) -> torch.Tensor:
     Returns:
         ``(rows, hidden_size)`` in the dtype that was sent; int8 rows come as float32, multiplied
         by their scales.
+
+    Raises:
+        ValueError: it is no such payload, or not whole.
     """
-    rows = _decode(payload["data"], payload, payload["dtype"]).view(payload["shape"])
-    if "scales" not in payload:
-        return rows
-    return rows.float() * _decode(payload["scales"], payload, "float32").unsqueeze(1)
+    try:
+        encoding, shape = payload["encoding_format"], payload["shape"]
+        rows = _decode(payload["data"], encoding, DTYPES[payload["dtype"]]).view(shape)
+        if list(rows.shape) != list(shape) or rows.ndim != 2:
+            raise ValueError(f"its data has the shape {list(rows.shape)}")
+        if "scales" not in payload:
+            return rows
+        scales = _decode(payload["scales"], encoding, torch.float32)
+        return rows.float() * scales.view(len(rows), 1)
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"this is no mm_embedding of a response: {error!r}") from error
 
 
 def _encode(tensor: torch.Tensor, encoding_format: EncodingFormat) -> Any:
@@ -63,7 +78,9 @@ def _encode(tensor: torch.Tensor, encoding_format: EncodingFormat) -> Any:
     return base64.b64encode(tensor.contiguous().view(torch.uint8).numpy().tobytes()).decode()
 
 
-def _decode(data: Any, payload: Mapping[str, Any], dtype: str) -> torch.Tensor:
-    if payload["encoding_format"] == "float":
-        return torch.tensor(data, dtype=getattr(torch, dtype))
-    return torch.frombuffer(bytearray(base64.b64decode(data)), dtype=getattr(torch, dtype))
+def _decode(data: Any, encoding_format: str, dtype: torch.dtype) -> torch.Tensor:
+    if encoding_format == "float":
+        return torch.tensor(data, dtype=dtype)
+    if encoding_format != "base64":
+        raise ValueError(f"there is no encoding_format {encoding_format!r}")
+    return torch.frombuffer(bytearray(base64.b64decode(data, validate=True)), dtype=dtype)

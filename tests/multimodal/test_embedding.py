@@ -7,6 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
@@ -43,6 +45,72 @@ def features(count: int, width: int = 3) -> torch.Tensor:
     rows = torch.randn(count, width, generator=torch.Generator().manual_seed(count))
     rows[:, 0] = torch.arange(count)
     return rows
+
+
+# -- anything at all -------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "pooling": st.sampled_from(["raw", "image", "base", "grid"]),
+    "grid": st.none() | st.lists(st.integers(-1, 66), min_size=1, max_size=3),
+    "newlines": st.booleans(),
+    "dtype": st.sampled_from(["auto", "float32", "float16", "bfloat16", "int8", "int4"]),
+    "generate": st.booleans(),
+    "encoding_format": st.sampled_from(["base64", "float", "hex"]),
+    "max_bytes": st.none() | st.integers(-1),
+}
+CHOICES = st.fixed_dictionaries({}, optional={name: VALUES[name] | JSON for name in VALUES})
+
+
+@given(JSON | CHOICES | st.dictionaries(st.sampled_from(sorted(VALUES)) | st.text(), JSON))
+def test_any_json_is_a_choice_or_refused(value: Any):
+    """As a client writes it, and as vLLM hands it on."""
+    try:
+        choice = parse_choice(value)
+    except VLLMValidationError as error:
+        refused = str(error)
+        assert refused.startswith("return_mm_embedding ")
+        return
+    if choice is None:
+        assert not value
+        return
+    assert parse_choice(choice.model_dump(mode="json")) == choice
+    assert parse_choice(msgspec.json.decode(choice.model_dump_json())) == choice
+    assert (choice.pooling == "grid") == (choice.grid is not None)
+    assert choice.max_bytes is None or choice.max_bytes > 0
+
+
+@given(CHOICES, st.integers(1, 6), st.integers(1, 6), st.integers(0, 6), st.integers(0, 6))
+def test_every_choice_is_served_for_every_layout(
+    value: Any, down: int, across: int, rows: int, columns: int
+):
+    """As many rows as were promised, and none that is not of the image."""
+    base = FeatureGrid(0, down, across, across)
+    fine = FeatureGrid(down * across, rows, columns, columns + 1) if rows and columns else None
+    count = down * across + rows * (columns + 1)
+    layout = FeatureLayout(count, base, fine)
+    assert sorted([*layout.places().tolist(), *layout.newlines()]) == list(range(count))
+    try:
+        choice = parse_choice(value)
+    except VLLMValidationError:
+        return
+    assert choice is not None
+    whole = torch.arange(1.0, count + 1).unsqueeze(1).expand(count, 2)
+    found, info = assemble([whole, whole], [feature_spec("a", 0)] * 2, [layout] * 2, choice)
+    promised = choice.num_rows([count, count])
+    dropped = 0 if choice.newlines or choice.pooling != "raw" else 2 * len(layout.newlines())
+    assert len(found) == promised - dropped
+    assert [(item.start, item.end) for item in info.items] == [
+        (0, len(found) // 2),
+        (len(found) // 2, len(found)),
+    ]
+    shown = found.float() if info.scales is None else found.float() * info.scales.unsqueeze(1)
+    assert shown.min() > 0.9
+    assert shown.max() < count * 1.01
 
 
 # -- choosing --------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.requests import (
     validate_engine_request,
+    validate_image_embeddings,
     validate_images,
     validate_params,
     validate_tags,
@@ -146,6 +147,32 @@ def test_streaming_input_is_refused():
 def test_a_prompt_of_embeddings_is_refused():
     refusal = sentence(None, prompt_embeds=torch.zeros(2, 4))
     assert "a prompt given as embeddings is not supported" in refusal
+
+
+EMBEDDINGS = st.builds(
+    lambda shape, dtype, fill: torch.full(shape, fill, dtype=torch.float32).to(dtype),
+    st.lists(st.integers(0, 5), max_size=4),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32,
+                     torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64]),
+    st.sampled_from([0.0, 1.0, -3.5, float("inf"), float("nan"), 1e38]),
+)  # fmt: skip
+
+
+@given(st.lists(EMBEDDINGS, max_size=3))
+def test_image_embeddings_fit_the_decoder_or_are_refused(embeddings: list[torch.Tensor]):
+    fits = all(
+        each.ndim == 2
+        and each.shape[1] == 4
+        and len(each)
+        and each.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        and each.isfinite().all()
+        for each in embeddings
+    )
+    if fits:
+        validate_image_embeddings(embeddings, 4)
+    else:
+        with pytest.raises(VLLMValidationError, match=r"image embedding \d of the prompt"):
+            validate_image_embeddings(embeddings, 4)
 
 
 def test_pooling_is_refused():
