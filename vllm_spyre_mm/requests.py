@@ -48,7 +48,7 @@ def validate_params(params: "SamplingParams | PoolingParams") -> None:
 
 
 def validate_images(images: Iterable[object], indices: Iterable[int] | None = None) -> None:
-    """Refuse a picture without pixels.
+    """Refuse a picture without pixels, or with some that are no numbers.
 
     Args:
         images: PIL pictures and arrays of a prompt, in its order; None for one that is named by
@@ -56,7 +56,7 @@ def validate_images(images: Iterable[object], indices: Iterable[int] | None = No
         indices: where in the prompt they are; None where they are all of its images.
 
     Raises:
-        VLLMValidationError: says which picture and how large it is.
+        VLLMValidationError: says which picture, how large it is, and what is wrong with it.
     """
     from PIL import Image
     from vllm.exceptions import VLLMValidationError
@@ -77,6 +77,17 @@ def validate_images(images: Iterable[object], indices: Iterable[int] | None = No
             raise VLLMValidationError(
                 f"image {index} of the prompt is empty: {said}", parameter="image"
             )
+        if isinstance(image, (np.ndarray, torch.Tensor)) and not _is_finite(image):
+            raise VLLMValidationError(
+                f"image {index} of the prompt, {said}, holds NaN or infinity", parameter="image"
+            )
+
+
+def _is_finite(pixels: np.ndarray | torch.Tensor) -> bool:
+    """Whether every pixel is a number: features of NaN are no features, and end in no answer."""
+    if isinstance(pixels, torch.Tensor):
+        return bool(pixels.isfinite().all())
+    return pixels.dtype.kind not in "fc" or bool(np.isfinite(pixels).all())
 
 
 def validate_mixture(multimodal: "MultiModalConfig") -> None:

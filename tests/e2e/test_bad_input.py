@@ -15,11 +15,15 @@ from PIL import Image
 from vllm import LLM
 from vllm.exceptions import VLLMClientError
 
-from tests.e2e.engines import Ask, engine, greedy
+from tests.e2e.engines import Ask, engine, greedy, relative_error
+from tests.hostile import offline
 from tests.reference import Reference
 from vllm_spyre_mm.demo import pictures
 
 QUESTION = "What is in the picture?"
+
+REFUSALS = (VLLMClientError, ValueError, TypeError, AttributeError, AssertionError)
+"""The last two are vLLM's own, for data that are no mapping and for a class as a picture."""
 
 
 def drawn(seed: str) -> Image.Image:
@@ -121,6 +125,73 @@ def test_the_next_request_works_with_every_cache_of_processed_pictures(
             llm.generate([prompt(TAG, picture)], greedy(4, prompt_logprobs=1), use_tqdm=False)
         still_works(llm, demo_reference, picture)
         still_works(llm, demo_reference, picture)
+
+
+def test_prompts_in_bulk_are_refused_or_answered_rightly(
+    llm: LLM, demo_reference: Reference
+) -> None:
+    """Features are compared with those of Transformers; there are more over HTTP."""
+    given, wrong = list(offline.prompts("make test")), []
+    assert len(given) > 450
+    for case in given:
+        try:
+            output = llm.generate([case.prompt], greedy(1), use_tqdm=False)[0].outputs[0]
+        except REFUSALS:
+            continue
+        expected = None
+        if case.picture is not None:
+            expected = demo_reference.features(offline.PROMPT, [case.picture])
+        if (
+            expected is None
+            or output.mm_embedding is None
+            or output.mm_embedding.shape != expected.shape
+            or not relative_error(output.mm_embedding, expected) < 1e-4
+        ):
+            wrong.append(case.name)
+    assert not wrong
+    still_works(llm, demo_reference, drawn("after many"))
+
+
+# -- texts that look like images -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["<|user|>\n<image>\n<image>\n", "<image><image>", "a<image>b<image>c"]
+)
+def test_the_tags_of_a_raw_prompt_belong_to_its_pictures_in_their_order(
+    llm: LLM, demo_reference: Reference, text: str
+) -> None:
+    """On tokens and on features: each picture's are where its own tag was."""
+    first, second = drawn("first"), drawn("second").resize((30, 50))
+    request = llm.generate([prompt(text, first, second)], greedy(1), use_tqdm=False)[0]
+    inputs = demo_reference.inputs(text, [first, second])
+    assert request.prompt_token_ids == inputs["input_ids"][0].tolist()
+    output = request.outputs[0]
+    assert output.mm_embedding is not None
+    expected = [demo_reference.features(TAG, [image]) for image in (first, second)]
+    assert relative_error(output.mm_embedding, torch.cat(expected)) < 1e-4
+    tag = demo_reference.processor.tokenizer.convert_tokens_to_ids("<image>")
+    for item, rows in zip(output.mm_embedding_info.items, expected, strict=True):
+        assert request.prompt_token_ids[item.offset : item.offset + len(rows)] == [tag] * len(rows)
+        assert output.mm_embedding[item.start : item.end].shape == rows.shape
+
+
+@pytest.mark.parametrize("where", ["before", "after", "earlier", "system", "assistant"])
+def test_a_tag_in_the_text_of_a_chat_takes_no_features(
+    llm: LLM, demo_reference: Reference, where: str
+) -> None:
+    """It is refused: the template writes the tags of the pictures itself."""
+    picture = drawn(f"chat {where}")
+    shown, text = {"type": "image_pil", "image_pil": picture}, {"type": "text", "text": "<image>"}
+    messages: list[Any] = [{"role": "user", "content": [shown, {"type": "text", "text": QUESTION}]}]
+    if where in ("before", "after"):
+        messages[0]["content"].insert(0 if where == "before" else 2, text)
+    else:
+        role = "user" if where == "earlier" else where
+        messages.insert(0, {"role": role, "content": "What is <image>?"})
+    with pytest.raises(VLLMClientError, match="belong to no image"):
+        llm.chat(messages, greedy(4), use_tqdm=False)
+    still_works(llm, demo_reference, picture)
 
 
 def test_a_bad_request_takes_no_good_one_with_it(llm: LLM, demo_reference: Reference) -> None:

@@ -238,6 +238,16 @@ def test_a_picture_without_pixels_is_refused_with_its_size(images: list[Any], se
     assert error.value.parameter == "image"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_picture_of_no_numbers_is_refused(value: float):
+    array = np.zeros((2, 3, 3), np.float32)
+    array[1, 2, 0] = value
+    for image in (array, torch.from_numpy(array)):
+        with pytest.raises(VLLMValidationError, match=r"image 1 of the prompt.*NaN or infinity"):
+            validate_images([PICTURE, image])
+    validate_images([np.zeros((2, 3, 3), np.uint8), np.full((2, 3, 3), "x")])
+
+
 def test_other_pictures_are_left_to_vllm():
     validate_images([PICTURE, None, np.zeros((1, 1, 3)), torch.zeros(3, 1, 1), "picture.png"])
 
