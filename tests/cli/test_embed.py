@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import random
+import re
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests.multimodal.mm_mappings.suite import assert_close
@@ -208,6 +211,78 @@ def test_a_line_without_pictures(
     lines.write_text('{"images": []}\n' + line)
     assert run(lines, tmp_path / "features.safetensors") == 2
     assert "asked.jsonl, line 2: this is no JSON object" in capsys.readouterr().err
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+LINES = st.lists(
+    JSON.map(json.dumps)
+    | st.fixed_dictionaries({"images": JSON}).map(json.dumps)
+    | st.lists(st.text(), max_size=3).map(lambda paths: json.dumps({"images": paths}))
+    | st.sampled_from(["", "  ", "{", '{"images": [', "[" * 100_000]),
+    max_size=4,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(LINES.map(lambda lines: "\n".join(lines).encode()) | st.binary(max_size=60))
+def test_a_list_is_read_or_its_line_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "asked.jsonl"
+    file.write_bytes(content)
+    said = ""
+    try:
+        found = list(embed.find_pictures([str(file)]))
+    except ValueError as error:
+        said = str(error)
+    lines = content.split(b"\n")
+    if said:
+        (number,) = re.findall(r"asked.jsonl, line (\d+): this is no JSON object", said)
+        assert lines[int(number) - 1].strip()
+    else:
+        listed = [json.loads(line)["images"] for line in lines if line.strip()]
+        assert found == [Path(path) for paths in listed for path in paths]
+
+
+MADE_WITH = {"model": "m"}
+
+
+def test_shards_of_another_output_are_left_alone(tmp_path: Path) -> None:
+    """Also where the output's name is a pattern."""
+    names = ("a.safetensors", "a-1.safetensors", "[ab]*.safetensors")
+    for name in names:
+        found = shards.Shards(tmp_path / name, 1, MADE_WITH)
+        assert found.index == {}
+        found.add(f"of {name}", torch.ones(1, 2))
+    for name in names:
+        assert list(shards.Shards(tmp_path / name, 1, MADE_WITH).index) == [f"of {name}"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=40) | st.integers(0, 80), st.integers(0, 255))
+def test_a_damaged_shard_is_named(tmp_path: Path, damage: bytes | int, byte: int) -> None:
+    output, file = tmp_path / "a.safetensors", tmp_path / "a-00001.safetensors"
+    file.unlink(missing_ok=True)
+    shards.Shards(output, 1, MADE_WITH).add("first", torch.ones(1, 2))
+    content = bytearray(file.read_bytes())
+    if isinstance(damage, int):
+        content[damage] = byte
+    file.write_bytes(content if isinstance(damage, int) else damage)
+    said = ""
+    try:
+        assert len(shards.Shards(output, 1, MADE_WITH).index) <= 1
+    except ValueError as error:
+        said = str(error)
+    assert not said or re.match(rf"{re.escape(str(file))} (cannot be read|was made with)", said)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="an extra")
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(50) + b"PAR1", b"x" * 99])
+def test_a_damaged_table_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a-00001.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a-00001.parquet cannot be read"):
+        shards.Shards(tmp_path / "a.parquet", 1, MADE_WITH)
 
 
 def test_no_decoder_is_loaded(demo_checkpoint: Path) -> None:

@@ -123,7 +123,7 @@ def find_pictures(inputs: Iterable[str]) -> Iterator[Path]:
         if path.is_dir():
             yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         elif path.suffix == ".jsonl":
-            with path.open() as lines:
+            with path.open("rb") as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
                         yield from map(Path, _images_of(line, f"{path}, line {number}"))
@@ -153,10 +153,10 @@ def encode_files(
         shards.add(str(path), features)
 
 
-def _images_of(line: str, where: str) -> list[str]:
+def _images_of(line: bytes, where: str) -> list[str]:
     try:
         images = json.loads(line)["images"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         images = None
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise ValueError(f"{where}: this is no JSON object with a list `images` of paths")

@@ -2,6 +2,7 @@
 """Files of features: shards that are whole or not there, and an index of them."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -126,7 +127,8 @@ class Shards:
         made_with: what the features depend on; kept in every shard.
 
     Raises:
-        ValueError: shards are there that were made with something else.
+        OSError: the output's folder cannot be read.
+        ValueError: shards are there that were made with something else, or cannot be read.
     """
 
     def __init__(self, output: Path, size: int, made_with: dict[str, str]) -> None:
@@ -136,17 +138,29 @@ class Shards:
         self.index: dict[str, str] = {}
         self._waiting: dict[str, torch.Tensor] = {}
         self._waiting_bytes = 0
-        pattern = f"{self.output.stem}-[0-9]*{self.output.suffix}"
-        files = sorted(self.output.parent.glob(pattern))
-        for file in files:
+        name = re.compile(rf"{re.escape(self.output.stem)}-(\d{{5,}}){self.output.suffix}")
+        found = [(name.fullmatch(file.name), file) for file in self.output.parent.iterdir()]
+        shards = sorted((int(match[1]), file) for match, file in found if match is not None)
+        for _, file in shards:
+            self.index |= dict.fromkeys(self._pictures_in(file), file.name)
+        self._number = shards[-1][0] if shards else 0
+
+    def _pictures_in(self, file: Path) -> list[str]:
+        from safetensors import SafetensorError
+
+        try:
             names, found = self.format.read(file)
-            if found != made_with:
-                raise ValueError(
-                    f"{file} was made with {found}, not {made_with}: choose another output or "
-                    "delete it"
-                )
-            self.index |= dict.fromkeys(names, file.name)
-        self._number = max((int(file.stem.rpartition("-")[2]) for file in files), default=0)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{file} cannot be read ({error}): if it is damaged, delete it, and its pictures "
+                "are encoded again"
+            ) from None
+        if found != self.made_with:
+            raise ValueError(
+                f"{file} was made with {found}, not {self.made_with}: choose another output or "
+                "delete it"
+            )
+        return names
 
     @property
     def index_file(self) -> Path:
