@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from tests.e2e.serving import running_server
-from tests.hostile import embeds, fields
+from tests.hostile import embeds
 from tests.hostile.all import all_cases
 from tests.hostile.case import CHAT, EMBEDDINGS, Case, chat, chat_prompt, drawn, good_part, part_of
 from tests.hostile.drive import Judge, send
+from tests.hostile.upstream import upstream_cases
 from tests.reference import Reference
 from vllm_spyre_mm.payload import decode_mm_embedding
 
@@ -64,7 +65,7 @@ def test_every_request_is_refused_or_answered_rightly(server: str, judge: Judge)
     assert faults(judge, server, asking("after the hostile ones")) == {}
 
 
-@pytest.mark.parametrize("case", list(fields.upstream_cases()), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(upstream_cases()), ids=lambda case: case.name)
 def test_what_vllm_itself_answers_with_500(server: str, judge: Judge, case: Case) -> None:
     """Listed in docs/reliability.md; once vLLM refuses it, it belongs to the other requests."""
     (answer,) = send(server, [case])
