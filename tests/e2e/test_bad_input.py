@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from vllm import LLM
+from vllm import LLM, RequestOutput
 from vllm.exceptions import VLLMClientError
 
 from tests.e2e.engines import Ask, engine, greedy, relative_error
@@ -192,6 +192,26 @@ def test_a_tag_in_the_text_of_a_chat_takes_no_features(
     with pytest.raises(VLLMClientError, match="belong to no image"):
         llm.chat(messages, greedy(4), use_tqdm=False)
     still_works(llm, demo_reference, picture)
+
+
+def test_a_uuid_in_python_is_the_callers_own(llm: LLM, demo_reference: Reference) -> None:
+    """vLLM takes it for the picture's identity, right or wrong; over HTTP it is ignored."""
+    first, second = drawn("named"), drawn("named otherwise")
+    expected = demo_reference.features(TAG, [first])
+
+    def features(output: RequestOutput) -> torch.Tensor:
+        embedding = output.outputs[0].mm_embedding
+        assert embedding is not None
+        return embedding
+
+    for image in (first, second):
+        named = prompt(TAG, image) | {"multi_modal_uuids": {"image": ["in a prompt"]}}
+        (output,) = llm.generate([named], greedy(1), use_tqdm=False)
+        assert relative_error(features(output), expected) < 1e-4
+        part = {"type": "image_pil", "image_pil": image, "uuid": "in a chat"}
+        messages: Any = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+        (output,) = llm.chat(messages, greedy(1), use_tqdm=False)
+        assert relative_error(features(output), expected) < 1e-4
 
 
 def test_a_bad_request_takes_no_good_one_with_it(llm: LLM, demo_reference: Reference) -> None:

@@ -4,29 +4,21 @@
 vLLM answers HTTP 400 where ``load_bytes`` raises ValueError, and HTTP 500 or 501 for most others.
 """
 
-import asyncio
-import contextlib
 import io
 import random
 import struct
-import threading
 import zlib
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.multimodal.media import image as vllm_image
 from vllm.multimodal.media.connector import MediaConnector
-from vllm.multimodal.media.image import ImageEmbeddingMediaIO, ImageMediaIO
+from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.parse import MultiModalDataParser
 
 from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError, media
@@ -253,168 +245,6 @@ def test_a_picture_is_turned_as_its_exif_says(orientation: int):
     expected = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
     assert loaded.size == ((30, 40) if orientation > 4 else (40, 30))
     assert loaded.tobytes() == given.tobytes() == expected.tobytes()
-
-
-# -- embeddings ------------------------------------------------------------------------------------
-
-
-def serialized(value: object) -> bytes:
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_embedding_is_loaded_as_it_is(dtype: torch.dtype):
-    embedding = torch.randn(5, 8).to(dtype)
-    assert torch.equal(ImageEmbeddingMediaIO().load_bytes(serialized(embedding)), embedding)
-
-
-@pytest.mark.parametrize(
-    ("value", "fault"),
-    [
-        (torch.ones(3, 24, 24), "it has 3 dimensions, not 2"),
-        (torch.ones(8), "it has 1 dimensions, not 2"),
-        (torch.empty(5, 8, device="meta"), "not a plain tensor on the CPU"),
-        (torch.ones(1).expand(10**6, 256), "fewer elements than its shape says"),
-    ],
-    ids=["pixels", "a vector", "no data", "one element"],
-)
-def test_what_is_no_embedding_is_refused(value: object, fault: str):
-    with pytest.raises(ValueError, match=f"Failed to load an image embedding: .*{fault}"):
-        ImageEmbeddingMediaIO().load_bytes(serialized(value))
-
-
-@pytest.mark.parametrize("value", [[1, 2], torch.ones(1).expand(10**9, 10**6)])
-def test_what_vllm_refuses_of_embeddings_stays_its_sentence(value: object):
-    with pytest.raises(VLLMValidationError, match="`image_embeds`"):
-        ImageEmbeddingMediaIO().load_bytes(serialized(value))
-
-
-@settings(max_examples=200)
-@given(st.binary(max_size=200) | st.binary(max_size=200).map(b"\x93NUMPY\x01\x00".__add__))
-def test_no_bytes_are_more_than_the_clients_error(data: bytes):
-    with pytest.raises((ValueError, VLLMValidationError)):
-        ImageEmbeddingMediaIO().load_bytes(data)
-
-
-@settings(max_examples=200)
-@given(st.data())
-def test_a_damaged_embedding_is_loaded_or_the_clients_error(data: st.DataObject):
-    file = bytearray(serialized(torch.ones(5, 8)))
-    for _ in range(data.draw(st.integers(1, 8))):
-        file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
-    with contextlib.suppress(ValueError, VLLMValidationError):
-        assert ImageEmbeddingMediaIO().load_bytes(bytes(file)).ndim == 2
-
-
-def test_an_array_that_says_it_is_enormous_is_the_clients_error():
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": "<f4", "fortran_order": False, "shape": (10**9, 10**7)}
-    )
-    with pytest.raises(ValueError, match="too large"):
-        ImageEmbeddingMediaIO().load_bytes(file.getvalue())
-
-
-# -- URLs ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pictures() -> Iterator[tuple[str, list[str]]]:
-    """The address of a server of pictures by one of its names, and the paths that it was asked."""
-    asked: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            if self.path == "/elsewhere":
-                self.send_response(302)
-                self.send_header("Location", f"http://127.0.0.1:{port}/picture.png")
-                self.end_headers()
-                return
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(saved("PNG"))
-
-        def log_message(self, *_: Any):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        port = server.server_port
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://localhost:{port}", asked
-        server.shutdown()
-        thread.join()
-
-
-def fetched(url: str, later: bool, **limits: Any) -> Any:
-    """A picture, through the connector of a server (``later``) or of ``LLM.chat``."""
-    connector = MediaConnector(**limits)
-    if not later:
-        return connector.fetch_image(url)
-    connector.connection.reuse_client = False  # each call has an event loop of its own
-    return asyncio.run(connector.fetch_image_async(url))
-
-
-BOTH = pytest.mark.parametrize("later", [False, True], ids=["LLM", "server"])
-
-
-@BOTH
-@pytest.mark.parametrize(
-    ("url", "sentence"),
-    [
-        ("file:///etc/hostname", "Cannot load local files"),
-        ("data:image/png,plain", "Only base64 data URLs"),
-        ("http://127.0.0.1:1/picture.png", "cannot be used: .*127.0.0.1"),
-    ],
-)
-def test_a_url_that_cannot_be_used_is_the_clients_error(
-    url: str, sentence: str, later: bool, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
-    with pytest.raises(VLLMUnprocessableEntityError, match=sentence):
-        fetched(url, later)
-
-
-@BOTH
-def test_local_files_come_from_the_allowed_folder_alone(tmp_path: Path, later: bool):
-    allowed, other = tmp_path / "allowed", tmp_path / "allowed too"
-    for folder in (allowed, other):
-        folder.mkdir()
-        (folder / "picture.png").write_bytes(saved("PNG"))
-    (allowed / "link.png").symlink_to(other / "picture.png")
-    limits = {"allowed_local_media_path": str(allowed)}
-    assert fetched((allowed / "picture.png").as_uri(), later, **limits).size == (40, 30)
-    for path in (other / "picture.png", allowed / "link.png", allowed / "../allowed too/x.png"):
-        with pytest.raises(ValueError, match="must be a subpath"):
-            fetched(f"file://{path}", later, **limits)
-    with pytest.raises(VLLMUnprocessableEntityError, match="cannot be used"):
-        fetched((allowed / "none.png").as_uri(), later, **limits)
-
-
-@BOTH
-def test_pictures_come_from_the_allowed_domains_alone(pictures: tuple[str, list[str]], later: bool):
-    address, asked = pictures
-    limits = {"allowed_media_domains": ["localhost"]}
-    assert fetched(f"{address}/picture.png", later, **limits).size == (40, 30)
-    port = address.rpartition(":")[2]
-    for host in ("127.0.0.1", "localhost@127.0.0.1", "localhost.", "[::1]", "127.1"):
-        with pytest.raises(ValueError, match="must be from one of the allowed domains"):
-            fetched(f"http://{host}:{port}/picture.png", later, **limits)
-    assert asked == ["/picture.png"]
-
-
-@BOTH
-def test_a_redirect_does_not_lead_out_of_the_allowed_domains(
-    pictures: tuple[str, list[str]], later: bool
-):
-    address, asked = pictures
-    with pytest.raises(ValueError, match="Failed to load image"):
-        fetched(f"{address}/elsewhere", later, allowed_media_domains=["localhost"])
-    assert asked == ["/elsewhere"]
-    assert fetched(f"{address}/elsewhere", later).size == (40, 30)
 
 
 # -- installing ------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes media that cannot be used the client's error, and never a picture of its own.
+"""Makes media that cannot be used the client's error, not the server's, and not a black picture.
 
 Leans on: ``ImageMediaIO.load_bytes`` decodes every picture that comes as bytes (over HTTP, from a
 file), and the data parser takes every picture of Pillow's; both call ``normalize_image`` by the
