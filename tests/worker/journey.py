@@ -307,10 +307,10 @@ class PlainModel:
         return self.model.lm_head(hidden[0, len(ask.token_ids) - 1 :])
 
 
-def save_checkpoint(path: Path) -> Path:
-    """A tiny random LLaVA with Llama's decoder."""
-    text = architectures.llama(num_hidden_layers=2)
-    architectures.save_checkpoint(path, architectures.llava(text))
+def save_checkpoint(path: Path, head_dim: int) -> Path:
+    """A tiny random LLaVA-Next with Mistral's decoder, whose heads may have any width."""
+    text = architectures.mistral(num_hidden_layers=2, head_dim=head_dim)
+    architectures.save_checkpoint(path, architectures.llava_next(text))
     # Logits as far apart as those of a trained model: rounding grows with them.
     tensors = load_file(path / "model.safetensors")
     (head,) = (name for name in tensors if name.endswith("lm_head.weight"))

@@ -227,9 +227,12 @@ def _attend_tokens(
     """Attention of one token of each sequence, ``(sequences, heads, head_dim)``.
 
     Beyond the end of a shorter sequence that sequence's last token is read again, so that nothing
-    else ever is: neither block 0 nor another request's block, whatever they hold.
+    else ever is: neither block 0 nor another request's block, whatever they hold. Rows of padding,
+    whose length is 0, come last, have no blocks, and yield zeros.
     """
-    rows, heads, head_dim = query.shape
+    rows = int(kv_lengths[: len(query)].count_nonzero())
+    padding, query = len(query) - rows, query[:rows]
+    heads, head_dim = query.shape[1:]
     block_size, kv_heads = key_cache.shape[1:3]
     lengths = kv_lengths[:rows].long().unsqueeze(1)
     positions = torch.arange(int(lengths.max()))
@@ -250,4 +253,4 @@ def _attend_tokens(
         attn_mask=(positions < lengths)[:, None, None],
         scale=scale,
     )
-    return attended.reshape(query.shape)
+    return F.pad(attended.reshape(query.shape), (0, 0, 0, 0, 0, padding))
