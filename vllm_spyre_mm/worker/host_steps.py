@@ -6,11 +6,16 @@ a row of tokens. So one compiled graph serves both, and what tells them apart ar
 fixed shape, which are updated in place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+
+from vllm_spyre_mm.model_executor.model import DecoderInputs
+from vllm_spyre_mm.worker.batch import DecodeRows
+from vllm_spyre_mm.worker.prefill import PrefillChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,8 @@ class HostDecode:
 class HostSteps:
     """Lays out steps for the CPU, in memory that is allocated once.
 
+    See :class:`vllm_spyre_mm.worker.steps.Steps`.
+
     Args:
         max_num_seqs: most requests that decode together.
         max_blocks: most blocks of a request.
@@ -42,6 +49,8 @@ class HostSteps:
         least_tokens: tokens of a step at least. The compiler takes a dimension of one for a
             constant and would make a second graph; 1 where nothing is compiled.
     """
+
+    padded = False
 
     def __init__(
         self, *, max_num_seqs: int, max_blocks: int, block_size: int, least_tokens: int
@@ -53,6 +62,43 @@ class HostSteps:
         self._token_ids, self._position_ids, self._slots = np.zeros((3, rows), dtype=np.int64)
         self._kv_lengths, self._query_lengths = np.zeros((2, rows), dtype=np.int32)
         self._kv_blocks = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+
+    def chunk_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
+        """The real tokens of a chunk, and padding up to the least number of tokens."""
+        length = embeds.shape[1]
+        missing = max(0, self.least_tokens - length)
+        pad = (0, missing)
+        attention = {
+            "slot_mapping": F.pad(chunk.slot_mapping, pad),
+            **self.chunk_attention(
+                block_ids=chunk.block_table[0].numpy(), end=int(chunk.current_tkv), length=length
+            ),
+        }
+        return DecoderInputs(
+            F.pad(embeds, (0, 0, *pad)),
+            F.pad(chunk.position_ids, pad),
+            attention,
+            last_n_tokens=1 + missing,
+        )
+
+    def chunk_logits(self, logits: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
+        """The last token's, before the padding."""
+        return logits[:, 0]
+
+    def decode_inputs(
+        self, rows: DecodeRows, embed: Callable[[torch.Tensor], torch.Tensor]
+    ) -> DecoderInputs:
+        """One token of each request in one row."""
+        step = self.decode(
+            token_ids=rows.token_ids, num_computed=rows.num_computed, block_rows=rows.block_rows
+        )
+        return DecoderInputs(
+            embed(step.token_ids), step.position_ids, step.attention, last_n_tokens=0
+        )
+
+    def decode_logits(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """One request's after the other's, before the padding."""
+        return logits[0, :num_rows]
 
     def decode(
         self, *, token_ids: np.ndarray, num_computed: np.ndarray, block_rows: np.ndarray

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
@@ -16,22 +15,20 @@ from vllm.v1.structured_output.utils import apply_grammar_bitmask
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.geometry import Geometry
 from vllm_spyre_mm.log import get_logger
-from vllm_spyre_mm.model_executor.compile import mark_for_card
-from vllm_spyre_mm.model_executor.model import DecoderInputs, SpyreModel
+from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo, assemble
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
 from vllm_spyre_mm.multimodal.merge import plan_merge
-from vllm_spyre_mm.worker.batch import DecodeRows, SamplingBatch
-from vllm_spyre_mm.worker.decode import decode_batch
+from vllm_spyre_mm.worker.batch import SamplingBatch
 from vllm_spyre_mm.worker.encoding import ImageEncodingError, encode_images
-from vllm_spyre_mm.worker.host_steps import HostSteps
-from vllm_spyre_mm.worker.prefill import PrefillChunk, prefill_chunk
+from vllm_spyre_mm.worker.prefill import prefill_chunk
 from vllm_spyre_mm.worker.requests import (
     FailedEncoding,
     RequestState,
     RequestTable,
     SpyreModelRunnerOutput,
 )
+from vllm_spyre_mm.worker.steps import steps_for
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -83,13 +80,7 @@ class SpyreModelRunner:
         self.prefilled = SamplingBatch(vllm_config, 1)
         self.sampler = Sampler(logprobs_mode=vllm_config.model_config.logprobs_mode)
         self.vocab_size = vllm_config.model_config.get_vocab_size()
-        self._for_card = model.backend == "sendnn"
-        self.host_steps = HostSteps(
-            max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
-            max_blocks=geometry.num_blocks(vllm_config.model_config.max_model_len),
-            block_size=geometry.block_size,
-            least_tokens=2 if model.backend == "inductor" else 1,
-        )
+        self.steps = steps_for(model.backend, geometry, vllm_config)
         self._pending: PendingSample | None = None
 
     @property
@@ -215,23 +206,19 @@ class SpyreModelRunner:
             blocks=state.blocks,
             feature_index=feature_index,
             geometry=self.geometry,
-            padded=self._for_card,
+            padded=self.steps.padded,
         )
         embeds = self.spyre_model.embed(chunk.token_ids)
         if slices:
             rows = torch.cat(self.encoder_cache.gather(state.mm_features, slices))
             embeds = self.spyre_model.mapping.merge(embeds, rows, chunk.feature_index)
-        if self._for_card:
-            # The card's attention masks padding by adding -inf, which a NaN would survive.
-            embeds = embeds.masked_fill(chunk.is_padding.unsqueeze(-1), 0.0)
         if self.return_mm_embedding and state.choice is not None:
             self._collect(state, end)
         state.prefilled = end == num_tokens
         if state.choice is not None and not state.choice.generate:
             return embeds.new_zeros(1, self.vocab_size)  # nobody reads its token or its blocks
-        if self._for_card:
-            return self.spyre_model.forward(self._card_chunk(chunk, embeds))[:, chunk.last_row]
-        return self.spyre_model.forward(self._host_chunk(chunk, embeds))[:, 0]
+        logits = self.spyre_model.forward(self.steps.chunk_inputs(chunk, embeds))
+        return self.steps.chunk_logits(logits, chunk)
 
     def _collect(self, state: RequestState, end: int) -> None:
         """Take what the merge consumed: the images that begin before ``end``, in prompt order.
@@ -258,66 +245,8 @@ class SpyreModelRunner:
 
     def _decode(self) -> torch.Tensor:
         """Run the decode batch; returns logits ``(batch, vocab_size)``."""
-        rows = self.decodes.decode_rows()
-        num_rows = len(self.decodes)
-        if self._for_card:
-            logits = self.spyre_model.forward(self._card_decode(rows, num_rows))
-            return logits[:num_rows, -1]
-        step = self.host_steps.decode(
-            token_ids=rows.token_ids, num_computed=rows.num_computed, block_rows=rows.block_rows
-        )
-        embeds = self.spyre_model.embed(step.token_ids)
-        inputs = DecoderInputs(embeds, step.position_ids, step.attention, last_n_tokens=0)
-        return self.spyre_model.forward(inputs)[0, :num_rows]
-
-    def _card_decode(self, rows: DecodeRows, num_rows: int) -> DecoderInputs:
-        batch = decode_batch(
-            token_ids=rows.token_ids,
-            num_computed=rows.num_computed,
-            block_rows=rows.block_rows[:num_rows],
-            block_size=self.geometry.block_size,
-            at_least=2,
-        )
-        embeds = mark_for_card(self.spyre_model.embed(batch.token_ids), dynamic=(0,), static=(1, 2))
-        attention = {
-            "slot_mapping": mark_for_card(batch.slot_mapping, dynamic=(0,), static=(1,)),
-            "block_table": mark_for_card(batch.block_table, dynamic=(0, 1)),
-            "current_tkv_mask": mark_for_card(batch.current_tkv, dynamic=(0,)),
-            "left_padded_prompt_mask": mark_for_card(batch.left_padding, dynamic=(0,)),
-        }
-        position_ids = mark_for_card(batch.position_ids, dynamic=(0,), static=(1,))
-        return DecoderInputs(embeds, position_ids, attention, last_n_tokens=1)
-
-    def _card_chunk(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
-        for tensor in (embeds, chunk.position_ids, chunk.slot_mapping):
-            mark_for_card(tensor, static=tuple(range(tensor.ndim)))
-        attention = {
-            "slot_mapping": chunk.slot_mapping,
-            "block_table": mark_for_card(chunk.block_table, dynamic=(1,), static=(0,)),
-            "current_tkv_mask": mark_for_card(chunk.current_tkv, static=(0,)),
-            "left_padded_prompt_mask": mark_for_card(chunk.left_padding, static=(0,)),
-        }
-        # The chunk may end with padding inside the last block: the whole block gets logits.
-        return DecoderInputs(
-            embeds, chunk.position_ids, attention, last_n_tokens=self.geometry.block_size
-        )
-
-    def _host_chunk(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
-        length = embeds.shape[1]
-        missing = max(0, self.host_steps.least_tokens - length)
-        pad = (0, missing)
-        attention = {
-            "slot_mapping": F.pad(chunk.slot_mapping, pad),
-            **self.host_steps.chunk_attention(
-                block_ids=chunk.block_table[0].numpy(), end=int(chunk.current_tkv), length=length
-            ),
-        }
-        return DecoderInputs(
-            F.pad(embeds, (0, 0, *pad)),
-            F.pad(chunk.position_ids, pad),
-            attention,
-            last_n_tokens=1 + missing,
-        )
+        inputs = self.steps.decode_inputs(self.decodes.decode_rows(), self.spyre_model.embed)
+        return self.steps.decode_logits(self.spyre_model.forward(inputs), len(self.decodes))
 
 
 def _take_embeddings(
