@@ -62,7 +62,8 @@ def encode_images(
             raise ImageEncodingError(
                 f"{_named([index])} could not be encoded: {error}", on_every_rank=True
             ) from error
-        if not torch.isfinite(features).all():
+        # A sum is finite only if every summand is, and reads the features once.
+        if not torch.isfinite(features.sum(dtype=torch.float32)):
             raise ImageEncodingError(
                 f"{_named([index])} was encoded to features with NaN or infinity in "
                 f"{str(dtype).removeprefix('torch.')}: the encoder may need encoder_dtype "
