@@ -138,7 +138,13 @@ def servers(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         yield Servers(
             **{
                 name: stack.enter_context(
-                    starting_server(demo_checkpoint, folder / name, *more, plugins=[FAULTY])
+                    starting_server(
+                        demo_checkpoint,
+                        folder / name,
+                        *more,
+                        plugins=[FAULTY],
+                        environment={"OMP_NUM_THREADS": "1"},  # they share the machine
+                    )
                 )
                 for name, more in flags.items()
             }

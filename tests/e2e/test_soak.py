@@ -14,7 +14,7 @@ from tools.soak.report import faults, report
 from tools.soak.soak import Soak, SoakOptions, SoakResult, soaked_server
 from tools.soak.state import State
 
-OPTIONS = SoakOptions(requests=300, outstanding=32, pool=24, seed=1)
+OPTIONS = SoakOptions(requests=250, outstanding=32, pool=16, seed=1)
 
 
 @pytest.fixture(scope="module")

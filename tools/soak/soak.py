@@ -99,7 +99,8 @@ def soaked_server(log: Path) -> AbstractContextManager[Served]:
         log,
         *SERVER_FLAGS,
         plugins=[INSPECTOR],
-        environment={"VLLM_SERVER_DEV_MODE": "1"},
+        # The model is tiny: threads would only wait for each other.
+        environment={"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"},
     )
 
 
