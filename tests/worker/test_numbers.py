@@ -30,6 +30,9 @@ from vllm_spyre_mm.config import Backend
 TOLERANCE = 1e-4
 """Largest difference of a logit; the logits spread over several units."""
 
+FOUND = (73,)
+"""Scenarios that found an error once: 73, the stale row of a request that was preempted alone."""
+
 BLOCKS_OF_A_REQUEST = 20
 
 PATHS: tuple[tuple[Backend, int], ...] = (
@@ -168,7 +171,7 @@ def test_logits_are_those_of_a_plain_forward_pass(
     plain, journey, tally = PlainModel(checkpoint), Journey(checkpoint, backend), Tally()
     count = request.config.getoption("--scenarios")
 
-    for seed in range(count):
+    for seed in (*range(count), *FOUND):
         setup, asks = make_scenario(seed)
         for number, answer in enumerate(journey.serve(setup, asks)):
             told = f"request {number} of scenario {seed}"

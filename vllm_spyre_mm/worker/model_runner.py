@@ -157,6 +157,8 @@ class SpyreModelRunner:
 
     def _update_requests(self, scheduler_output: SchedulerOutput) -> None:
         self.decodes.discard(scheduler_output.finished_req_ids)
+        # Preempted, and still a member if nothing was decoded since: its row is out of date.
+        self.decodes.discard(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
         self.requests.remove(scheduler_output.finished_req_ids)
         self.encoder_cache.evict(scheduler_output.free_encoder_mm_hashes)
         self.requests.add(scheduler_output.scheduled_new_reqs)
