@@ -24,7 +24,7 @@ PATCHES = (TOWER.tile // TOWER.patch) ** 2
 
 
 def encoder_rows(checkpoint: Path, ceilings: Ceilings, quick: bool) -> Iterator[Row]:
-    """Images of 2, 5 and 10 tiles, compiled and (in the full run) as eager FMS."""
+    """One tile, and images of 2, 5 and 10; compiled and as eager FMS."""
     mapping = get_mm_mapping(AutoConfig.from_pretrained(checkpoint))
     options = LoadOptions(torch.bfloat16, torch.bfloat16)
     compiled = SpyreModel(load_model(mapping, checkpoint, options), mapping, "inductor")
@@ -33,16 +33,24 @@ def encoder_rows(checkpoint: Path, ceilings: Ceilings, quick: bool) -> Iterator[
     with torch.inference_mode():
         with cpu_compile_context():
             compiled.encode(_image(2))
-        for tiles in (2, 5) if quick else GRIDS:
-            image = _image(tiles)
-            cases = {
-                "ours": lambda image=image: compiled.encode(image),
-                "eager FMS": lambda image=image: mapping.compute_features(eager, image),
-            }
+        for tiles in (2, 5) if quick else (1, *GRIDS):
+            if tiles == 1:  # LLaVA-Next makes two of the smallest picture
+                pixels = torch.randn(1, 3, TOWER.tile, TOWER.tile)
+                cases = {
+                    "ours": lambda pixels=pixels: _encode_tile(compiled.fms_model, pixels),
+                    "eager FMS": lambda pixels=pixels: _encode_tile(eager, pixels),
+                }
+            else:
+                image = _image(tiles)
+                cases = {
+                    "ours": lambda image=image: compiled.encode(image),
+                    "eager FMS": lambda image=image: mapping.compute_features(eager, image),
+                }
             timings = interleaved(cases, 2 if quick else 5)
             floor = _flops(compiled, tiles) / ceilings.gemm_flops
             for name, timing in timings.items():
-                yield _row(f"{tiles} tiles, {name}", timing, floor, ours=name == "ours")
+                title = f"{tiles} tile{'s' if tiles > 1 else ''}, {name}"
+                yield _row(title, timing, floor, ours=name == "ours" and tiles > 1)
 
 
 def _row(name: str, timing: Timing, floor: float, *, ours: bool) -> Row:
@@ -57,6 +65,11 @@ def _row(name: str, timing: Timing, floor: float, *, ours: bool) -> Row:
         target=f"share of the ceiling, at least {TARGET:g}" if ours else "for comparison",
         met=share >= TARGET if ours else None,
     )
+
+
+def _encode_tile(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    features: torch.Tensor = model.multi_modal_projector(model.select_hidden_states(pixels))
+    return features
 
 
 def _image(tiles: int) -> dict[str, Any]:

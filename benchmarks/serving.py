@@ -2,6 +2,7 @@
 """Whole requests: beside vLLM's CPU backend and Transformers, with and without embeddings."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ ENGINE: dict[str, Any] = {
 }
 KV_BYTES = 1 << 28
 WORKLOAD = {"requests": 4, "max_tokens": 32}
+REST_SECONDS = 1.0
 SECTION = "4 requests, a picture each"
 
 
@@ -62,12 +64,16 @@ def serving_rows(checkpoint: Path, vllm_cpu: str | None, quick: bool) -> Iterato
 
 
 def _rounds(drivers: dict[str, Driver], rounds: int) -> dict[str, Timing]:
-    """New pictures in every round; the first is not counted. The slowest takes one round."""
+    """New pictures in every round; the first is not counted. The slowest takes one round.
+
+    Threads that have worked spin for a while before they sleep; the next engine waits for that.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in drivers}
     for number in range(rounds + 1):
         for name, driver in drivers.items():
             if name.startswith("Transformers") and number > 1:
                 continue
+            time.sleep(REST_SECONDS)
             answer = driver.ask("workload", **WORKLOAD, seed=100 * number)
             if number:
                 seconds[name].append(answer["seconds"])
