@@ -43,7 +43,7 @@ def serving_rows(checkpoint: Path, vllm_cpu: str | None, quick: bool) -> Iterato
             )
         if not quick:
             drivers["Transformers fp32, one by one"] = stack.enter_context(
-                Driver(checkpoint, kind="transformers")
+                Driver(checkpoint, kind="transformers", imports=("torchvision_schemas",))
             )
         timings = _rounds(drivers, rounds=3 if quick else 7)
     ours = timings["ours"]
