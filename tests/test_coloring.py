@@ -19,7 +19,7 @@ from vllm_spyre_mm.coloring import (
     tiles,
 )
 from vllm_spyre_mm.demo import checkpoint_path
-from vllm_spyre_mm.multimodal.embedding import FeatureGrid, FeatureLayout
+from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 
 

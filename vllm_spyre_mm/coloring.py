@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw
 
-from vllm_spyre_mm.multimodal.embedding import FeatureGrid, FeatureLayout
+from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 
 COLOUR_SHARE = 0.6
 """Share of the colours where they are laid over the picture; the rest is the picture."""

@@ -16,8 +16,6 @@ from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.multimodal.embedding import (
     EXTRA_ARG,
     EmbeddingChoice,
-    FeatureGrid,
-    FeatureLayout,
     MMEmbeddingInfo,
     assemble,
     choice_of,
@@ -25,6 +23,7 @@ from vllm_spyre_mm.multimodal.embedding import (
     parse_choice,
     pool,
 )
+from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 from vllm_spyre_mm.payload import decode_mm_embedding, encode_mm_embedding
 
 ON = SpyreSettings(enable_return_mm_embedding=True)

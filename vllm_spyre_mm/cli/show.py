@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vllm_spyre_mm.coloring import Panel
-    from vllm_spyre_mm.multimodal.embedding import FeatureGrid, FeatureLayout
+    from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 
 SUMMARY = "draw a picture, its tiles and its features as a PNG"
 

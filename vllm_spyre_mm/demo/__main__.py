@@ -24,7 +24,7 @@ from vllm_spyre_mm.demo.pictures import (
     questions_about,
     random_shapes,
 )
-from vllm_spyre_mm.multimodal.embedding import FeatureLayout
+from vllm_spyre_mm.multimodal.feature_layout import FeatureLayout
 
 PICTURE_SIZE = (192, 144)
 """Width and height of the picture in pixels: several tiles, so that there is a fine grid."""

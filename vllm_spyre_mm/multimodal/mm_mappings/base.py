@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vllm_spyre_mm.multimodal.embedding import FeatureLayout
+from vllm_spyre_mm.multimodal.feature_layout import FeatureLayout
 from vllm_spyre_mm.multimodal.merge import merge_embeddings
 
 FmsModel = Any

@@ -13,7 +13,7 @@ from vllm_spyre_mm.model_executor.models.composition import (
     CompositionConfig,
     TiledComposition,
 )
-from vllm_spyre_mm.multimodal.embedding import FeatureGrid, FeatureLayout
+from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, LoadOverrides
 from vllm_spyre_mm.multimodal.mm_mappings.composed import (
     TILE_TOWERS,
