@@ -27,8 +27,8 @@ SIDE = 384
 
 
 def bulk_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
-    """1,000 pictures (40 in the quick form) in four rounds, each beside the bare encoder."""
-    per_round = (40 if quick else 1000) // ROUNDS
+    """1,000 pictures (16 in the quick form) in four rounds, each beside the bare encoder."""
+    per_round = (16 if quick else 1000) // ROUNDS
     encoder, choice = VisionEncoder(str(checkpoint)), EmbeddingChoice()
     taken: dict[str, list[float]] = {"files": [], "bare": []}
     resident = []

