@@ -17,6 +17,7 @@ from vllm_spyre_mm.model_executor.kernels import (
     SIZE,
     compile_kernel,
     has_matrix_unit,
+    heads_side_by_side,
 )
 
 
@@ -39,7 +40,7 @@ def attend_to_all(
     Returns:
         Shaped like ``query``, contiguous.
     """
-    parts = [_heads_side_by_side(part) for part in (query, keys, values)]
+    parts = [heads_side_by_side(part) for part in (query, keys, values)]
     return _run(parts, None, 0, keys.shape[1], scale)
 
 
@@ -65,15 +66,10 @@ def attend_to_earlier(
         Shaped like ``query``, contiguous.
     """
     parts = [
-        _heads_side_by_side(query.unsqueeze(0)),
+        heads_side_by_side(query.unsqueeze(0)),
         *(cache.flatten(0, 1).unsqueeze(0) for cache in (key_cache, value_cache)),
     ]
     return _run(parts, blocks.data_ptr(), key_cache.shape[1], num_keys, scale)[0]
-
-
-def _heads_side_by_side(part: torch.Tensor) -> torch.Tensor:
-    head_dim = part.shape[-1]
-    return part if part.stride()[2:] == (head_dim, 1) else part.contiguous()
 
 
 def _run(

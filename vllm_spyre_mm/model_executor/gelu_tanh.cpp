@@ -15,7 +15,7 @@ static inline Floats gelu(Floats x) {
 }
 
 static inline Halves gelu(Halves x) {
-  return round_to_bf16(gelu((Floats)(__builtin_convertvector(x, Bits) << 16)));
+  return round_to_bf16(gelu(widen(x)));
 }
 
 extern "C" void gelu_tanh(Element* values, int64_t count) {

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-HEADER = "matrices.h"
-"""What kernels may include."""
+HEADERS = ("matrices.h", "vectors.h")
+"""What kernels may include; the first includes the second."""
 
 POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 """Types of arguments."""
@@ -31,8 +31,9 @@ def compile_kernel(
 
     files = resources.files(__package__)
     source = files.joinpath(f"{name}.cpp").read_text()
-    # In place: the cache goes by the text, and would not see another text of the header.
-    source = source.replace(f'#include "{HEADER}"', files.joinpath(HEADER).read_text())
+    # In place: the cache goes by the text, and would not see another text of a header.
+    for header in HEADERS:
+        source = source.replace(f'#include "{header}"', files.joinpath(header).read_text())
     defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
     # Inductor keeps products and sums apart, to round as PyTorch does.
     library = CppCodeCache.load(defines + source, extra_flags=("-ffp-contract=fast",))
@@ -45,3 +46,11 @@ def compile_kernel(
 def has_matrix_unit() -> bool:
     """Whether this machine multiplies bf16 matrices in hardware (AMX)."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def heads_side_by_side(part: torch.Tensor) -> torch.Tensor:
+    """``(batch, tokens, heads, head_dim)`` whose heads of a token follow each other; copied if not.
+
+    A view of what holds queries, keys and values together is taken as it is.
+    """
+    return part if part.stride()[2:] == (part.shape[3], 1) else part.contiguous()

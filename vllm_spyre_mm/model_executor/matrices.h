@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels share that let PyTorch's brgemm multiply: vectors of 16 lanes, and brgemm itself.
-
-#include <cstdint>
-#include <cstring>
+// What the bf16 kernels share: brgemm, which lets PyTorch multiply, and what prepares its operands.
 
 #include <c10/util/BFloat16.h>
+
+#include "vectors.h"
 
 namespace at::native::cpublas {
 // Of ATen/native/CPUBlas.h, which would take seconds to compile.
@@ -19,12 +18,6 @@ using at::native::cpublas::brgemm_release;
 using Element = uint16_t;  // the bits of a bf16 number
 static inline const at::BFloat16* tile(const Element* from) { return (const at::BFloat16*)from; }
 
-constexpr int LANES = 16;
-
-// GCC's and Clang's vector types: one register with AVX-512, two or four with less.
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint16_t TwoHalves __attribute__((vector_size(4 * LANES)));
 
 // The first COUNT elements; the rest is zero.
@@ -37,12 +30,6 @@ static inline Vector load(const void* from) {
 template <typename Vector>
 static inline void store(void* to, Vector values) {
   std::memcpy(to, &values, sizeof(values));
-}
-
-// To nearest, ties to even.
-static inline Halves round_to_bf16(Floats values) {
-  Bits bits = (Bits)values;
-  return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
 }
 
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }

@@ -7,47 +7,22 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
+#include "vectors.h"
+
+using Element = std::conditional_t<BF16, uint16_t, float>;
 constexpr int HEADS = KV_HEADS * GROUP;
 constexpr int SPAN = 4 * BLOCK_SIZE;  // tokens that one thread takes at a time
 constexpr int AHEAD = 8;              // tokens between a prefetch and its use
-constexpr int LANES = 16;
 constexpr int VECTORS = HEAD_DIM / LANES;
 // Vectors of a head that are summed up at once: GROUP * TILE of them stay in registers.
 constexpr int TILE = VECTORS % 4 == 0 && GROUP <= 4 ? 4 : 1;
 static_assert(HEAD_DIM % LANES == 0);
 
-// GCC's and Clang's vector types: one register with AVX-512, two or four with less.
-typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-
-#if BF16
-using Element = uint16_t;
-static inline Floats load(const Element* from) {
-  Halves bits;
-  std::memcpy(&bits, from, sizeof(bits));
-  return (Floats)(__builtin_convertvector(bits, Bits) << 16);
-}
-static inline void store(Element* to, Floats values) {  // round to nearest, ties to even
-  Bits bits = (Bits)values;
-  Halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
-  std::memcpy(to, &rounded, sizeof(rounded));
-}
-#else
-using Element = float;
-static inline Floats load(const Element* from) {
-  Floats values;
-  std::memcpy(&values, from, sizeof(values));
-  return values;
-}
-static inline void store(Element* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
-#endif
 
 // A row of a head, some tokens ahead of its use: the blocks lie anywhere.
 static inline void prefetch(const Element* row) {

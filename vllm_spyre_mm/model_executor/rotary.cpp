@@ -3,37 +3,12 @@
 //
 // Compiled with HEAD_DIM and BF16 defined; see rotary.py.
 
-#include <cstdint>
-#include <cstring>
+#include <type_traits>
 
-constexpr int LANES = 16;
+#include "vectors.h"
+
+using Element = std::conditional_t<BF16, uint16_t, float>;
 static_assert(HEAD_DIM % LANES == 0);
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-
-static inline Floats load(const float* from) {
-  Floats values;
-  std::memcpy(&values, from, sizeof(values));
-  return values;
-}
-#if BF16
-using Element = uint16_t;
-static inline Floats load(const Element* from) {
-  Halves bits;
-  std::memcpy(&bits, from, sizeof(bits));
-  return (Floats)(__builtin_convertvector(bits, Bits) << 16);
-}
-static inline void store(Element* to, Floats values) {  // round to nearest, ties to even
-  Bits bits = (Bits)values;
-  Halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
-  std::memcpy(to, &rounded, sizeof(rounded));
-}
-#else
-using Element = float;
-static inline void store(Element* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
-#endif
 
 static inline void rotate(const Element* from, Element* to, const float* angle, int64_t heads) {
   for (int d = 0; d < HEAD_DIM; d += LANES) {

@@ -13,7 +13,7 @@ import torch
 from fms.modules.positions import PositionEncoder, RotaryEmbedding
 from torch import nn
 
-from vllm_spyre_mm.model_executor.kernels import POINTER, SIZE, compile_kernel
+from vllm_spyre_mm.model_executor.kernels import POINTER, SIZE, compile_kernel, heads_side_by_side
 
 LANES = 16
 """The kernel takes heads whose width is a multiple of this."""
@@ -86,7 +86,7 @@ def _rotate(
         IndexError: a position is not in the table.
     """
     _, length, heads, head_dim = query.shape
-    query, keys = _as_rows(query), _as_rows(keys)
+    query, keys = heads_side_by_side(query), heads_side_by_side(keys)
     rotated_query, rotated_keys = query.new_empty(query.shape), keys.new_empty(keys.shape)
     beyond = kernel(head_dim, query.dtype)(
         query.data_ptr(),
@@ -105,11 +105,6 @@ def _rotate(
     if beyond:
         raise IndexError(f"{beyond} positions are beyond the model's {len(table)}")
     return rotated_query, rotated_keys
-
-
-def _as_rows(part: torch.Tensor) -> torch.Tensor:
-    """Heads side by side."""
-    return part if part.stride(3) == 1 and part.stride(2) == part.shape[3] else part.contiguous()
 
 
 @functools.cache

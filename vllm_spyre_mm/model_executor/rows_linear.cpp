@@ -43,7 +43,7 @@ extern "C" void rows_linear(const Element* x, const Element* weight, const Eleme
           transpose(block);
           Halves added = {};
           if (bias) std::memcpy(&added, bias + offset, held * sizeof(Element));
-          Floats shift = (Floats)(__builtin_convertvector(added, Bits) << 16);
+          Floats shift = widen(added);
           for (int64_t row = column; row < std::min(rows, column + LANES); ++row) {
             Halves rounded = round_to_bf16((Floats)block[row - column] + shift);
             std::memcpy(out + row * outputs + offset, &rounded, held * sizeof(Element));
