@@ -7,31 +7,24 @@ from pathlib import Path
 
 import pytest
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
 
 from tests.test_scheduler import (
     BLOCK,
     CHUNK,
     MAX_MODEL_LEN,
     Simulation,
+    make_config,
     make_request,
     make_scheduler,
 )
 
-MAX_NUM_SEQS = 4
 LONG = MAX_MODEL_LEN - 10
 CHUNKS = math.ceil(LONG / CHUNK)
 
 
 @pytest.fixture(scope="module")
 def vllm_config(demo_checkpoint: Path) -> VllmConfig:
-    return EngineArgs(
-        model=str(demo_checkpoint),
-        max_model_len=MAX_MODEL_LEN,
-        max_num_batched_tokens=CHUNK,
-        max_num_seqs=MAX_NUM_SEQS,
-        enforce_eager=True,
-    ).create_engine_config()
+    return make_config(demo_checkpoint)
 
 
 @pytest.fixture(autouse=True)

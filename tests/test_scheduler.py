@@ -38,17 +38,23 @@ BLOCK = 64
 MAX_MODEL_LEN = 1024
 
 
-@pytest.fixture(scope="module")
-def vllm_config(demo_checkpoint: Path) -> VllmConfig:
+def make_config(checkpoint: Path, **arguments: Any) -> VllmConfig:
+    """Of an engine with small chunks and four rows."""
     return EngineArgs(
-        model=str(demo_checkpoint),
+        model=str(checkpoint),
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=CHUNK,
         max_num_seqs=4,
         enforce_eager=True,
-        enable_return_mm_embedding=True,
-        additional_config={"max_batch_tkv": 2048},
+        **arguments,
     ).create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def vllm_config(demo_checkpoint: Path) -> VllmConfig:
+    return make_config(
+        demo_checkpoint, enable_return_mm_embedding=True, additional_config={"max_batch_tkv": 2048}
+    )
 
 
 def make_scheduler(vllm_config: VllmConfig, num_blocks: int = 100) -> SpyreScheduler:

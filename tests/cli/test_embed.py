@@ -278,7 +278,6 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: bytes | int, byte: int
     assert not said or re.match(rf"{re.escape(str(file))} (cannot be read|was made with)", said)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="an extra")
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(50) + b"PAR1", b"x" * 99])
 def test_a_damaged_table_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a-00001.parquet").write_bytes(content)

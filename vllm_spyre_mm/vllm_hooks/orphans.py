@@ -25,8 +25,8 @@ NAMES = ("EngineCore", "VllmWorker")
 GRACE_SECONDS = 5.0
 """For the step under way and for leaving in order."""
 
-
 WATCH = "orphan-watch"
+"""Name of the thread, by which a second one is not started."""
 
 
 def install() -> None:
