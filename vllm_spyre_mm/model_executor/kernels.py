@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-HEADERS = ("matrices.h", "vectors.h")
-"""What kernels may include; the first includes the second."""
+HEADERS = ("matrices.h", "tiles.h", "vectors.h")
+"""What kernels may include; a header may include those after it."""
 
 POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 """Types of arguments."""
@@ -44,8 +44,8 @@ def compile_kernel(
 
 @functools.cache
 def has_matrix_unit() -> bool:
-    """Whether this machine multiplies bf16 matrices in hardware (AMX)."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    """Whether this process may multiply bf16 matrices in hardware (AMX); asks for it."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and torch.cpu._init_amx()
 
 
 def heads_side_by_side(part: torch.Tensor) -> torch.Tensor:
