@@ -60,7 +60,7 @@ class VisionEncoder:
             find_checkpoint(model_config, arguments.create_load_config()),
             LoadOptions(decoder_dtype=self.dtype, encoder_dtype=self.dtype, encoder_only=True),
         )
-        replace_linears(self.model)
+        replace_linears(self.model, compiled=backend == "inductor")
         if backend == "inductor":
             compile_encoder_blocks(self.mapping.load_overrides().encoder_blocks(self.model))
         self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)

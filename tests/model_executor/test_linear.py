@@ -2,6 +2,7 @@
 """Linear layers of the host compute what nn.Linear does, and hold a weight once."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from fms.modules.feedforward import FeedForwardBlock
 from torch import nn
 from torch._dynamo.utils import counters
 
+from vllm_spyre_mm.model_executor.kernels import has_matrix_unit
 from vllm_spyre_mm.model_executor.linear import HostLinear, HostPatches, replace_linears
+from vllm_spyre_mm.model_executor.tiled_linear import is_tiled
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 SHAPES = [(7, 48), (1, 5, 48), (3, 1, 48), (1, 1, 48)]
@@ -51,24 +54,48 @@ def test_a_weight_that_stays_in_rows_computes_the_same(
 ):
     """With the kernel of few rows, and with oneDNN beyond them or for another width."""
     linear = nn.Linear(width, outputs, bias=bias, dtype=dtype)
-    kept = HostLinear(linear, in_rows=True)
-    assert kept.weight.data_ptr() == linear.weight.data_ptr()
+    kept = HostLinear(linear, compiled=True, tied=True)
+    if has_matrix_unit():
+        assert kept.weight.data_ptr() == linear.weight.data_ptr()
     x = torch.randn(1, rows, width, dtype=dtype)
     assert_close(kept(x), linear(x))
     assert_close(kept(x[:, -1:]), linear(x[:, -1:]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("in_rows", [True, False])
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-@pytest.mark.parametrize("outputs", [80, 7])
-def test_a_compiled_gelu_computes_the_same(
-    dtype: torch.dtype, in_rows: bool, approximate: str, outputs: int
+# One step, one depth, two, and rows that are packed in parts; with and without tails.
+WIDTHS = [30, 32, 576, 588, 1152, 1170]
+OUTPUTS = [7, 32, 80, 300]
+
+
+@pytest.mark.parametrize("approximate", [None, "none", "tanh"])
+@pytest.mark.parametrize("rows", [1, 5, 32, 33, 300])
+@pytest.mark.parametrize(("width", "outputs"), [*product(WIDTHS, OUTPUTS), (4304, 1152)])
+def test_a_tiled_weight_computes_the_same(
+    width: int, outputs: int, rows: int, approximate: str | None
 ):
-    linear, gelu = nn.Linear(64, outputs, dtype=dtype), nn.GELU(approximate)
-    x = 30 * torch.randn(3, 50, 64, dtype=dtype)
-    compiled = HostLinear(linear, gelu, in_rows=in_rows, compiled=True)
-    assert_close(compiled(x), gelu(linear(x)))
+    """Sums are in fp32 and rounded once: nothing is further off than a rounding of the result."""
+    linear = nn.Linear(width, outputs, bias=rows % 2 == 1, dtype=torch.bfloat16)
+    gelu = nn.Identity() if approximate is None else nn.GELU(approximate)
+    x = 5 * torch.randn(rows, width, dtype=torch.bfloat16)
+    expected = gelu(linear.float()(x.float()))
+    tiled = HostLinear(
+        linear.bfloat16(), gelu if isinstance(gelu, nn.GELU) else None, compiled=True
+    )
+    assert is_tiled(tiled.weight) == has_matrix_unit()
+    torch.testing.assert_close(tiled(x).float(), expected, rtol=2**-7, atol=2**-8)
+
+
+def test_no_row_and_no_output_disturbs_another():
+    """What lies beyond the ends of rows, outputs and inputs is not computed with."""
+    linear = nn.Linear(50, 40, dtype=torch.bfloat16)
+    tiled = HostLinear(linear, compiled=True)
+    memory = torch.full((100, 50), torch.nan, dtype=torch.bfloat16)
+    memory[10:47] = torch.randn(37, 50)
+    assert_close(tiled(memory[10:47]), linear(memory[10:47]))
+    result = tiled(memory)
+    assert result[:10].isnan().all()
+    assert result[47:].isnan().all()
+    assert_close(result[10:47], linear(memory[10:47]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,26 +120,28 @@ class Model(nn.Module):
         return self.head(self.block(self.embedding(token_ids)))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_layers_of_a_model_are_replaced(dtype: torch.dtype):
+def test_all_layers_of_a_model_are_replaced(dtype: torch.dtype, compiled: bool):
     model = Model(dtype)
     token_ids = torch.tensor([[3, 1, 79]])
     hidden = model.embedding(token_ids)
     first, second = model.block.w1, model.block.w2
     expected = F.linear(second(F.gelu(first(hidden), approximate="tanh")), model.embedding.weight)
-    replace_linears(model)
+    replace_linears(model, compiled=compiled)
     assert not any(isinstance(part, nn.Linear | nn.GELU) for part in model.modules())
     assert_close(model(token_ids), expected)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_patches_are_cut_as_a_convolution_does(dtype: torch.dtype, bias: bool):
+def test_patches_are_cut_as_a_convolution_does(dtype: torch.dtype, bias: bool, compiled: bool):
     """Pixels that fill no patch are left out; a tile's patches lie one after the other."""
     model = nn.Sequential(nn.Conv2d(3, 40, 14, 14, bias=bias, dtype=dtype))
     pixels = torch.randn(2, 3, 14 * 3 + 5, 14 * 4 + 1, dtype=dtype)
     expected = model(pixels)
-    replace_linears(model)
+    replace_linears(model, compiled=compiled)
     assert isinstance(model[0], HostPatches)
     assert model[0].weight.dtype == dtype
     patches = model(pixels)
@@ -134,10 +163,14 @@ def test_the_weight_of_a_layer_is_held_once():
         assert parameter.is_mkldnn == wanted, name
 
 
-def test_a_tied_head_that_stays_in_rows_is_not_held_twice():
+def test_kernels_hold_a_tied_head_once_and_other_weights_tiled():
+    if not has_matrix_unit():
+        pytest.skip("without AMX there are no kernels, and the head is held twice")
     model = Model(torch.bfloat16)
-    replace_linears(model, in_rows=True)
+    replace_linears(model, compiled=True)
     assert model.head.weight.data_ptr() == model.embedding.weight.data_ptr()
+    assert is_tiled(model.block.w1.weight)
+    assert is_tiled(model.block.w2.weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

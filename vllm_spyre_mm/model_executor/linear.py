@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers on the CPU: weights that are read as they lie in memory.
+"""Linear layers on the CPU: weights in the order in which they are multiplied.
 
 oneDNN rearranges a bf16 weight in a checkpoint's row-major layout at every call, which for the few
 rows of a decode costs more than the arithmetic. Here it is rearranged once, and replaces the
-original; or it is kept in rows, which the project's own kernel reads (:mod:`rows_linear`). For fp32
-there is nothing to gain.
+original: for the project's own kernel on AMX (:mod:`tiled_linear`), else for oneDNN. That of a tied
+head stays in rows, for its embedding (:mod:`rows_linear`). For fp32 there is nothing to gain.
 
 The operation is opaque to the compiler, and the weight an input of its graph: one graph serves
 every layer.
@@ -19,16 +19,11 @@ from fms.modules.feedforward import FeedForwardBlock
 from fms.modules.head import LinearClassificationHead
 from torch import nn
 
-from vllm_spyre_mm.model_executor import rows_linear
-from vllm_spyre_mm.model_executor.gelu import gelu_tanh_
+from vllm_spyre_mm.model_executor import rows_linear, tiled_linear
 from vllm_spyre_mm.model_executor.memory import return_free_memory
 
 HOST_LINEARS = (nn.Linear, LinearClassificationHead)
 """What is replaced: FMS's head is a linear layer with a way to shard it."""
-
-
-COMPILED_TANH = "tanh, compiled"
-"""The operator's name of the GELU that :mod:`gelu` computes."""
 
 
 class HostLinear(nn.Module):
@@ -37,8 +32,8 @@ class HostLinear(nn.Module):
     Args:
         linear: what it replaces; its weight is left to whoever else refers to it.
         activation: a GELU that follows it and is computed with it, if there is one.
-        in_rows: keep a bf16 weight as it is.
-        compiled: take the project's kernel for a GELU that it computes (:mod:`gelu`).
+        compiled: take the project's kernels where the machine has AMX.
+        tied: an embedding has the same weight; the kernels leave it as it is.
     """
 
     def __init__(
@@ -46,18 +41,18 @@ class HostLinear(nn.Module):
         linear: nn.Linear,
         activation: nn.GELU | None = None,
         *,
-        in_rows: bool = False,
         compiled: bool = False,
+        tied: bool = False,
     ) -> None:
         super().__init__()
         _define_op()
         self.gelu = None if activation is None else activation.approximate
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
-        if weight.dtype == torch.bfloat16 and not in_rows:
+        if compiled and tiled_linear.takes(weight):
+            weight = weight if tied else tiled_linear.tile_weight(weight)
+        elif weight.dtype == torch.bfloat16:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        if compiled and self.gelu == "tanh" and weight.dtype == torch.bfloat16:
-            self.gelu = COMPILED_TANH
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias
 
@@ -67,8 +62,8 @@ class HostLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and layout, for ``print(model)``."""
-        packed = self.weight.is_mkldnn
-        return f"{self.in_features}, {self.out_features}, packed={packed}, gelu={self.gelu}"
+        layout = "oneDNN's" if self.weight.is_mkldnn else tuple(self.weight.shape)
+        return f"{self.in_features}, {self.out_features}, layout={layout}, gelu={self.gelu}"
 
 
 class HostPatches(nn.Module):
@@ -79,16 +74,17 @@ class HostPatches(nn.Module):
 
     Args:
         convolution: what it replaces.
+        compiled: as for :class:`HostLinear`.
     """
 
-    def __init__(self, convolution: nn.Conv2d) -> None:
+    def __init__(self, convolution: nn.Conv2d, *, compiled: bool = False) -> None:
         super().__init__()
         self.patch = convolution.kernel_size
         weight = convolution.weight.flatten(1)
         linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = cast("nn.Parameter", convolution.bias)
-        self.linear = HostLinear(linear)
+        self.linear = HostLinear(linear, compiled=compiled)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -114,30 +110,33 @@ def _cuts_patches(part: nn.Module) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def replace_linears(module: nn.Module, *, in_rows: bool = False, compiled: bool = False) -> None:
+def replace_linears(module: nn.Module, *, compiled: bool = False) -> None:
     """Replace every ``nn.Linear`` below a module on the host, and what cuts patches, one at a time.
 
     Args:
         module: what they are below.
-        in_rows: keep bf16 weights as they are. Otherwise they are rearranged, and a head that is
-            tied to the embedding is held twice: the embedding keeps its rows.
-        compiled: take the project's kernel for a GELU that it computes.
+        compiled: take the project's kernels where the machine has AMX. Without them a bf16 head
+            that is tied to the embedding is held twice: the embedding keeps its rows.
     """
     # Nothing here may keep a layer that was replaced: its weight has to go before the next comes.
     parents = [part for part in module.modules() if not isinstance(part, nn.Linear)]
+    embeddings = {part.weight.data_ptr() for part in parents if isinstance(part, nn.Embedding)}
+
+    def replace(linear: nn.Linear, activation: nn.GELU | None = None) -> HostLinear:
+        tied = linear.weight.data_ptr() in embeddings
+        return HostLinear(linear, activation, compiled=compiled, tied=tied)
+
     for parent in parents:
         if isinstance(parent, FeedForwardBlock) and isinstance(parent.a, nn.GELU):
-            parent.w1 = HostLinear(
-                cast("nn.Linear", parent.w1), parent.a, in_rows=in_rows, compiled=compiled
-            )
+            parent.w1 = replace(cast("nn.Linear", parent.w1), parent.a)
             parent.a = nn.Identity()
         for name in [
             name for name, child in parent.named_children() if type(child) in HOST_LINEARS
         ]:
-            setattr(parent, name, HostLinear(getattr(parent, name), in_rows=in_rows))
+            setattr(parent, name, replace(getattr(parent, name)))
         for name, child in list(parent.named_children()):
             if _cuts_patches(child):
-                setattr(parent, name, HostPatches(child))
+                setattr(parent, name, HostPatches(child, compiled=compiled))
     return_free_memory()
 
 
@@ -161,8 +160,6 @@ def _linear_packed(
     out_features: int,
     gelu: str | None,
 ) -> torch.Tensor:
-    if gelu == COMPILED_TANH:
-        return gelu_tanh_(_linear_packed(x, weight, bias, out_features, None))
     name, variant = ("none", "") if gelu is None else ("gelu", gelu)
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, name, [], variant)
 
@@ -176,11 +173,15 @@ def _linear_dense(
 ) -> torch.Tensor:
     # As a matrix: F.linear copies the weight for a slice of a three-dimensional tensor.
     rows = x.reshape(-1, x.shape[-1])
-    few = rows_linear.takes(rows, weight)
-    rows = rows_linear.rows_linear(rows, weight, bias) if few else F.linear(rows, weight, bias)
-    if gelu == COMPILED_TANH:
-        rows = gelu_tanh_(rows)
-    elif gelu is not None:
+    if tiled_linear.is_tiled(weight):
+        tanh = gelu == "tanh"
+        rows = tiled_linear.tiled_linear(rows, weight, bias, out_features, gelu_tanh=tanh)
+        gelu = None if tanh else gelu
+    elif rows_linear.takes(rows, weight):
+        rows = rows_linear.rows_linear(rows, weight, bias)
+    else:
+        rows = F.linear(rows, weight, bias)
+    if gelu is not None:
         rows = F.gelu(rows, approximate=gelu)
     return rows.view(*x.shape[:-1], out_features)
 

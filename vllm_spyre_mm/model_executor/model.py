@@ -13,10 +13,10 @@ from torch import nn
 from vllm_spyre_mm.config import Backend
 from vllm_spyre_mm.model_executor import (
     blocked_attention,
-    gelu,
     paged_decode,
     rotary,
     rows_linear,
+    tiled_linear,
 )
 from vllm_spyre_mm.model_executor.attention import (
     CARD_ATTENTION,
@@ -31,7 +31,6 @@ from vllm_spyre_mm.model_executor.compile import (
     cpu_compile_context,
     warmup_context,
 )
-from vllm_spyre_mm.model_executor.kernels import has_matrix_unit
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
 from vllm_spyre_mm.model_executor.linear import replace_linears
 from vllm_spyre_mm.model_executor.rotary import replace_rotary
@@ -82,11 +81,10 @@ class SpyreModel:
         else:
             self.attn_name = CPU_ATTENTION if backend == "eager" else CPU_COMPILED_ATTENTION
             register_cpu_attention()
-        kernels = has_matrix_unit()  # without one oneDNN and PyTorch are as fast
         for part in self._encoder_parts():
-            replace_linears(part, compiled=kernels and backend != "eager")
+            replace_linears(part, compiled=backend != "eager")
         if backend != "sendnn":
-            replace_linears(fms_model, in_rows=kernels and backend == "inductor")
+            replace_linears(fms_model, compiled=backend == "inductor")
         self._run: Any = fms_model
 
     def _encoder_parts(self) -> list[nn.Module]:
@@ -123,11 +121,12 @@ class SpyreModel:
         )
         kernels: list[Callable[[], object]] = []
         if blocked_attention.supports(head_dim, keys.dtype):
-            kernels += [partial(blocked_attention.kernel, head_dim), rows_linear.kernel]
+            kernels += [partial(blocked_attention.kernel, head_dim), tiled_linear.kernel]
+            kernels.append(rows_linear.kernel)
             vision = getattr(self.mapping.hf_config, "vision_config", None)
             if vision is not None:
                 width = vision.hidden_size // vision.num_attention_heads
-                kernels += [partial(blocked_attention.kernel, width), gelu.kernel]
+                kernels.append(partial(blocked_attention.kernel, width))
         if paged_decode.supports(head_dim, keys.dtype):
             kernels += [
                 partial(paged_decode.kernel, head_dim, group, kv_heads, block_size, keys.dtype),

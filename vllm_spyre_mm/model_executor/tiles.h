@@ -12,6 +12,10 @@
 constexpr int TILE_ROWS = 16;
 constexpr int TILE_DEPTH = 32;  // bf16 numbers of a row
 
+// Before tiles are loaded: what was stored to this memory is there. GCC 12's loads do not say what
+// they read.
+static inline void written(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+
 // The registers of this thread, all of 16 rows of 64 bytes, while it lives. PyTorch has asked the
 // operating system for them (torch.cpu._init_amx).
 class Tiles {
@@ -26,6 +30,7 @@ class Tiles {
       shape.bytes_per_row[i] = 64;
       shape.rows[i] = TILE_ROWS;
     }
+    written(&shape);
     _tile_loadconfig(&shape);
   }
   ~Tiles() { _tile_release(); }

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+// A linear layer of bf16 on AMX, whose weight lies in the order in which it is multiplied.
+//
+// 32 rows and 32 outputs are multiplied at a time, 32 numbers deep in a step. A task is some rows and
+// some outputs. It goes through its outputs 32 by 32, through as many steps as weights fit the
+// innermost cache, and then through its rows, which it has packed into the second cache. Sums lie in
+// fp32 between; the products of 32 outputs run beside what is left to do for the 32 before.
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include <omp.h>
+
+#include "matrices.h"
+#include "tiles.h"
+
+constexpr int64_t BLOCK = 32;       // rows, and outputs, that are multiplied at a time
+constexpr int64_t STEP = 32 * 32;   // numbers of a block of either operand in a step
+constexpr int64_t DEPTH = 18;       // steps at most whose weights stay in the innermost cache
+constexpr int64_t ROW_BLOCKS = 12;  // of a task at most: twice DEPTH steps of them take 864 KiB
+constexpr int64_t SUM_BLOCKS = 432;  // that a task keeps at most: 1.7 MiB
+constexpr int64_t AHEAD = 6;        // rows between the prefetch of an output and its store
+
+struct Problem {
+  const Element *x, *weight, *bias;
+  Element* out;
+  int64_t rows, width, outputs;
+
+  int64_t steps() const { return (width + 31) / 32; }
+  int64_t panels() const { return (outputs + BLOCK - 1) / BLOCK; }
+  int64_t row_blocks() const { return (rows + BLOCK - 1) / BLOCK; }
+};
+
+template <typename Number>
+class Buffer {
+ public:
+  Number* of(size_t count) {
+    if (count > count_) {
+      numbers_.reset((Number*)std::aligned_alloc(64, (count * sizeof(Number) + 63) / 64 * 64));
+      count_ = count;
+    }
+    return numbers_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(Number* numbers) const { std::free(numbers); }
+  };
+  std::unique_ptr<Number[], Free> numbers_;
+  size_t count_ = 0;
+};
+
+// Rows [first, first + 32 * blocks) of steps [step, last) as (blocks, steps, 32, 32); zeros beyond.
+static void pack(const Problem& of, int64_t first, int64_t blocks, int64_t step, int64_t last,
+                 Element* to) {
+  int64_t count = last - step, whole = std::min(last, of.width / 32) - step;
+  uint32_t rest = (1u << of.width % 32) - 1;
+  for (int64_t r = 0; r < blocks * BLOCK; ++r) {
+    Element* row = to + r / BLOCK * count * STEP + r % BLOCK * 32;
+    const Element* from = of.x + (first + r) * of.width + step * 32;
+    bool is_row = first + r < of.rows;
+    for (int64_t k = 0; k < count; ++k)
+      _mm512_store_si512(row + k * STEP,
+                         _mm512_maskz_loadu_epi16(!is_row ? 0 : k < whole ? ~0u : rest, from + k * 32));
+  }
+}
+
+template <bool GELU>
+static inline __m512 activate(__m512 x) {
+  if constexpr (!GELU) return x;
+  // By tanh, x / (1 + e^-2u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+  constexpr float scale = -2.0f * 0.7978845608f * 1.44269504f;  // to a power of 2
+  Floats values = (Floats)x;
+  Floats power = values * (values * values * (0.044715f * scale) + scale);
+  Floats divisor = exp2_bounded(-larger(Floats{} - 126.0f, -power)) + 1.0f;
+  return _mm512_mul_ps(x, _mm512_rcp14_ps((__m512)divisor));  // bf16 keeps 8 bits
+}
+
+// What is left to do for 32 outputs whose sums are complete: bias, activation, rounding.
+template <bool GELU>
+struct Finish {
+  const float* sums = nullptr;
+  Element* out = nullptr;
+  int64_t row = 0, rows = 0, stride = 0;
+  __mmask32 held = 0;  // outputs that there are
+  __m512 bias[2];
+
+  void begin(const Problem& of, int64_t panel, int64_t first, int64_t last, const float* from) {
+    sums = from;
+    out = of.out + first * of.outputs + panel * BLOCK;
+    row = 0, rows = last - first, stride = of.outputs;
+    held = of.outputs - panel * BLOCK < BLOCK ? (1u << of.outputs % BLOCK) - 1 : ~0u;
+    __m512i bits = _mm512_setzero_si512();
+    if (of.bias) bits = _mm512_maskz_loadu_epi16(held, of.bias + panel * BLOCK);
+    bias[0] = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16);
+    bias[1] =
+        (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16);
+  }
+  void next() {
+    if (row == rows) return;
+    const float* from = sums + row * BLOCK;
+    Element* to = out + row * stride;
+    __builtin_prefetch(to + AHEAD * stride, 1);  // rows lie apart, which hides them from hardware
+    __m512 low = activate<GELU>(_mm512_add_ps(_mm512_load_ps(from), bias[0]));
+    __m512 high = activate<GELU>(_mm512_add_ps(_mm512_load_ps(from + 16), bias[1]));
+    _mm512_mask_storeu_epi16(to, held, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    ++row;
+  }
+  void rest() {
+    while (row < rows) next();
+  }
+};
+
+// The numbers a product goes through before its sums lie elsewhere: [first, last) of the steps.
+struct Depths {
+  int64_t steps, count = (steps + DEPTH - 1) / DEPTH;
+  int64_t first(int64_t depth) const { return steps * depth / count; }
+};
+
+// Products of a block of rows and a panel of weights, added to the sums unless they are fresh.
+template <bool GELU>
+static inline void multiply_block(const Element* rows, const Element* weights, int64_t steps,
+                                  bool fresh, float* sums, const float* next_sums,
+                                  const Element* next_weights, int64_t block, int64_t blocks,
+                                  Finish<GELU>& finish, int64_t rows_a_step) {
+  if (fresh) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, 128);
+    _tile_loadd(1, sums + 16, 128);
+    _tile_loadd(2, sums + 512, 128);
+    _tile_loadd(3, sums + 528, 128);
+  }
+  for (int64_t k = 0; k < steps; ++k) {
+    for (int64_t i = 0; i < rows_a_step; ++i) finish.next();
+    // Each block of rows fetches its share of the weights that come next.
+    for (int64_t i = block * 32; i < STEP; i += blocks * 32)
+      __builtin_prefetch(next_weights + k * STEP + i, 0, 2);
+    if (next_sums)
+      for (int64_t i = 0; i < 64; i += 16) __builtin_prefetch(next_sums + k * 64 + i, 1);
+    _tile_loadd(6, weights + k * STEP, 64);
+    _tile_loadd(7, weights + k * STEP + 512, 64);
+    _tile_stream_loadd(4, rows + k * STEP, 64);  // and leave the cache to the weights
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_stream_loadd(5, rows + k * STEP + 512, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, 128);
+  _tile_stored(1, sums + 16, 128);
+  _tile_stored(2, sums + 512, 128);
+  _tile_stored(3, sums + 528, 128);
+}
+
+// The rows of row blocks [block, last_block), the outputs of panels [panel, last_panel).
+template <bool GELU>
+static void multiply(const Problem& of, int64_t block, int64_t last_block, int64_t panel,
+                     int64_t last_panel, Buffer<Element>& packed, Buffer<float>& sums) {
+  Depths depths{of.steps()};
+  int64_t steps = of.steps(), blocks = last_block - block, first_row = block * BLOCK;
+  int64_t rows_a_step = (BLOCK + steps - 1) / steps;  // to finish sums while others are made
+  // Sums are finished by blocks of rows, by panels, or, if rows are packed in parts, at the end.
+  bool in_parts = depths.count > 2;
+  int64_t at_once = in_parts ? 1 : depths.count, group = depths.count == 1 ? 1 : blocks;
+  int64_t kept = in_parts ? last_panel - panel : 2;
+  Element* rows = packed.of(blocks * std::min(steps, 2 * DEPTH) * STEP);
+  float* room = sums.of(kept * group * BLOCK * BLOCK);
+  Finish<GELU> finish;
+  for (int64_t depth = 0; depth < depths.count; depth += at_once) {
+    int64_t start = depths.first(depth), end = depths.first(depth + at_once), turn = 0;
+    pack(of, first_row, blocks, start, end, rows);
+    written(rows);
+    for (int64_t p = panel; p < last_panel; ++p) {
+      for (int64_t g = 0; g < blocks; g += group, ++turn) {
+        float* own = room + turn % kept * group * BLOCK * BLOCK;
+        for (int64_t d = depth; d < depth + at_once; ++d) {
+          int64_t from = depths.first(d), count = depths.first(d + 1) - from;
+          const Element* weights = of.weight + (p * steps + from) * STEP;
+          const Element* next_weights = weights + (in_parts ? steps : count) * STEP;
+          for (int64_t b = g; b < g + group; ++b) {
+            float* sum = own + (b - g) * BLOCK * BLOCK;
+            multiply_block(rows + (b * (end - start) + from - start) * STEP, weights, count,
+                           d == 0, sum, in_parts ? sum + BLOCK * BLOCK : nullptr, next_weights, b,
+                           blocks, finish, rows_a_step);
+          }
+        }
+        finish.rest();
+        if (end == steps)
+          finish.begin(of, p, first_row + g * BLOCK,
+                       std::min(of.rows, first_row + (g + group) * BLOCK), own);
+      }
+    }
+  }
+  finish.rest();
+}
+
+template <bool GELU>
+static void run(const Problem& of) {
+  int64_t threads = omp_get_max_threads(), blocks = of.row_blocks(), panels = of.panels();
+  // Few rows: each thread has outputs of its own. Many: rows of its own.
+  int64_t row_parts = 1, output_parts = 4 * threads;
+  if (blocks >= 2 * threads) {
+    row_parts = (blocks + ROW_BLOCKS * threads - 1) / (ROW_BLOCKS * threads) * threads;
+    output_parts = 1;
+  } else if (blocks > ROW_BLOCKS) {
+    row_parts = (blocks + ROW_BLOCKS - 1) / ROW_BLOCKS;
+  }
+  int64_t task_blocks = (blocks + row_parts - 1) / row_parts;
+  if (of.steps() > 2 * DEPTH)
+    output_parts = std::max(output_parts, (panels * task_blocks + SUM_BLOCKS - 1) / SUM_BLOCKS);
+  output_parts = std::min(output_parts, panels);
+#pragma omp parallel
+  {
+    thread_local Buffer<Element> packed;
+    thread_local Buffer<float> sums;
+    Tiles tiles;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < row_parts * output_parts; ++task) {
+      int64_t row = task % row_parts, part = task / row_parts;
+      multiply<GELU>(of, blocks * row / row_parts, blocks * (row + 1) / row_parts,
+                     panels * part / output_parts, panels * (part + 1) / output_parts, packed,
+                     sums);
+    }
+  }
+}
+
+// x: (rows, width), bias: (outputs,) or null, out: (rows, outputs), all contiguous; weight:
+// (panels of 32 outputs, steps of 32 inputs, 2, pairs of inputs, outputs, 2), zeros beyond.
+extern "C" void tiled_linear(const Element* x, const Element* weight, const Element* bias,
+                             Element* out, int64_t rows, int64_t width, int64_t outputs,
+                             int64_t gelu) {
+  Problem of{x, weight, bias, out, rows, width, outputs};
+  gelu ? run<true>(of) : run<false>(of);
+}

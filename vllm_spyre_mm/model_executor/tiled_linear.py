@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled linear layer of bf16 on AMX, for a weight that is rearranged once.
+
+The weight lies in the order in which the matrix unit takes it: a prompt's products and a tower's
+are faster than oneDNN's, and a decode reads it at the memory's pace. A GELU that follows is
+computed beside the products.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from vllm_spyre_mm.model_executor.kernels import (
+    POINTER,
+    SIZE,
+    compile_kernel,
+    has_matrix_unit,
+)
+
+BLOCK = 32
+"""Outputs of a panel, and inputs of a step."""
+
+
+def takes(weight: torch.Tensor) -> bool:
+    """Whether the kernel multiplies with such a weight on this machine."""
+    return weight.dtype == torch.bfloat16 and has_matrix_unit()
+
+
+def tile_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Rearrange ``(outputs, width)``, bf16.
+
+    Returns:
+        ``(panels, steps, 2, 16, 16, 2)``: panels of 32 outputs, steps of 32 inputs; then halves of
+        the outputs, pairs of the inputs, outputs, and the inputs of a pair. Zeros fill what is left
+        of the last panel and the last step.
+    """
+    outputs, width = weight.shape
+    whole = F.pad(weight, (0, -width % BLOCK, 0, -outputs % BLOCK))
+    pairs = whole.view(torch.int32).view(-(-outputs // BLOCK), 2, 16, -(-width // BLOCK), 16)
+    return pairs.permute(0, 3, 1, 4, 2).contiguous().view(torch.bfloat16).unflatten(-1, (16, 2))
+
+
+def is_tiled(weight: torch.Tensor) -> bool:
+    """Whether :func:`tile_weight` made it."""
+    return weight.dim() == 6
+
+
+def tiled_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    outputs: int,
+    *,
+    gelu_tanh: bool = False,
+) -> torch.Tensor:
+    """``(rows, width)`` to ``(rows, outputs)``.
+
+    Args:
+        x: bf16.
+        weight: of :func:`tile_weight`.
+        bias: ``(outputs,)``, bf16.
+        outputs: of the layer; the weight may hold more.
+        gelu_tanh: compute ``F.gelu(..., approximate="tanh")`` of the result, before it is rounded.
+    """
+    x = x.contiguous()
+    out = x.new_empty(len(x), outputs)
+    kernel()(
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        len(x),
+        x.shape[1],
+        outputs,
+        gelu_tanh,
+    )
+    return out
+
+
+@functools.cache
+def kernel() -> Callable[..., None]:
+    """Compile, or find it in Inductor's cache."""
+    return compile_kernel("tiled_linear", {}, [*[POINTER] * 4, *[SIZE] * 4])
