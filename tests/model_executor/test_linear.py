@@ -48,7 +48,7 @@ def test_it_computes_what_the_layer_does(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 33])
-@pytest.mark.parametrize(("width", "outputs"), [(64, 80), (96, 200), (1024, 70), (48, 16)])
+@pytest.mark.parametrize(("width", "outputs"), [(64, 80), (96, 200), (1024, 70), (64, 47), (48, 64), (64, 16)])
 def test_a_weight_that_stays_in_rows_computes_the_same(
     dtype: torch.dtype, bias: bool, rows: int, width: int, outputs: int
 ):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled linear layer of the few rows of a decode, for a weight that stays as it is stored.
 
-A decode reads every weight once, and the kernel does it at the memory's pace, where oneDNN reaches
-about half of that, rearranged weights or not. Many rows are left to oneDNN, which rearranges the
-weight at each call: a tenth of the time of a long chunk.
+That of a head that is tied to the embedding: oneDNN would rearrange it at each call. Many rows are
+left to it.
 """
 
 import functools
@@ -21,13 +20,13 @@ from vllm_spyre_mm.model_executor.kernels import (
 MAX_ROWS = 32
 """Beyond this oneDNN is the faster one."""
 
-LANES = 32
-"""The kernel takes rows whose width is a multiple of this."""
+BLOCK = 32
+"""The kernel takes rows whose width is a multiple of this, and at least so many outputs."""
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel computes this, for a matrix ``x``, on this machine."""
-    fits = len(x) <= MAX_ROWS and x.shape[1] % LANES == 0
+    fits = len(x) <= MAX_ROWS and x.shape[1] % BLOCK == 0 and len(weight) >= BLOCK
     return fits and weight.dtype == torch.bfloat16 and has_matrix_unit()
 
 
