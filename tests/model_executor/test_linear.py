@@ -7,12 +7,17 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from fms.modules.feedforward import FeedForwardBlock
+from fms.modules.feedforward import FeedForwardBlock, GatedLinearUnit
 from torch import nn
 from torch._dynamo.utils import counters
 
 from vllm_spyre_mm.model_executor.kernels import has_matrix_unit
-from vllm_spyre_mm.model_executor.linear import HostLinear, HostPatches, replace_linears
+from vllm_spyre_mm.model_executor.linear import (
+    HostGatedUnit,
+    HostLinear,
+    HostPatches,
+    replace_linears,
+)
 from vllm_spyre_mm.model_executor.tiled_linear import is_tiled
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -48,7 +53,9 @@ def test_it_computes_what_the_layer_does(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 33])
-@pytest.mark.parametrize(("width", "outputs"), [(64, 80), (96, 200), (1024, 70), (64, 47), (48, 64), (64, 16)])
+@pytest.mark.parametrize(
+    ("width", "outputs"), [(64, 80), (96, 200), (1024, 70), (64, 47), (48, 64), (64, 16)]
+)
 def test_a_weight_that_stays_in_rows_computes_the_same(
     dtype: torch.dtype, bias: bool, rows: int, width: int, outputs: int
 ):
@@ -83,6 +90,37 @@ def test_a_tiled_weight_computes_the_same(
     )
     assert is_tiled(tiled.weight) == has_matrix_unit()
     torch.testing.assert_close(tiled(x).float(), expected, rtol=2**-7, atol=2**-8)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 5, 33, 300])
+@pytest.mark.parametrize(("width", "hidden"), [(32, 16), (64, 100), (1184, 300)])
+def test_the_gates_of_a_unit_are_computed_with_it(width: int, hidden: int, rows: int, bias: bool):
+    unit = GatedLinearUnit(
+        width,
+        hidden / width,
+        activation_fn=nn.SiLU(),
+        p_dropout=0.0,
+        use_bias=bias,
+    ).bfloat16()
+    x = 5 * torch.randn(1, rows, width, dtype=torch.bfloat16)
+    gates, values = unit.wg1_fused.float()(x.float()).chunk(2, dim=-1)
+    expected = unit.w2.float()((F.silu(gates) * values).bfloat16().float())
+    model = nn.Sequential(unit.bfloat16())
+    replace_linears(model, compiled=True)
+    assert isinstance(model[0], HostGatedUnit) == has_matrix_unit()
+    torch.testing.assert_close(model(x).float(), expected, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU()])
+def test_a_gated_unit_without_kernels_computes_the_same(activation: nn.Module):
+    unit = GatedLinearUnit(64, 2, activation_fn=activation, p_dropout=0.0).bfloat16()
+    x = torch.randn(1, 5, 64, dtype=torch.bfloat16)
+    expected = unit(x)
+    model = nn.Sequential(unit)
+    replace_linears(model, compiled=isinstance(activation, nn.GELU))
+    assert type(model[0]) is GatedLinearUnit
+    assert_close(model(x), expected)
 
 
 def test_no_row_and_no_output_disturbs_another():
@@ -192,5 +230,5 @@ def test_the_operator_is_what_its_schema_says():
     linear = HostLinear(nn.Linear(48, 80))
     torch.library.opcheck(
         torch.ops.spyre_mm.linear.default,
-        (torch.randn(1, 3, 48), linear.weight, linear.bias, 80, "tanh"),
+        (torch.randn(1, 3, 48), linear.weight, linear.bias, 80, "gelu_tanh"),
     )

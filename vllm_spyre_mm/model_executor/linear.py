@@ -15,7 +15,7 @@ from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
-from fms.modules.feedforward import FeedForwardBlock
+from fms.modules.feedforward import FeedForwardBlock, GatedLinearUnit
 from fms.modules.head import LinearClassificationHead
 from torch import nn
 
@@ -24,6 +24,9 @@ from vllm_spyre_mm.model_executor.memory import return_free_memory
 
 HOST_LINEARS = (nn.Linear, LinearClassificationHead)
 """What is replaced: FMS's head is a linear layer with a way to shard it."""
+
+GELUS = {"gelu": "none", tiled_linear.GELU_TANH: "tanh"}
+"""``approximate`` of ``nn.GELU``, by the operator's name of it."""
 
 
 class HostLinear(nn.Module):
@@ -46,7 +49,8 @@ class HostLinear(nn.Module):
     ) -> None:
         super().__init__()
         _define_op()
-        self.gelu = None if activation is None else activation.approximate
+        names = {approximate: name for name, approximate in GELUS.items()}
+        self.activation = None if activation is None else names[activation.approximate]
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
         if compiled and tiled_linear.takes(weight):
@@ -58,12 +62,53 @@ class HostLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        return torch.ops.spyre_mm.linear(x, self.weight, self.bias, self.out_features, self.gelu)
+        return torch.ops.spyre_mm.linear(
+            x, self.weight, self.bias, self.out_features, self.activation
+        )
 
     def extra_repr(self) -> str:
         """Shape and layout, for ``print(model)``."""
         layout = "oneDNN's" if self.weight.is_mkldnn else tuple(self.weight.shape)
-        return f"{self.in_features}, {self.out_features}, layout={layout}, gelu={self.gelu}"
+        shape = f"{self.in_features}, {self.out_features}"
+        return f"{shape}, layout={layout}, activation={self.activation}"
+
+
+class HostGatedUnit(nn.Module):
+    """FMS's ``GatedLinearUnit`` on the host: gates are computed with the layer that makes them.
+
+    Args:
+        unit: what it replaces, :func:`_takes_gates` has accepted it.
+    """
+
+    def __init__(self, unit: GatedLinearUnit) -> None:
+        super().__init__()
+        _define_op()
+        fused = cast("nn.Linear", unit.wg1_fused)
+        weight = tiled_linear.tile_weight(tiled_linear.interleave_gates(fused.weight.detach()))
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None
+        if fused.bias is not None:
+            bias = tiled_linear.interleave_gates(fused.bias.detach())
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self.hidden_dim = unit.hidden_dim
+        self.w2 = cast("nn.Linear", unit.w2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., width)`` to ``(..., width)``."""
+        gated = torch.ops.spyre_mm.linear(
+            x, self.weight, self.bias, self.hidden_dim, tiled_linear.SILU_GATED
+        )
+        return self.w2(gated)
+
+
+def _takes_gates(part: nn.Module) -> TypeGuard[GatedLinearUnit]:
+    return (
+        type(part) is GatedLinearUnit
+        and part.fused
+        and type(part.wg1_fused) is nn.Linear
+        and type(part.a) is nn.SiLU
+        and tiled_linear.takes(part.wg1_fused.weight)
+    )
 
 
 class HostPatches(nn.Module):
@@ -119,13 +164,23 @@ def replace_linears(module: nn.Module, *, compiled: bool = False) -> None:
             that is tied to the embedding is held twice: the embedding keeps its rows.
     """
     # Nothing here may keep a layer that was replaced: its weight has to go before the next comes.
-    parents = [part for part in module.modules() if not isinstance(part, nn.Linear)]
-    embeddings = {part.weight.data_ptr() for part in parents if isinstance(part, nn.Embedding)}
+    embeddings = {
+        part.weight.data_ptr() for part in module.modules() if isinstance(part, nn.Embedding)
+    }
 
     def replace(linear: nn.Linear, activation: nn.GELU | None = None) -> HostLinear:
         tied = linear.weight.data_ptr() in embeddings
         return HostLinear(linear, activation, compiled=compiled, tied=tied)
 
+    gated = [
+        (parent, name)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if compiled and _takes_gates(child)
+    ]
+    for parent, name in gated:
+        setattr(parent, name, HostGatedUnit(getattr(parent, name)))
+    parents = [part for part in module.modules() if not isinstance(part, nn.Linear)]
     for parent in parents:
         if isinstance(parent, FeedForwardBlock) and isinstance(parent.a, nn.GELU):
             parent.w1 = replace(cast("nn.Linear", parent.w1), parent.a)
@@ -145,7 +200,8 @@ def _define_op() -> torch.library.Library:
     """Define the operator; it lives as long as the returned library, which the cache keeps."""
     library = torch.library.Library("spyre_mm", "FRAGMENT")
     library.define(
-        "linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, str? gelu) -> Tensor"
+        "linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, "
+        "str? activation) -> Tensor"
     )
     library.impl("linear", _linear_packed, "MkldnnCPU")
     library.impl("linear", _linear_dense, "CPU")
@@ -158,9 +214,9 @@ def _linear_packed(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
-    gelu: str | None,
+    activation: str | None,
 ) -> torch.Tensor:
-    name, variant = ("none", "") if gelu is None else ("gelu", gelu)
+    name, variant = ("none", "") if activation is None else ("gelu", GELUS[activation])
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, name, [], variant)
 
 
@@ -169,20 +225,20 @@ def _linear_dense(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
-    gelu: str | None,
+    activation: str | None,
 ) -> torch.Tensor:
     # As a matrix: F.linear copies the weight for a slice of a three-dimensional tensor.
     rows = x.reshape(-1, x.shape[-1])
     if tiled_linear.is_tiled(weight):
-        tanh = gelu == "tanh"
-        rows = tiled_linear.tiled_linear(rows, weight, bias, out_features, gelu_tanh=tanh)
-        gelu = None if tanh else gelu
+        beside = activation if activation in tiled_linear.ACTIVATIONS else None
+        rows = tiled_linear.tiled_linear(rows, weight, bias, out_features, beside)
+        activation = None if beside else activation
     elif rows_linear.takes(rows, weight):
         rows = rows_linear.rows_linear(rows, weight, bias)
     else:
         rows = F.linear(rows, weight, bias)
-    if gelu is not None:
-        rows = F.gelu(rows, approximate=gelu)
+    if activation is not None:
+        rows = F.gelu(rows, approximate=GELUS[activation])
     return rows.view(*x.shape[:-1], out_features)
 
 
@@ -191,6 +247,6 @@ def _linear_shape(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
-    gelu: str | None,
+    activation: str | None,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))

@@ -4,7 +4,8 @@
 // 32 rows and 32 outputs are multiplied at a time, 32 numbers deep in a step. A task is some rows and
 // some outputs. It goes through its outputs 32 by 32, through as many steps as weights fit the
 // innermost cache, and then through its rows, which it has packed into the second cache. Sums lie in
-// fp32 between; the products of 32 outputs run beside what is left to do for the 32 before.
+// fp32 between; the products of 32 outputs run beside what is left to do for those before: a bias,
+// and a GELU or the gates of a gated unit, whose 32 are 16 gates and the 16 values that they gate.
 
 #include <algorithm>
 #include <cstdlib>
@@ -22,13 +23,15 @@ constexpr int64_t ROW_BLOCKS = 12;  // of a task at most: twice DEPTH steps of t
 constexpr int64_t SUM_BLOCKS = 432;  // that a task keeps at most: 1.7 MiB
 constexpr int64_t AHEAD = 6;        // rows between the prefetch of an output and its store
 
+enum Activation { NONE, GELU_TANH, SILU_GATED };
+
 struct Problem {
   const Element *x, *weight, *bias;
   Element* out;
-  int64_t rows, width, outputs;
+  int64_t rows, width, outputs, results;  // results of each panel: outputs, or gated values
 
   int64_t steps() const { return (width + 31) / 32; }
-  int64_t panels() const { return (outputs + BLOCK - 1) / BLOCK; }
+  int64_t panels() const { return (outputs + results - 1) / results; }
   int64_t row_blocks() const { return (rows + BLOCK - 1) / BLOCK; }
 };
 
@@ -66,33 +69,36 @@ static void pack(const Problem& of, int64_t first, int64_t blocks, int64_t step,
   }
 }
 
-template <bool GELU>
-static inline __m512 activate(__m512 x) {
-  if constexpr (!GELU) return x;
-  // By tanh, x / (1 + e^-2u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
-  constexpr float scale = -2.0f * 0.7978845608f * 1.44269504f;  // to a power of 2
-  Floats values = (Floats)x;
-  Floats power = values * (values * values * (0.044715f * scale) + scale);
+// x / (1 + 2^power); bf16 keeps 8 bits of it.
+static inline __m512 damp(Floats x, Floats power) {
   Floats divisor = exp2_bounded(-larger(Floats{} - 126.0f, -power)) + 1.0f;
-  return _mm512_mul_ps(x, _mm512_rcp14_ps((__m512)divisor));  // bf16 keeps 8 bits
+  return _mm512_mul_ps((__m512)x, _mm512_rcp14_ps((__m512)divisor));
 }
+// By tanh, x / (1 + e^-2u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+static inline __m512 gelu_tanh(Floats x) {
+  constexpr float scale = -2.0f * 0.7978845608f * 1.44269504f;  // to a power of 2
+  return damp(x, x * (x * x * (0.044715f * scale) + scale));
+}
+static inline __m512 silu(Floats x) { return damp(x, x * -1.44269504f); }
 
-// What is left to do for 32 outputs whose sums are complete: bias, activation, rounding.
-template <bool GELU>
+// What is left to do for a panel whose sums are complete.
+template <Activation ACTIVATION>
 struct Finish {
   const float* sums = nullptr;
   Element* out = nullptr;
   int64_t row = 0, rows = 0, stride = 0;
-  __mmask32 held = 0;  // outputs that there are
+  __mmask32 held = 0;  // results that there are
   __m512 bias[2];
 
   void begin(const Problem& of, int64_t panel, int64_t first, int64_t last, const float* from) {
+    int64_t left = of.outputs - panel * of.results;
     sums = from;
-    out = of.out + first * of.outputs + panel * BLOCK;
+    out = of.out + first * of.outputs + panel * of.results;
     row = 0, rows = last - first, stride = of.outputs;
-    held = of.outputs - panel * BLOCK < BLOCK ? (1u << of.outputs % BLOCK) - 1 : ~0u;
+    held = ~0u >> (BLOCK - std::min(left, of.results));
     __m512i bits = _mm512_setzero_si512();
-    if (of.bias) bits = _mm512_maskz_loadu_epi16(held, of.bias + panel * BLOCK);
+    if (of.bias)
+      bits = _mm512_maskz_loadu_epi16(ACTIVATION == SILU_GATED ? ~0u : held, of.bias + panel * BLOCK);
     bias[0] = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16);
     bias[1] =
         (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16);
@@ -102,8 +108,13 @@ struct Finish {
     const float* from = sums + row * BLOCK;
     Element* to = out + row * stride;
     __builtin_prefetch(to + AHEAD * stride, 1);  // rows lie apart, which hides them from hardware
-    __m512 low = activate<GELU>(_mm512_add_ps(_mm512_load_ps(from), bias[0]));
-    __m512 high = activate<GELU>(_mm512_add_ps(_mm512_load_ps(from + 16), bias[1]));
+    __m512 low = _mm512_add_ps(_mm512_load_ps(from), bias[0]);
+    __m512 high = _mm512_add_ps(_mm512_load_ps(from + 16), bias[1]);
+    if constexpr (ACTIVATION == SILU_GATED) low = _mm512_mul_ps(silu((Floats)low), high);
+    if constexpr (ACTIVATION == GELU_TANH) {
+      low = gelu_tanh((Floats)low);
+      high = gelu_tanh((Floats)high);
+    }
     _mm512_mask_storeu_epi16(to, held, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     ++row;
   }
@@ -119,11 +130,11 @@ struct Depths {
 };
 
 // Products of a block of rows and a panel of weights, added to the sums unless they are fresh.
-template <bool GELU>
+template <Activation ACTIVATION>
 static inline void multiply_block(const Element* rows, const Element* weights, int64_t steps,
                                   bool fresh, float* sums, const float* next_sums,
                                   const Element* next_weights, int64_t block, int64_t blocks,
-                                  Finish<GELU>& finish, int64_t rows_a_step) {
+                                  Finish<ACTIVATION>& finish, int64_t rows_a_step) {
   if (fresh) {
     _tile_zero(0);
     _tile_zero(1);
@@ -158,7 +169,7 @@ static inline void multiply_block(const Element* rows, const Element* weights, i
 }
 
 // The rows of row blocks [block, last_block), the outputs of panels [panel, last_panel).
-template <bool GELU>
+template <Activation ACTIVATION>
 static void multiply(const Problem& of, int64_t block, int64_t last_block, int64_t panel,
                      int64_t last_panel, Buffer<Element>& packed, Buffer<float>& sums) {
   Depths depths{of.steps()};
@@ -170,7 +181,7 @@ static void multiply(const Problem& of, int64_t block, int64_t last_block, int64
   int64_t kept = in_parts ? last_panel - panel : 2;
   Element* rows = packed.of(blocks * std::min(steps, 2 * DEPTH) * STEP);
   float* room = sums.of(kept * group * BLOCK * BLOCK);
-  Finish<GELU> finish;
+  Finish<ACTIVATION> finish;
   for (int64_t depth = 0; depth < depths.count; depth += at_once) {
     int64_t start = depths.first(depth), end = depths.first(depth + at_once), turn = 0;
     pack(of, first_row, blocks, start, end, rows);
@@ -199,7 +210,7 @@ static void multiply(const Problem& of, int64_t block, int64_t last_block, int64
   finish.rest();
 }
 
-template <bool GELU>
+template <Activation ACTIVATION>
 static void run(const Problem& of) {
   int64_t threads = omp_get_max_threads(), blocks = of.row_blocks(), panels = of.panels();
   // Few rows: each thread has outputs of its own. Many: rows of its own.
@@ -222,18 +233,21 @@ static void run(const Problem& of) {
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < row_parts * output_parts; ++task) {
       int64_t row = task % row_parts, part = task / row_parts;
-      multiply<GELU>(of, blocks * row / row_parts, blocks * (row + 1) / row_parts,
+      multiply<ACTIVATION>(of, blocks * row / row_parts, blocks * (row + 1) / row_parts,
                      panels * part / output_parts, panels * (part + 1) / output_parts, packed,
                      sums);
     }
   }
 }
 
-// x: (rows, width), bias: (outputs,) or null, out: (rows, outputs), all contiguous; weight:
-// (panels of 32 outputs, steps of 32 inputs, 2, pairs of inputs, outputs, 2), zeros beyond.
+// x: (rows, width), out: (rows, outputs), both contiguous; weight: (panels of 32 outputs, steps of 32
+// inputs, 2, pairs of inputs, outputs, 2), zeros beyond; bias: (outputs,) or null. With gates a panel
+// has those of 16 outputs, and then the 16 values, and so has the bias, zeros beyond.
 extern "C" void tiled_linear(const Element* x, const Element* weight, const Element* bias,
                              Element* out, int64_t rows, int64_t width, int64_t outputs,
-                             int64_t gelu) {
-  Problem of{x, weight, bias, out, rows, width, outputs};
-  gelu ? run<true>(of) : run<false>(of);
+                             int64_t activation) {
+  Problem of{x, weight, bias, out, rows, width, outputs, activation == SILU_GATED ? 16 : BLOCK};
+  if (activation == GELU_TANH) run<GELU_TANH>(of);
+  else if (activation == SILU_GATED) run<SILU_GATED>(of);
+  else run<NONE>(of);
 }

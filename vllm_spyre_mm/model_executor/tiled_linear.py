@@ -2,8 +2,8 @@
 """The compiled linear layer of bf16 on AMX, for a weight that is rearranged once.
 
 The weight lies in the order in which the matrix unit takes it: a prompt's products and a tower's
-are faster than oneDNN's, and a decode reads it at the memory's pace. A GELU that follows is
-computed beside the products.
+are faster than oneDNN's, and a decode reads it at the memory's pace. What follows the layer, a GELU
+or the gate of a gated unit, is computed beside the products, before anything is rounded.
 """
 
 import functools
@@ -21,6 +21,12 @@ from vllm_spyre_mm.model_executor.kernels import (
 
 BLOCK = 32
 """Outputs of a panel, and inputs of a step."""
+
+GELU_TANH, SILU_GATED = "gelu_tanh", "silu_gated"
+"""What may follow: ``F.gelu(..., approximate="tanh")``; ``F.silu(gate) * value``."""
+
+ACTIVATIONS = (None, GELU_TANH, SILU_GATED)
+"""In the kernel's order."""
 
 
 def takes(weight: torch.Tensor) -> bool:
@@ -42,6 +48,22 @@ def tile_weight(weight: torch.Tensor) -> torch.Tensor:
     return pairs.permute(0, 3, 1, 4, 2).contiguous().view(torch.bfloat16).unflatten(-1, (16, 2))
 
 
+def interleave_gates(gates_and_values: torch.Tensor) -> torch.Tensor:
+    """Put gates beside what they gate, as the kernel takes the weight or the bias of a gated unit.
+
+    Args:
+        gates_and_values: ``(2 * outputs, ...)``, the gates first.
+
+    Returns:
+        ``(32 * panels, ...)``: 16 gates, their 16 values, and so on; zeros fill the last.
+    """
+    gates, values = (
+        torch.cat([part, part.new_zeros(-len(part) % 16, *part.shape[1:])]).unflatten(0, (-1, 16))
+        for part in gates_and_values.chunk(2)
+    )
+    return torch.stack([gates, values], dim=1).flatten(0, 2)
+
+
 def is_tiled(weight: torch.Tensor) -> bool:
     """Whether :func:`tile_weight` made it."""
     return weight.dim() == 6
@@ -52,8 +74,7 @@ def tiled_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     outputs: int,
-    *,
-    gelu_tanh: bool = False,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """``(rows, width)`` to ``(rows, outputs)``.
 
@@ -62,7 +83,8 @@ def tiled_linear(
         weight: of :func:`tile_weight`.
         bias: ``(outputs,)``, bf16.
         outputs: of the layer; the weight may hold more.
-        gelu_tanh: compute ``F.gelu(..., approximate="tanh")`` of the result, before it is rounded.
+        activation: one of :data:`ACTIVATIONS`. For ``SILU_GATED`` the weight and the bias have
+            been through :func:`interleave_gates`, and ``outputs`` counts what is gated.
     """
     x = x.contiguous()
     out = x.new_empty(len(x), outputs)
@@ -74,7 +96,7 @@ def tiled_linear(
         len(x),
         x.shape[1],
         outputs,
-        gelu_tanh,
+        ACTIVATIONS.index(activation),
     )
     return out
 
