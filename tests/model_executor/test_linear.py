@@ -176,7 +176,7 @@ def test_all_layers_of_a_model_are_replaced(dtype: torch.dtype, compiled: bool):
 @pytest.mark.parametrize("bias", [True, False])
 def test_patches_are_cut_as_a_convolution_does(dtype: torch.dtype, bias: bool, compiled: bool):
     """Pixels that fill no patch are left out; a tile's patches lie one after the other."""
-    model = nn.Sequential(nn.Conv2d(3, 40, 14, 14, bias=bias, dtype=dtype))
+    model = nn.Sequential(nn.Conv2d(3, 64, 14, 14, bias=bias, dtype=dtype))
     pixels = torch.randn(2, 3, 14 * 3 + 5, 14 * 4 + 1, dtype=dtype)
     expected = model(pixels)
     replace_linears(model, compiled=compiled)
@@ -226,9 +226,15 @@ def test_one_graph_serves_every_layer(dtype: torch.dtype):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_the_operator_is_what_its_schema_says():
-    linear = HostLinear(nn.Linear(48, 80))
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(1, 3, 48), (2, 5, 48), (1, 48)])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_operator_is_what_its_schema_says(
+    shape: tuple[int, ...], activation: str | None, compiled: bool
+):
+    dtype = torch.bfloat16 if compiled else torch.float32
+    linear = HostLinear(nn.Linear(48, 70, dtype=dtype), compiled=compiled)
     torch.library.opcheck(
         torch.ops.spyre_mm.linear.default,
-        (torch.randn(1, 3, 48), linear.weight, linear.bias, 80, "gelu_tanh"),
+        (torch.randn(shape, dtype=dtype), linear.weight, linear.bias, 70, activation),
     )

@@ -238,7 +238,7 @@ def _linear_dense(
     else:
         rows = F.linear(rows, weight, bias)
     if activation is not None:
-        rows = F.gelu(rows, approximate=GELUS[activation])
+        torch.ops.aten.gelu_(rows, approximate=GELUS[activation])
     return rows.view(*x.shape[:-1], out_features)
 
 
@@ -249,4 +249,6 @@ def _linear_shape(
     out_features: int,
     activation: str | None,
 ) -> torch.Tensor:
+    if tiled_linear.is_tiled(weight):
+        return tiled_linear.empty_rows(x, out_features)
     return x.new_empty((*x.shape[:-1], out_features))

@@ -28,7 +28,8 @@ enum Activation { NONE, GELU_TANH, SILU_GATED };
 struct Problem {
   const Element *x, *weight, *bias;
   Element* out;
-  int64_t rows, width, outputs, results;  // results of each panel: outputs, or gated values
+  int64_t rows, width, outputs, x_row, out_row;
+  int64_t results;  // of a panel: outputs, or gated values
 
   int64_t steps() const { return (width + 31) / 32; }
   int64_t panels() const { return (outputs + results - 1) / results; }
@@ -61,7 +62,7 @@ static void pack(const Problem& of, int64_t first, int64_t blocks, int64_t step,
   uint32_t rest = (1u << of.width % 32) - 1;
   for (int64_t r = 0; r < blocks * BLOCK; ++r) {
     Element* row = to + r / BLOCK * count * STEP + r % BLOCK * 32;
-    const Element* from = of.x + (first + r) * of.width + step * 32;
+    const Element* from = of.x + (first + r) * of.x_row + step * 32;
     bool is_row = first + r < of.rows;
     for (int64_t k = 0; k < count; ++k)
       _mm512_store_si512(row + k * STEP,
@@ -93,8 +94,8 @@ struct Finish {
   void begin(const Problem& of, int64_t panel, int64_t first, int64_t last, const float* from) {
     int64_t left = of.outputs - panel * of.results;
     sums = from;
-    out = of.out + first * of.outputs + panel * of.results;
-    row = 0, rows = last - first, stride = of.outputs;
+    out = of.out + first * of.out_row + panel * of.results;
+    row = 0, rows = last - first, stride = of.out_row;
     held = ~0u >> (BLOCK - std::min(left, of.results));
     __m512i bits = _mm512_setzero_si512();
     if (of.bias)
@@ -240,13 +241,15 @@ static void run(const Problem& of) {
   }
 }
 
-// x: (rows, width), out: (rows, outputs), both contiguous; weight: (panels of 32 outputs, steps of 32
-// inputs, 2, pairs of inputs, outputs, 2), zeros beyond; bias: (outputs,) or null. With gates a panel
-// has those of 16 outputs, and then the 16 values, and so has the bias, zeros beyond.
+// x: (rows, width), out: (rows, outputs), each with its distance between rows; weight: (panels of 32
+// outputs, steps of 32 inputs, 2, pairs of inputs, outputs, 2), zeros beyond; bias: (outputs,) or
+// null. With gates a panel has those of 16 outputs, and then the 16 values, and so has the bias,
+// zeros beyond.
 extern "C" void tiled_linear(const Element* x, const Element* weight, const Element* bias,
                              Element* out, int64_t rows, int64_t width, int64_t outputs,
-                             int64_t activation) {
-  Problem of{x, weight, bias, out, rows, width, outputs, activation == SILU_GATED ? 16 : BLOCK};
+                             int64_t x_row, int64_t out_row, int64_t activation) {
+  Problem of{x,       weight, bias,  out,     rows,
+             width,   outputs, x_row, out_row, activation == SILU_GATED ? 16 : BLOCK};
   if (activation == GELU_TANH) run<GELU_TANH>(of);
   else if (activation == SILU_GATED) run<SILU_GATED>(of);
   else run<NONE>(of);

@@ -69,6 +69,14 @@ def is_tiled(weight: torch.Tensor) -> bool:
     return weight.dim() == 6
 
 
+def empty_rows(x: torch.Tensor, outputs: int) -> torch.Tensor:
+    """Room for ``(..., outputs)`` of ``x`` ``(..., width)``, each row in cache lines of its own.
+
+    A kernel that writes 32 outputs of a row would else write to two lines, and come back to each.
+    """
+    return x.new_empty((*x.shape[:-1], -(-outputs // BLOCK) * BLOCK))[..., :outputs]
+
+
 def tiled_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -76,7 +84,7 @@ def tiled_linear(
     outputs: int,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """``(rows, width)`` to ``(rows, outputs)``.
+    """``(rows, width)`` to ``(rows, outputs)``, of :func:`empty_rows`.
 
     Args:
         x: bf16.
@@ -86,8 +94,8 @@ def tiled_linear(
         activation: one of :data:`ACTIVATIONS`. For ``SILU_GATED`` the weight and the bias have
             been through :func:`interleave_gates`, and ``outputs`` counts what is gated.
     """
-    x = x.contiguous()
-    out = x.new_empty(len(x), outputs)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = empty_rows(x, outputs)
     kernel()(
         x.data_ptr(),
         weight.data_ptr(),
@@ -96,6 +104,8 @@ def tiled_linear(
         len(x),
         x.shape[1],
         outputs,
+        x.stride(0),
+        out.stride(0),
         ACTIVATIONS.index(activation),
     )
     return out
@@ -104,4 +114,4 @@ def tiled_linear(
 @functools.cache
 def kernel() -> Callable[..., None]:
     """Compile, or find it in Inductor's cache."""
-    return compile_kernel("tiled_linear", {}, [*[POINTER] * 4, *[SIZE] * 4])
+    return compile_kernel("tiled_linear", {}, [*[POINTER] * 4, *[SIZE] * 6])
