@@ -18,6 +18,7 @@ from vllm_spyre_mm.model_executor.kernels import (
     compile_kernel,
     has_matrix_unit,
 )
+from vllm_spyre_mm.model_executor.memory import empty_in_huge_pages
 
 BLOCK = 32
 """Outputs of a panel, and inputs of a step."""
@@ -45,7 +46,9 @@ def tile_weight(weight: torch.Tensor) -> torch.Tensor:
     outputs, width = weight.shape
     whole = F.pad(weight, (0, -width % BLOCK, 0, -outputs % BLOCK))
     pairs = whole.view(torch.int32).view(-(-outputs // BLOCK), 2, 16, -(-width // BLOCK), 16)
-    return pairs.permute(0, 3, 1, 4, 2).contiguous().view(torch.bfloat16).unflatten(-1, (16, 2))
+    tiles = pairs.permute(0, 3, 1, 4, 2)
+    tiled = empty_in_huge_pages(tiles.shape, torch.int32).copy_(tiles)
+    return tiled.view(torch.bfloat16).unflatten(-1, (16, 2))
 
 
 def interleave_gates(gates_and_values: torch.Tensor) -> torch.Tensor:
