@@ -12,8 +12,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from vllm_spyre_mm.model_executor import blocked_attention
 from vllm_spyre_mm.model_executor.models.bidirectional import BIDIRECTIONAL
 
-TOWERS = [(1, 729, 16, 72), (2, 577, 4, 64), (3, 40, 2, 128), (1, 1700, 2, 64), (2, 1, 3, 34)]
-"""Tiles, positions, heads and their width: SigLIP's, CLIP's, and runs of keys and queries."""
+TOWERS = [
+    *((1, 729, 16, 72), (2, 577, 4, 64), (3, 256, 6, 64), (1, 1700, 2, 64), (2, 1, 3, 34)),
+    *((3, 40, 2, 128), (1, 31, 1, 16), (1, 97, 2, 48), (2, 33, 2, 80), (1, 800, 1, 256)),
+]
+"""Tiles, positions, heads and their width: SigLIP's, CLIP's, and others that fill tiles or not."""
 
 
 def qkv(tiles: int, positions: int, heads: int, head_dim: int) -> list[torch.Tensor]:
@@ -53,12 +56,14 @@ def test_every_position_attends_to_every_other(shape: tuple[int, int, int, int])
 
 
 def test_scores_of_any_size_are_weighed():
-    """One key far ahead of the others, in the last run of keys; and all of them alike."""
+    """Greater ones block by block; one key far ahead of the others, in the last run; all alike."""
     query, keys, values = qkv(1, 1000, 2, 64)
-    keys[:, 990] = 40 * query[:, 5]
-    assert relative_error(compiled_attend(query, keys, values), exact(query, keys, values)) < 4e-3
-    keys = torch.zeros_like(keys)
-    assert relative_error(compiled_attend(query, keys, values), exact(query, keys, values)) < 4e-3
+    rising = keys * torch.linspace(0, 60, 1000).view(-1, 1, 1).bfloat16()
+    ahead = keys.clone()
+    ahead[:, 990] = 40 * query[:, 5]
+    for scored in (rising, ahead, torch.zeros_like(keys)):
+        attended = compiled_attend(query, scored, values)
+        assert relative_error(attended, exact(query, scored, values)) < 4e-3
 
 
 def test_other_layouts_and_fp32_are_taken():
@@ -96,11 +101,14 @@ def test_nothing_is_compiled_where_nothing_is_asked_to_be(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("context", [0, 64, 1000])
 @pytest.mark.parametrize("tokens", [2, 500])
-def test_tokens_of_a_chunk_attend_to_earlier_ones(context: int, tokens: int):
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 64), (4, 1, 128), (3, 3, 72)])
+def test_tokens_of_a_chunk_attend_to_earlier_ones(
+    context: int, tokens: int, heads: int, kv_heads: int, head_dim: int
+):
     """Through blocks in any order; what is in no block of the sequence is not read."""
-    if not blocked_attention.supports(64, torch.bfloat16):
+    if not blocked_attention.supports(head_dim, torch.bfloat16):
         pytest.skip("this machine has no bf16 matrix units")
-    block_size, heads, kv_heads, head_dim = 16, 6, 2, 64
+    block_size = 16
     num_keys = context + tokens
     query, keys, values = (part[0] for part in qkv(1, num_keys, heads, head_dim))
     own = [part[:, :kv_heads] for part in (keys, values)]

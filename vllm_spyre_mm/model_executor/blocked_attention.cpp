@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of many bf16 queries, block by block; products of matrices by PyTorch's brgemm.
+// Attention of many bf16 queries, block by block, on AMX.
 //
 // Compiled with HEAD_DIM defined; see blocked_attention.py. A task is a run of query rows that share
-// a KV head. It packs KEYS keys and values at a time as brgemm wants them, and goes through its rows
-// ROWS at a time, so that all that it touches stays in the core's cache. The softmax is kept as it
-// goes: a maximum and a sum of each row, in fp32.
+// a KV head. It packs SPAN keys and values at a time into tiles, and goes through its rows ROWS at a
+// time and their keys BLOCK at a time: scores, weights and sums of that size stay in the innermost
+// cache. The softmax is kept as it goes: a maximum and a sum of each row, in fp32.
 
 #include <algorithm>
 #include <cmath>
@@ -13,39 +13,35 @@
 #include <omp.h>
 
 #include "matrices.h"
+#include "tiles.h"
 
-constexpr int DEPTH = (HEAD_DIM + 31) / 32 * 32;  // of a head, as a tile's operand
-constexpr int WIDTH = (HEAD_DIM + 15) / 16 * 16;  // of a head, as a tile's result
-constexpr int ROWS = 32;   // queries that are multiplied at a time
-constexpr int KEYS = 768;  // keys that are packed at a time
-constexpr int RUN = 768;   // queries that share the packed keys
-constexpr int AHEAD = 32;  // keys between a prefetch and its use
+constexpr int DEPTH = (HEAD_DIM + TILE_DEPTH - 1) / TILE_DEPTH;  // tiles of a head, as an operand
+constexpr int WIDTH = (HEAD_DIM + TILE_ROWS - 1) / TILE_ROWS;    // tiles of a head, as a result
+constexpr int ROWS = 2 * TILE_ROWS;        // queries that are multiplied at a time
+constexpr int BLOCK = 2 * TILE_DEPTH;      // keys that are weighed at a time
+constexpr int PAIRS = BLOCK / TILE_DEPTH;  // of tiles of 16 keys: as many as one tile of weights has
+constexpr int SPAN = 768;                  // keys that are packed at a time
+constexpr int RUN = 768;                   // queries that share the packed keys
+constexpr int AHEAD = 32;                  // keys between a prefetch and its use
+constexpr float TOO_MUCH = 65536.0f;       // weights that sum up to more ask for a new maximum
 static_assert(HEAD_DIM % 2 == 0);
 
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-static inline Floats sum(Floats a, Floats b) { return a + b; }
-
-template <typename Join>
-static inline float across(Floats values, Join join) {
-  values = join(values, __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1,
-                                                2, 3, 4, 5, 6, 7));
-  values = join(values, __builtin_shufflevector(values, values, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14,
-                                                15, 8, 9, 10, 11));
-  values = join(values, __builtin_shufflevector(values, values, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8,
-                                                9, 14, 15, 12, 13));
-  return join(values, __builtin_shufflevector(values, values, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10,
-                                              13, 12, 15, 14))[0];
-}
-
+// Tiles lie as they are read: two that are multiplied one after the other are side by side.
 struct Scratch {
-  alignas(64) Element keys[DEPTH / 2][KEYS][2];
-  alignas(64) Element values[KEYS / 2][WIDTH][2];
-  alignas(64) Element query[ROWS][DEPTH];
-  alignas(64) float scores[ROWS][KEYS];
-  alignas(64) Element weights[ROWS][KEYS];
-  alignas(64) float joined[RUN][WIDTH];
-  float maxima[RUN], sums[RUN];
+  Operand query[RUN / ROWS][DEPTH][2];
+  Operand keys[SPAN / TILE_DEPTH][DEPTH][2];
+  Operand values[SPAN / BLOCK][(WIDTH + 1) / 2][PAIRS][2];
+  Sums scores[PAIRS][2][2];  // by keys, then by queries
+  Operand weights[PAIRS][2];
+  Sums joined[RUN / ROWS][WIDTH][2];  // weighted values
+  alignas(64) float weight_sums[RUN][LANES];
+  float maxima[RUN], kept[ROWS];
 };
+
+static inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+static inline uint32_t first_bits(int64_t count) {
+  return count <= 0 ? 0 : count < 32 ? (1u << count) - 1 : ~0u;
+}
 
 // What the arguments of blocked_attention say.
 struct Problem {
@@ -64,8 +60,6 @@ struct Problem {
   int64_t row_of_key(int64_t position) const {
     return blocks ? blocks[position / block_size] * block_size + position % block_size : position;
   }
-  // Up to a multiple of this many keys are computed with: brgemm makes a program for each number.
-  int64_t step() const { return blocks ? 128 : 32; }
 };
 
 // A row of a head before its use: heads lie a token's width apart, which hides them from hardware.
@@ -73,123 +67,217 @@ static inline void prefetch(const Element* row) {
   for (int i = 0; i < HEAD_DIM; i += 64 / sizeof(Element)) __builtin_prefetch(row + i);
   __builtin_prefetch(row + HEAD_DIM - 1);
 }
+// What of a row is in tile d of an operand, and zeros beyond; zeros for no row.
+static inline __m512i load_part(const Element* row, int d) {
+  return _mm512_maskz_loadu_epi16(row ? first_bits(HEAD_DIM - d * TILE_DEPTH) : 0,
+                                  row + d * TILE_DEPTH);
+}
 
-// Keys [first, first + count) as (DEPTH / 2, keys, 2), values as (keys / 2, WIDTH, 2); zeros up to
-// the next multiple of step() keys.
-static void pack(const Problem& of, int64_t batch, int head, int64_t first, int64_t count,
+// Keys [first, first + count) and their values as right operands, with zeros up to a pair of tiles.
+static void pack(const Problem& of, int64_t batch, int64_t head, int64_t first, int64_t count,
                  Scratch& to) {
   const Element* keys = of.keys + batch * of.keys_batch + head * HEAD_DIM;
   const Element* values = of.values + batch * of.values_batch + head * HEAD_DIM;
-  for (int64_t n = 0; n < round_up(count, of.step()); n += LANES) {
-    for (int64_t i = n + AHEAD; i < std::min(count, n + AHEAD + LANES); ++i) {
-      int64_t row = of.row_of_key(first + i);
-      prefetch(keys + row * of.keys_token);
-      prefetch(values + row * of.values_token);
-    }
-    const Element *key[LANES] = {}, *value[LANES] = {};
-    for (int i = 0; i < std::min<int64_t>(LANES, count - n); ++i) {
+  for (int64_t n = 0; n < count; n += TILE_DEPTH) {
+    const Element *key[TILE_DEPTH] = {}, *value[TILE_DEPTH] = {};
+    for (int i = 0; i < TILE_DEPTH && n + i < count; ++i) {
       int64_t row = of.row_of_key(first + n + i);
       key[i] = keys + row * of.keys_token;
       value[i] = values + row * of.values_token;
+      if (n + i + AHEAD < count) {
+        row = of.row_of_key(first + n + i + AHEAD);
+        prefetch(keys + row * of.keys_token);
+        prefetch(values + row * of.values_token);
+      }
     }
-    auto pack_keys = [&]<int COUNT>(int d) {
-      Bits pairs[LANES];
-      for (int i = 0; i < LANES; ++i) pairs[i] = key[i] ? load<Bits, COUNT>(key[i] + d) : Bits{};
-      transpose(pairs);
-      for (int i = 0; i < LANES; ++i) store(to.keys[d / 2 + i][n], pairs[i]);
-    };
-    auto pack_values = [&]<int COUNT>(int d) {
-      for (int i = 0; i < LANES; i += 2) {
-        Halves a = value[i] ? load<Halves, COUNT>(value[i] + d) : Halves{};
-        Halves b = value[i + 1] ? load<Halves, COUNT>(value[i + 1] + d) : Halves{};
-        store(to.values[(n + i) / 2][d],
-              __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+    for (int d = 0; d < DEPTH; ++d)
+      for (int half = 0; half < 2; ++half) {
+        Bits pairs[LANES];
+        for (int i = 0; i < LANES; ++i) pairs[i] = (Bits)load_part(key[half * LANES + i], d);
+        transpose(pairs);
+        for (int i = 0; i < LANES; ++i) store(to.keys[n / TILE_DEPTH][d][half].rows[i], pairs[i]);
       }
-    };
-    constexpr int whole_pairs = HEAD_DIM / (2 * LANES) * 2 * LANES;
-    for (int d = 0; d < whole_pairs; d += 2 * LANES) pack_keys.template operator()<2 * LANES>(d);
-    if constexpr (whole_pairs < HEAD_DIM)
-      pack_keys.template operator()<HEAD_DIM - whole_pairs>(whole_pairs);
-    constexpr int whole = HEAD_DIM / LANES * LANES;
-    for (int d = 0; d < whole; d += LANES) pack_values.template operator()<LANES>(d);
-    if constexpr (whole < HEAD_DIM) pack_values.template operator()<HEAD_DIM - whole>(whole);
-  }
-}
-
-// Turn a row of scores into weights; returns what the weights before are to be multiplied with.
-static inline float weigh(float* scores, Element* weights, int64_t count, int64_t width,
-                          float scale, float& maximum, float& weight_sum) {
-  int64_t whole = (count + 31) / 32 * 32;
-  std::fill(scores + count, scores + whole, -INFINITY);
-  Floats most[2] = {Floats{} - INFINITY, Floats{} - INFINITY};
-  for (int64_t n = 0; n < whole; n += 2 * LANES)
-    for (int i = 0; i < 2; ++i)
-      most[i] = larger(most[i], load<Floats>(scores + n + i * LANES));
-  float top = std::max(maximum, across(larger(most[0], most[1]), larger) * scale);
-  float kept = maximum == top ? 1.0f : exp2_bounded(Floats{} + (maximum - top))[0];
-  Floats total = {};
-  for (int64_t n = 0; n < whole; n += 2 * LANES) {
-    Floats low = exp2_bounded(load<Floats>(scores + n) * scale - top);
-    Floats high = exp2_bounded(load<Floats>(scores + n + LANES) * scale - top);
-    total += low + high;
-    // The upper halves, rounded.
-    TwoHalves a = (TwoHalves)((Bits)low + 0x8000), b = (TwoHalves)((Bits)high + 0x8000);
-    store(weights + n, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25,
-                                               27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51,
-                                               53, 55, 57, 59, 61, 63));
-  }
-  std::fill(weights + whole, weights + width, 0);
-  maximum = top;
-  weight_sum = weight_sum * kept + across(total, sum);
-  return kept;
-}
-
-static inline void store_row(Element* to, const float* row, float factor) {
-  Element rounded[WIDTH];
-  for (int d = 0; d < WIDTH; d += LANES)
-    store(rounded + d, round_to_bf16(load<Floats>(row + d) * factor));
-  std::memcpy(to, rounded, HEAD_DIM * sizeof(Element));
-}
-
-// The rows [first, last) of one KV head.
-static void attend(const Problem& of, int64_t batch, int head, int64_t first, int64_t last,
-                   Scratch& scratch) {
-  constexpr float log2_e = 1.44269504f;
-  auto offset = [&](int64_t row) { return (head * of.group + row % of.group) * HEAD_DIM; };
-  std::fill_n(scratch.sums, RUN, 0.0f);
-  std::fill_n(scratch.maxima, RUN, -INFINITY);
-  for (int64_t start = 0; start < of.keys_seen(last - 1); start += KEYS) {
-    pack(of, batch, head, start, std::min<int64_t>(KEYS, of.keys_seen(last - 1) - start), scratch);
-    for (int64_t block = first; block < last; block += ROWS) {
-      int64_t end = std::min(last, block + ROWS);
-      int64_t seen = std::min<int64_t>(KEYS, of.keys_seen(end - 1) - start);
-      if (seen <= 0) continue;
-      int64_t width = round_up(seen, of.step());
-      for (int64_t row = block; row < end; ++row)
-        std::memcpy(scratch.query[row - block],
-                    of.query + batch * of.query_batch + row / of.group * of.query_token + offset(row),
-                    HEAD_DIM * sizeof(Element));
-      brgemm(ROWS, width, DEPTH, DEPTH, KEYS, KEYS, false, tile(scratch.query[0]),
-             tile(scratch.keys[0][0]), scratch.scores[0], true);
-      for (int64_t row = block; row < end; ++row) {
-        int64_t i = row - first;
-        float kept = weigh(scratch.scores[row - block], scratch.weights[row - block],
-                           std::clamp<int64_t>(of.keys_seen(row) - start, 0, seen), width,
-                           of.scale * log2_e, scratch.maxima[i], scratch.sums[i]);
-        if (start && kept != 1.0f)
-          for (int d = 0; d < WIDTH; d += LANES)
-            store(scratch.joined[i] + d, load<Floats>(scratch.joined[i] + d) * kept);
-      }
-      brgemm(ROWS, WIDTH, width, KEYS, WIDTH, WIDTH, start > 0, tile(scratch.weights[0]),
-             tile(scratch.values[0][0]), scratch.joined[block - first], true);
+    for (int w = 0; w < WIDTH; ++w) {
+      __mmask16 held = first_bits(HEAD_DIM - w * LANES);
+      auto part = [&](int i) {
+        return _mm512_cvtepu16_epi32(
+            _mm256_maskz_loadu_epi16(value[i] ? held : 0, value[i] + w * LANES));
+      };
+      Operand& tile = to.values[n / BLOCK][w / 2][n % BLOCK / TILE_DEPTH][w % 2];
+      for (int i = 0; i < TILE_ROWS; ++i)
+        store(tile.rows[i], _mm512_or_si512(part(2 * i), _mm512_slli_epi32(part(2 * i + 1), 16)));
     }
   }
-  for (int64_t row = first; row < last; ++row)
-    store_row(of.out + (batch * of.tokens + row / of.group) * of.kv_heads * of.group * HEAD_DIM +
-                  offset(row),
-              scratch.joined[row - first], 1.0f / scratch.sums[row - first]);
 }
+
+// 2^x for x < 127, to 1e-4: rounding to bf16 loses twenty times as much.
+static inline __m512 exp2_of(__m512 x) {
+  __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+  __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(7.944155e-2f), _mm512_set1_ps(2.2411297e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.965646e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.9989285e-1f));
+  return _mm512_scalef_ps(p, x);
+}
+
+// Turns a block of scores into weights. They are relative to the greatest score of the row's first
+// block, until one comes that is greater by far.
+struct Softmax {
+  Scratch& s;
+  int64_t row;  // of the run, the first of ROWS
+  int pairs;
+  float scale;  // of scores, to powers of 2
+  uint32_t raised = 0;
+
+  float* scores(int r, int column) const {
+    return s.scores[column / 2][column % 2][r / TILE_ROWS].rows[r % TILE_ROWS];
+  }
+  // Keys that the row does not see weigh nothing.
+  void hide(int r, int64_t seen) {
+    for (int column = 0; column < 2 * pairs; ++column)
+      _mm512_mask_store_ps(scores(r, column), ~first_bits(seen - column * LANES),
+                           _mm512_set1_ps(-INFINITY));
+  }
+  // Take the row's greatest score so far for its maximum: s.kept[r] of what was summed up remains.
+  void raise(int r) {
+    float &maximum = s.maxima[row + r], *sums = s.weight_sums[row + r];
+    __m512 most = _mm512_set1_ps(maximum);
+    for (int column = 0; column < 2 * pairs; ++column)
+      most = _mm512_max_ps(most, _mm512_load_ps(scores(r, column)));
+    float top = _mm512_reduce_max_ps(most);
+    s.kept[r] = _mm512_cvtss_f32(exp2_of(_mm512_set1_ps((maximum - top) * scale)));
+    store(sums, load(sums) * s.kept[r]);
+    maximum = top;
+    raised |= 1u << r;
+  }
+  // The weights of a row by its maximum, and their sums.
+  template <int COUNT>
+  __m512 weigh(int r) {
+    __m512 by = _mm512_set1_ps(scale), top = _mm512_set1_ps(s.maxima[row + r] * scale);
+    __m512 sums = _mm512_setzero_ps();
+#pragma GCC unroll 2
+    for (int p = 0; p < COUNT; ++p) {
+      __m512 low = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(scores(r, 2 * p)), by, top));
+      __m512 high = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(scores(r, 2 * p + 1)), by, top));
+      sums = _mm512_add_ps(sums, _mm512_add_ps(low, high));
+      store(s.weights[p][r / TILE_ROWS].rows[r % TILE_ROWS], _mm512_cvtne2ps_pbh(high, low));
+    }
+    return sums;
+  }
+  template <int COUNT>
+  void weigh_rows() {
+    for (int r = 0; r < ROWS; ++r) {
+      __m512 sums = weigh<COUNT>(r);
+      if (_mm512_cmp_ps_mask(sums, _mm512_set1_ps(TOO_MUCH), _CMP_GT_OQ)) [[unlikely]] {
+        raise(r);
+        sums = weigh<COUNT>(r);
+      }
+      float* before = s.weight_sums[row + r];
+      _mm512_store_ps(before, _mm512_add_ps(_mm512_load_ps(before), sums));
+    }
+  }
+};
+
+// A run: the rows [first, last) of one KV head.
+struct Run {
+  const Problem& of;
+  Scratch& s;
+  int64_t batch, head, first, last;
+
+  // visit(row of the block, token, offset of its head) for the rows of a block.
+  template <typename Visit>
+  void each_row(int64_t block, Visit visit) const {
+    int64_t row = first + block * ROWS, token = row / of.group, member = row % of.group;
+    for (int r = 0; r < std::min<int64_t>(ROWS, last - row); ++r) {
+      visit(r, token, (head * of.group + member) * HEAD_DIM);
+      if (++member == of.group) member = 0, ++token;
+    }
+  }
+  void load_queries(int64_t block) const {
+    each_row(block, [&](int r, int64_t token, int64_t offset) {
+      const Element* row = of.query + batch * of.query_batch + token * of.query_token + offset;
+      for (int d = 0; d < DEPTH; ++d)
+        store(s.query[block][d][r / TILE_ROWS].rows[r % TILE_ROWS], load_part(row, d));
+    });
+  }
+  void store_results(int64_t block) const {
+    each_row(block, [&](int r, int64_t token, int64_t offset) {
+      Element* out = of.out + (batch * of.tokens + token) * of.kv_heads * of.group * HEAD_DIM + offset;
+      __m512 sums = _mm512_load_ps(s.weight_sums[block * ROWS + r]);
+      __m512 factor = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sums));
+      for (int w = 0; w < WIDTH; ++w) {
+        __m512 part = _mm512_load_ps(s.joined[block][w][r / TILE_ROWS].rows[r % TILE_ROWS]);
+        _mm256_mask_storeu_epi16(out + w * LANES, first_bits(HEAD_DIM - w * LANES),
+                                 (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(part, factor)));
+      }
+    });
+  }
+  void keep(int64_t block, uint32_t rows) const {
+    for (int r = 0; r < ROWS; ++r)
+      if (rows >> r & 1)
+        for (int w = 0; w < WIDTH; ++w) {
+          float* part = s.joined[block][w][r / TILE_ROWS].rows[r % TILE_ROWS];
+          store(part, load(part) * s.kept[r]);
+        }
+  }
+  void score(Products& products, int64_t block, int64_t key, int pairs) const {
+    for (int p = 0; p < pairs; ++p)
+      products.multiply<2>(DEPTH, s.query[block], s.keys[key / TILE_DEPTH + p], s.scores[p], false);
+  }
+  void join(Products& products, int64_t block, int64_t key, int pairs, bool add) const {
+    const auto* values = s.values[key / BLOCK];
+    Sums(*joined)[2] = s.joined[block];
+    for (int w = 0; w < WIDTH / 2; ++w)
+      products.multiply<2>(pairs, s.weights, values[w], joined + 2 * w, add);
+    if constexpr (WIDTH % 2)
+      products.multiply<1>(pairs, s.weights, values[WIDTH / 2], joined + WIDTH - 1, add);
+  }
+  // A block of rows and the keys [start, start + seen). Scores are computed a step ahead of need.
+  void attend(int64_t block, int64_t start, int64_t seen) const {
+    constexpr float log2_e = 1.44269504f;
+    int64_t row = first + block * ROWS;
+    auto pairs = [&](int64_t key) {
+      return int(std::min<int64_t>(PAIRS, divide_up(seen - key, TILE_DEPTH)));
+    };
+    Products products;
+    score(products, block, 0, pairs(0));
+    for (int64_t key = 0; key < seen; key += BLOCK) {
+      if (key == 0 || WIDTH == 1) products.finish();
+      Softmax softmax{s, block * ROWS, pairs(key), of.scale * log2_e};
+      if (start + key + BLOCK > of.keys_seen(row))
+        for (int r = 0; r < ROWS; ++r) softmax.hide(r, of.keys_seen(row + r) - start - key);
+      bool fresh = start + key == 0;
+      if (fresh)
+        for (int r = 0; r < ROWS; ++r) softmax.raise(r);
+      if (pairs(key) == PAIRS)
+        softmax.weigh_rows<PAIRS>();
+      else
+        softmax.weigh_rows<1>();
+      if (softmax.raised && !fresh) {
+        products.finish();
+        keep(block, softmax.raised);
+      }
+      if (key + BLOCK < seen) score(products, block, key + BLOCK, pairs(key + BLOCK));
+      join(products, block, key, pairs(key), !fresh);
+    }
+    products.finish();
+  }
+  void attend() const {
+    int64_t blocks = divide_up(last - first, ROWS), end = of.keys_seen(last - 1);
+    std::fill_n(s.weight_sums[0], blocks * ROWS * LANES, 0.0f);
+    std::fill_n(s.maxima, blocks * ROWS, -INFINITY);
+    load_queries(0);
+    for (int64_t start = 0; start < end; start += SPAN) {
+      pack(of, batch, head, start, std::min<int64_t>(SPAN, end - start), s);
+      for (int64_t block = 0; block < blocks; ++block) {
+        if (start == 0 && block + 1 < blocks) load_queries(block + 1);
+        int64_t seen = of.keys_seen(std::min(last, first + (block + 1) * ROWS) - 1) - start;
+        if (seen <= 0) continue;
+        attend(block, start, std::min<int64_t>(SPAN, seen));
+        if (seen <= SPAN) store_results(block);
+      }
+    }
+  }
+};
 
 // query: (batch, tokens, kv_heads * group, HEAD_DIM), heads side by side; out: the same, contiguous.
 // keys and values: (batch, num_keys, kv_heads, HEAD_DIM), heads side by side. With blocks, those of
@@ -204,21 +292,21 @@ extern "C" void blocked_attention(const Element* query, const Element* keys, con
   Problem of{query,       keys,        values,     out,        blocks,       block_size,
              tokens,      num_keys,    kv_heads,   group,      query_batch,  query_token,
              keys_batch,  keys_token,  values_batch, values_token, scale};
-  // Several tasks for each thread, and no more queries in one than there is room for.
+  // Several runs for each thread, and no more queries in one than there is room for.
   int64_t rows = tokens * group, heads = batch * kv_heads;
-  int64_t splits = round_up(4 * omp_get_max_threads(), heads) / heads;
-  int64_t run = std::min<int64_t>(round_up(round_up(rows, splits) / splits, ROWS), RUN);
-  splits = round_up(rows, run) / run;
+  int64_t splits = divide_up(4 * omp_get_max_threads(), heads);
+  int64_t run = std::min<int64_t>(divide_up(divide_up(rows, splits), ROWS) * ROWS, RUN);
+  splits = divide_up(rows, run);
 #pragma omp parallel
   {
     thread_local std::unique_ptr<Scratch> scratch(new Scratch());
+    Tiles tiles;
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < heads * splits; ++task) {
+    for (int64_t i = 0; i < heads * splits; ++i) {
       // The last tokens of a prompt see the most keys: they come first.
-      int64_t first = (splits - 1 - task / heads) * run;
-      attend(of, task % heads / kv_heads, int(task % kv_heads), first, std::min(rows, first + run),
-             *scratch);
+      int64_t first = (splits - 1 - i / heads) * run, head = i % heads;
+      Run{of, *scratch, head / kv_heads, head % kv_heads, first, std::min(rows, first + run)}
+          .attend();
     }
-    brgemm_release(true);
   }
 }

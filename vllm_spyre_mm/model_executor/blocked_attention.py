@@ -2,8 +2,8 @@
 """The compiled attention of many queries: of a vision tower, and of a prompt's chunk.
 
 PyTorch's attention keeps a bf16 matrix unit waiting: with SigLIP's 729 keys of 72 it reaches a
-sixth of what a product of matrices does. The kernel pads heads and keys to whole tiles, packs them
-once for hundreds of queries, and leaves the products to PyTorch's own ``brgemm``.
+sixth of what a product of matrices does. The kernel pads heads and keys to whole tiles of AMX,
+packs them once for hundreds of queries, and multiplies a block at a time in the innermost cache.
 """
 
 import functools

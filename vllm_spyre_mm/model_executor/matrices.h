@@ -1,30 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bf16 kernels share: brgemm, which lets PyTorch multiply, and what prepares its operands.
-
-#include <c10/util/BFloat16.h>
+// What the bf16 kernels share: what prepares their operands, and powers of 2.
 
 #include "vectors.h"
 
-namespace at::native::cpublas {
-// Of ATen/native/CPUBlas.h, which would take seconds to compile.
-__attribute__((visibility("default"))) void brgemm(
-    int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, const bool add_C,
-    const at::BFloat16* A, const at::BFloat16* B, float* C, bool is_vnni);
-__attribute__((visibility("default"))) void brgemm_release(bool is_vnni);
-}  // namespace at::native::cpublas
-using at::native::cpublas::brgemm;
-using at::native::cpublas::brgemm_release;
-
 using Element = uint16_t;  // the bits of a bf16 number
-static inline const at::BFloat16* tile(const Element* from) { return (const at::BFloat16*)from; }
 
-typedef uint16_t TwoHalves __attribute__((vector_size(4 * LANES)));
-
-// The first COUNT elements; the rest is zero.
-template <typename Vector, int COUNT = sizeof(Vector) / sizeof(Element)>
+template <typename Vector>
 static inline Vector load(const void* from) {
-  Vector values = {};
-  std::memcpy(&values, from, COUNT * sizeof(Element));
+  Vector values;
+  std::memcpy(&values, from, sizeof(values));
   return values;
 }
 template <typename Vector>
