@@ -14,7 +14,7 @@ from vllm_spyre_mm.model_executor.models.bidirectional import BIDIRECTIONAL
 
 TOWERS = [
     *((1, 729, 16, 72), (2, 577, 4, 64), (3, 256, 6, 64), (1, 1700, 2, 64), (2, 1, 3, 34)),
-    *((3, 40, 2, 128), (1, 31, 1, 16), (1, 97, 2, 48), (2, 33, 2, 80), (1, 800, 1, 256)),
+    *((3, 40, 2, 128), (1, 127, 1, 16), (1, 31, 2, 48), (2, 33, 2, 80), (1, 800, 1, 256)),
 ]
 """Tiles, positions, heads and their width: SigLIP's, CLIP's, and others that fill tiles or not."""
 
