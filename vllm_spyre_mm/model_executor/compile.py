@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
+from vllm_spyre_mm.model_executor.shared_graph import share_graph
+
 MAX_COMPILE_THREADS = 4
 """Processes that compile kernels at the same time; a graph has about as many."""
 
@@ -37,15 +39,12 @@ def compile_decoder_blocks(blocks: nn.ModuleList) -> None:
 
     Only the number of tokens is dynamic: each further symbol costs time at every call.
     """
-    for block in blocks:
-        block.forward = torch.compile(block.forward, backend="inductor", fullgraph=True)
-    # The first call of the first block makes the graph of all of them.
-    blocks[0].register_forward_pre_hook(_mark_tokens_dynamic, with_kwargs=True)
+    share_graph(blocks, _mark_tokens_dynamic)
 
 
-def _mark_tokens_dynamic(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _mark_tokens_dynamic(inputs: dict[str, Any]) -> None:
     for name in ("x", "position_ids", "slot_mapping"):
-        torch._dynamo.mark_dynamic(kwargs[name], 1)
+        torch._dynamo.mark_dynamic(inputs[name], 1)
 
 
 class CardError(RuntimeError):
