@@ -218,7 +218,10 @@ def test_the_queries_of_a_step_may_lie_in_one_row(algorithm: str, shape: Shape):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(1, 8, 64), (2, 4, 128), (4, 1, 72)])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim"),
+    [(1, 8, 64), (2, 4, 128), (2, 3, 96), (1, 20, 64), (4, 1, 72)],
+)
 @pytest.mark.parametrize("query_length", [1, 70])
 def test_real_shapes(
     dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, query_length: int
@@ -328,11 +331,22 @@ def test_nothing_but_a_requests_own_tokens_is_read(
     algorithm: str, shape: Shape, dtype: torch.dtype
 ):
     """NaN in block 0, in all blocks of others and beyond the end in the last block."""
-    step = make_step(shape, dtype)
+    assert_reads_its_own(algorithm, make_step(shape, dtype))
+
+
+@pytest.mark.parametrize("lengths", [[70, 33, 1], [257, 64, 500]])
+def test_nothing_but_a_requests_own_tokens_is_read_in_whole_registers(lengths: list[int]):
+    """Of shapes that a matrix unit takes, some tokens at a time."""
+    shape = Shape(lengths=lengths, block_size=64, head_dim=64)
+    assert_reads_its_own(CPU_COMPILED_ATTENTION, make_step(shape, torch.bfloat16))
+
+
+def assert_reads_its_own(algorithm: str, step: Step) -> None:
+    """The result is the same when all that is not a sequence's own is NaN."""
     expected, *_ = step.run(algorithm)
     foreign = torch.ones(len(step.caches[0].flatten(0, 1)), dtype=torch.bool)
     foreign[[slot for slots in step.own for slot in slots]] = False
-    assert foreign[: shape.block_size].all(), "block 0 is nobody's"
+    assert foreign[: step.shape.block_size].all(), "block 0 is nobody's"
     for cache in step.caches:
         cache.flatten(0, 1)[foreign] = torch.nan
     attended, *_ = step.run(algorithm)

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of one query per sequence to a paged KV cache, read where it lies.
 //
-// Compiled with HEAD_DIM, GROUP (query heads that share a KV head), KV_HEADS, BLOCK_SIZE and BF16
-// defined; see paged_decode.py. A sequence is cut into spans of blocks, which the threads share.
-// Each span leaves a partial softmax (maximum, sum, weighted values); a second pass joins them.
+// Compiled with HEAD_DIM, GROUP (query heads that share a KV head), KV_HEADS, BLOCK_SIZE, BF16 and
+// TILES (take the matrix unit) defined; see paged_decode.py. A sequence is cut into spans of
+// blocks, which the threads share. Each span leaves a partial softmax (maximum, sum, weighted
+// values); whoever computes the last of a sequence joins them.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <type_traits>
@@ -16,18 +18,17 @@
 using Element = std::conditional_t<BF16, uint16_t, float>;
 constexpr int HEADS = KV_HEADS * GROUP;
 constexpr int SPAN = 4 * BLOCK_SIZE;  // tokens that one thread takes at a time
-constexpr int AHEAD = 8;              // tokens between a prefetch and its use
-constexpr int VECTORS = HEAD_DIM / LANES;
-// Vectors of a head that are summed up at once: GROUP * TILE of them stay in registers.
-constexpr int TILE = VECTORS % 4 == 0 && GROUP <= 4 ? 4 : 1;
+constexpr int64_t TOKEN = int64_t(KV_HEADS) * HEAD_DIM;  // elements of one, in either cache
 static_assert(HEAD_DIM % LANES == 0);
 
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
-// A row of a head, some tokens ahead of its use: the blocks lie anywhere.
-static inline void prefetch(const Element* row) {
+// Numbers that will be read soon; blocks lie anywhere, so that no hardware foresees it. LOCALITY: 3
+// for the nearest cache, less for the next ones.
+template <int LOCALITY>
+static inline void prefetch(const Element* from, int count) {
   constexpr int line = 64 / sizeof(Element);
-  for (int i = 0; i < HEAD_DIM; i += line) __builtin_prefetch(row + i);
+  for (int i = 0; i < count; i += line) __builtin_prefetch(from + i, 0, LOCALITY);
 }
 
 static inline float sum_of(Floats values) {
@@ -58,83 +59,66 @@ static inline Floats exp_of_negative(Floats x) {
 }
 static inline float exp_of_negative(float x) { return exp_of_negative(Floats{} + x)[0]; }
 
+// Some tokens of a sequence, from the start of a block on.
+struct Span {
+  const Element *keys, *values;  // the caches
+  const int32_t* blocks;
+  int64_t count;
+
+  int64_t offset(int64_t t) const {
+    return (int64_t(blocks[t / BLOCK_SIZE]) * BLOCK_SIZE + t % BLOCK_SIZE) * TOKEN;
+  }
+  const Element* key(int64_t t) const { return keys + offset(t); }
+  const Element* value(int64_t t) const { return values + offset(t); }
+};
+
 struct Partial {
   float maximum[HEADS];
   float sum[HEADS];
   float values[HEADS][HEAD_DIM];
 };
 
-static void attend_span(const Element* query, const Element* keys, const Element* values,
-                        const int32_t* blocks, int64_t count, float scale, Partial& result) {
-  constexpr int64_t token = int64_t(KV_HEADS) * HEAD_DIM, block = token * BLOCK_SIZE;
-  alignas(64) float weights[GROUP][SPAN];
-  for (int head = 0; head < KV_HEADS; ++head) {
-    const Element* own = query + head * GROUP * HEAD_DIM;
-    Floats queries[GROUP][VECTORS];
-    for (int g = 0; g < GROUP; ++g)
-      for (int v = 0; v < VECTORS; ++v)
-        queries[g][v] = load(own + g * HEAD_DIM + v * LANES) * scale;
-
-    for (int64_t t = 0; t < count; ++t) {
-      const Element* key =
-          keys + blocks[t / BLOCK_SIZE] * block + t % BLOCK_SIZE * token + head * HEAD_DIM;
-      prefetch(key + AHEAD * token);
-      Floats dots[GROUP] = {};
-      for (int v = 0; v < VECTORS; ++v) {
-        Floats part = load(key + v * LANES);
-        for (int g = 0; g < GROUP; ++g) dots[g] += queries[g][v] * part;
-      }
-      for (int g = 0; g < GROUP; ++g) weights[g][t] = sum_of(dots[g]);
-    }
-
-    for (int g = 0; g < GROUP; ++g) {
-      float maximum = *std::max_element(weights[g], weights[g] + count);
-      Floats sum = {};
-      // The last vector reaches beyond the span's tokens: they weigh nothing.
-      std::fill(weights[g] + count, weights[g] + (count + LANES - 1) / LANES * LANES, -INFINITY);
-      for (int64_t t = 0; t < count; t += LANES) {
-        Floats part;
-        std::memcpy(&part, &weights[g][t], sizeof(part));
-        part = exp_of_negative(part - maximum);
-        std::memcpy(&weights[g][t], &part, sizeof(part));
-        sum += part;
-      }
-      result.maximum[head * GROUP + g] = maximum;
-      result.sum[head * GROUP + g] = sum_of(sum);
-    }
-
-    for (int first = 0; first < VECTORS; first += TILE) {
-      Floats tile[GROUP][TILE] = {};
-      for (int64_t t = 0; t < count; ++t) {
-        const Element* value = values + blocks[t / BLOCK_SIZE] * block + t % BLOCK_SIZE * token +
-                               head * HEAD_DIM + first * LANES;
-        if (first == 0) prefetch(value + AHEAD * token);
-        for (int v = 0; v < TILE; ++v) {
-          Floats part = load(value + v * LANES);
-          for (int g = 0; g < GROUP; ++g) tile[g][v] += weights[g][t] * part;
-        }
-      }
-      for (int g = 0; g < GROUP; ++g)
-        std::memcpy(&result.values[head * GROUP + g][first * LANES], tile[g], sizeof(tile[g]));
-    }
+// Scores to weights, in place; the row has room for whole vectors.
+static void softmax(float* row, int64_t count, int head, Partial& result) {
+  // The last vector reaches beyond the span's tokens: they weigh nothing.
+  std::fill(row + count, row + (count + LANES - 1) / LANES * LANES, -INFINITY);
+  Floats largest = load(row);
+  for (int64_t t = LANES; t < count; t += LANES) {
+    Floats part = load(row + t);
+    largest = part > largest ? part : largest;
   }
+  float maximum = largest[0];
+  for (int i = 1; i < LANES; ++i) maximum = std::max(maximum, largest[i]);
+  Floats sum = {};
+  for (int64_t t = 0; t < count; t += LANES) {
+    Floats part = exp_of_negative(load(row + t) - maximum);
+    store(row + t, part);
+    sum += part;
+  }
+  result.maximum[head] = maximum;
+  result.sum[head] = sum_of(sum);
 }
+
+#if TILES
+#include "attend_tiles.h"
+#else
+#include "attend_vectors.h"
+#endif
 
 static void join(const Partial* partials, int64_t spans, int head, Element* out) {
   float maximum = -INFINITY, total = 0;
   for (int64_t s = 0; s < spans; ++s) maximum = std::max(maximum, partials[s].maximum[head]);
-  Floats joined[VECTORS] = {};
+  Floats joined[HEAD_DIM / LANES] = {};
   for (int64_t s = 0; s < spans; ++s) {
     float share = exp_of_negative(partials[s].maximum[head] - maximum);
     total += share * partials[s].sum[head];
-    for (int v = 0; v < VECTORS; ++v) {
+    for (int v = 0; v < HEAD_DIM / LANES; ++v) {
       Floats part;
       std::memcpy(&part, &partials[s].values[head][v * LANES], sizeof(part));
       joined[v] += share * part;
     }
   }
-  for (int v = 0; v < VECTORS; ++v)
-    store(out + v * LANES, spans ? joined[v] / total : Floats{});
+  for (int v = 0; v < HEAD_DIM / LANES; ++v) store(out + v * LANES, joined[v] / total);
 }
 
 // query and out: (rows, HEADS, HEAD_DIM); caches: (blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM);
@@ -143,26 +127,34 @@ static void join(const Partial* partials, int64_t spans, int head, Element* out)
 extern "C" void paged_decode(const Element* query, const Element* keys, const Element* values,
                              Element* out, const int32_t* table, const int32_t* lengths,
                              int64_t rows, int64_t table_width, float scale) {
-  std::vector<int64_t> first_span(rows + 1, 0);
-  for (int64_t row = 0; row < rows; ++row)
-    first_span[row + 1] = first_span[row] + (lengths[row] + SPAN - 1) / SPAN;
-  std::unique_ptr<Partial[]> partials(new Partial[first_span[rows]]);
+  struct Piece : Span {
+    int64_t row;
+  };
+  std::vector<Piece> pieces;
+  std::vector<int64_t> first(rows + 1);
+  for (int64_t row = 0; row < rows; ++row) {
+    first[row] = pieces.size();
+    for (int64_t start = 0; start < lengths[row]; start += SPAN)
+      pieces.push_back({{keys, values, table + row * table_width + start / BLOCK_SIZE,
+                         std::min<int64_t>(SPAN, lengths[row] - start)},
+                        row});
+    if (lengths[row] == 0) std::fill_n(out + row * HEADS * HEAD_DIM, HEADS * HEAD_DIM, Element{});
+  }
+  int64_t count = first[rows] = pieces.size();
+  std::unique_ptr<Partial[]> partials(new Partial[count]);
+  std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[rows]());
+  std::atomic<int64_t> taken{0};
 #pragma omp parallel
   {
-#pragma omp for schedule(dynamic)
-    for (int64_t span = 0; span < first_span[rows]; ++span) {
-      int64_t row = std::upper_bound(first_span.begin(), first_span.end(), span) -
-                    first_span.begin() - 1;
-      int64_t start = (span - first_span[row]) * SPAN;
-      attend_span(query + row * HEADS * HEAD_DIM, keys, values,
-                  table + row * table_width + start / BLOCK_SIZE,
-                  std::min<int64_t>(SPAN, lengths[row] - start), scale, partials[span]);
-    }
-#pragma omp for
-    for (int64_t item = 0; item < rows * HEADS; ++item) {
-      int64_t row = item / HEADS;
-      join(&partials[first_span[row]], first_span[row + 1] - first_span[row], item % HEADS,
-           out + item * HEAD_DIM);
+    Attention attention;
+    for (int64_t own = taken++, next; own < count; own = next) {
+      next = taken++;
+      int64_t row = pieces[own].row, spans = first[row + 1] - first[row];
+      attention.attend(query + row * HEADS * HEAD_DIM, pieces[own],
+                       next < count ? &pieces[next] : nullptr, scale, partials[own]);
+      if (++done[row] < spans) continue;
+      for (int head = 0; head < HEADS; ++head)
+        join(&partials[first[row]], spans, head, out + (row * HEADS + head) * HEAD_DIM);
     }
   }
 }

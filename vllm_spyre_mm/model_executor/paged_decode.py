@@ -11,7 +11,13 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_spyre_mm.model_executor.kernels import FLOAT, POINTER, SIZE, compile_kernel
+from vllm_spyre_mm.model_executor.kernels import (
+    FLOAT,
+    POINTER,
+    SIZE,
+    compile_kernel,
+    has_matrix_unit,
+)
 
 LANES = 16
 """The kernel takes heads whose width is a multiple of this."""
@@ -75,5 +81,12 @@ def kernel(
         "KV_HEADS": kv_heads,
         "BLOCK_SIZE": block_size,
         "BF16": int(dtype == torch.bfloat16),
+        "TILES": int(_fits_tiles(head_dim, group, block_size, dtype)),
     }
     return compile_kernel("paged_decode", constants, [*[POINTER] * 6, SIZE, SIZE, FLOAT])
+
+
+def _fits_tiles(head_dim: int, group: int, block_size: int, dtype: torch.dtype) -> bool:
+    """Whether the matrix unit takes such heads and blocks."""
+    fits = head_dim % 32 == 0 and group <= 16 and block_size % 64 == 0
+    return fits and dtype == torch.bfloat16 and has_matrix_unit()

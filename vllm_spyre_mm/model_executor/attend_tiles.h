@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of one query to a span of tokens, with AMX. Included by paged_decode.cpp.
+//
+// Keys are the left operand as they lie in the cache, 16 tokens to a register; the queries that
+// share them are the right one. Values are paired up two tokens at a time to be the right operand
+// of the weights. While the keys of a span are read its values are fetched, and while those are
+// read the next span's keys: the memory never waits for the arithmetic.
+
+#include "tiles.h"
+
+static_assert(BLOCK_SIZE % (4 * TILE_ROWS) == 0 && HEAD_DIM % TILE_DEPTH == 0);
+static_assert(GROUP <= TILE_ROWS);
+
+class Attention {
+ public:
+  // query: (HEADS, HEAD_DIM); next: the span that comes after this one, or null.
+  void attend(const Element* query, const Span& span, const Span* next, float scale,
+              Partial& result) {
+    pair_queries(query);
+    for (int64_t t = 0; t < span.count; t += 4 * TILE_ROWS)
+      for (int head = 0; head < KV_HEADS; ++head) multiply_keys(span, t, head, scale);
+    for (int head = 0; head < KV_HEADS; ++head) {
+      for (int g = 0; g < GROUP; ++g) {
+        float* row = scores[head * GROUP + g];
+        softmax(row, span.count, head * GROUP + g, result);
+        for (int64_t t = 0; t < padded(span.count); t += LANES)
+          store(weights[g] + t, t < span.count ? load(row + t) : Floats{});
+      }
+      written(weights);
+      for (int first = 0; first < HEAD_DIM; first += WIDTH)
+        multiply_values(span, next, head, first, result);
+    }
+  }
+
+ private:
+  // Numbers of a head that are computed together: two or four registers of results.
+  static constexpr int WIDTH = HEAD_DIM % (2 * TILE_DEPTH) == 0 ? 2 * TILE_DEPTH : TILE_DEPTH;
+  using Pairs = Element[TILE_ROWS][TILE_ROWS][2];  // (pair of k, column, 2)
+  Tiles tiles;
+  alignas(64) Pairs queries[KV_HEADS][HEAD_DIM / TILE_DEPTH] = {};  // columns beyond GROUP are 0
+  alignas(64) float scores[HEADS][SPAN];
+  alignas(64) Element weights[TILE_ROWS][SPAN] = {};  // rows beyond GROUP are 0
+  alignas(64) float block[4][TILE_ROWS][TILE_ROWS];
+  alignas(64) Pairs values[4];
+
+  static int64_t padded(int64_t count) { return (count + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH; }
+
+  void pair_queries(const Element* query) {
+    for (int head = 0; head < KV_HEADS; ++head)
+      for (int g = 0; g < GROUP; ++g, query += HEAD_DIM)
+        for (int k = 0; k < HEAD_DIM; k += 2)
+          std::memcpy(queries[head][k / TILE_DEPTH][k % TILE_DEPTH / 2][g], query + k, 4);
+    written(queries);
+  }
+
+  // Scores of four registers of tokens from t on; those beyond the span are left out.
+  void multiply_keys(const Span& span, int64_t t, int head, float scale) {
+    const Element* keys = span.key(t) + head * HEAD_DIM;
+    int64_t left = (span.count - t + TILE_ROWS - 1) / TILE_ROWS;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int k = 0; k < HEAD_DIM / TILE_DEPTH; ++k, keys += TILE_DEPTH) {
+      constexpr int64_t stride = TOKEN * sizeof(Element);
+      _tile_loadd(6, queries[head][k], 64);
+      _tile_loadd(4, keys, stride);
+      _tile_dpbf16ps(0, 4, 6);
+      if (left > 1) {
+        _tile_loadd(5, keys + TILE_ROWS * TOKEN, stride);
+        _tile_dpbf16ps(1, 5, 6);
+      }
+      if (left > 2) {
+        _tile_loadd(4, keys + 2 * TILE_ROWS * TOKEN, stride);
+        _tile_dpbf16ps(2, 4, 6);
+      }
+      if (left > 3) {
+        _tile_loadd(5, keys + 3 * TILE_ROWS * TOKEN, stride);
+        _tile_dpbf16ps(3, 5, 6);
+      }
+    }
+    _tile_stored(0, block[0], 64);
+    _tile_stored(1, block[1], 64);
+    _tile_stored(2, block[2], 64);
+    _tile_stored(3, block[3], 64);
+    const Element* values = span.value(t) + head * HEAD_DIM;
+    for (int64_t i = 0; i < std::min<int64_t>(4 * TILE_ROWS, span.count - t); ++i) {
+      prefetch<1>(values + i * TOKEN, HEAD_DIM);
+      for (int g = 0; g < GROUP; ++g)
+        scores[head * GROUP + g][t + i] = block[i / TILE_ROWS][i % TILE_ROWS][g] * scale;
+    }
+  }
+
+  // Weighted values of WIDTH of a head's numbers, from first on.
+  void multiply_values(const Span& span, const Span* next, int head, int first, Partial& result) {
+    int offset = head * HEAD_DIM + first;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t t = 0; t < span.count; t += TILE_DEPTH) {
+      for (int part = 0; part < WIDTH / TILE_DEPTH; ++part)
+        pair_values(span.value(t) + offset + part * TILE_DEPTH, span.count - t, &values[2 * part]);
+      if (next)
+        for (int64_t i = t; i < std::min(next->count, t + TILE_DEPTH); ++i)
+          prefetch<1>(next->key(i) + offset, WIDTH);
+      _tile_loadd(4, weights[0] + t, sizeof(weights[0]));
+      _tile_loadd(6, values[0], 64);
+      _tile_loadd(7, values[1], 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (WIDTH == TILE_DEPTH) continue;
+      _tile_loadd(6, values[2], 64);
+      _tile_loadd(7, values[3], 64);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+    _tile_stored(0, block[0], 64);
+    _tile_stored(1, block[1], 64);
+    _tile_stored(2, block[2], 64);
+    _tile_stored(3, block[3], 64);
+    for (int g = 0; g < GROUP; ++g) {
+      float* out = &result.values[head * GROUP + g][first];
+      for (int part = 0; part < WIDTH / TILE_DEPTH; ++part, out += TILE_DEPTH) {
+        // In the order in which unpacking leaves them: fours of the one and of the other in turn.
+        Floats low = load(block[2 * part][g]), high = load(block[2 * part + 1][g]);
+        store(out, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20,
+                                           21, 22, 23));
+        store(out + LANES, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12,
+                                                   13, 14, 15, 28, 29, 30, 31));
+      }
+    }
+  }
+
+  // 32 tokens' values in pairs of tokens; 0 for the tokens beyond count, whatever lies there.
+  static void pair_values(const Element* from, int64_t count, Pairs* pairs) {
+    for (int pair = 0; pair < TILE_ROWS; ++pair, from += 2 * TOKEN) {
+      __m512i even = {}, odd = {};
+      if (2 * pair < count) even = _mm512_loadu_si512(from);
+      if (2 * pair + 1 < count) odd = _mm512_loadu_si512(from + TOKEN);
+      _mm512_store_si512(pairs[0][pair], _mm512_unpacklo_epi16(even, odd));
+      _mm512_store_si512(pairs[1][pair], _mm512_unpackhi_epi16(even, odd));
+    }
+    written(pairs);
+  }
+};
