@@ -16,6 +16,7 @@ from tests.e2e.engines import engine
 from vllm_spyre_mm.model_executor import (
     blocked_attention,
     paged_decode,
+    paged_store,
     rotary,
     rows_linear,
     tiled_linear,
@@ -51,7 +52,14 @@ def compiled() -> dict[str, Any]:
         "frames": dict(counters["frames"]),
         "kernels": [
             module.kernel.cache_info().misses
-            for module in (blocked_attention, paged_decode, rotary, rows_linear, tiled_linear)
+            for module in (
+                blocked_attention,
+                paged_decode,
+                paged_store,
+                rotary,
+                rows_linear,
+                tiled_linear,
+            )
         ],
     }
 

@@ -312,6 +312,32 @@ def test_a_store_writes_its_slots_in_place_and_nothing_else(shape: Shape):
         assert torch.equal(cache.flatten(0, 1), expected)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 7, 90])
+def test_the_compiled_store_takes_parts_of_a_row(dtype: torch.dtype, tokens: int):
+    """Keys and values lie beside the queries, as a fused projection leaves them."""
+    heads, width, num_slots = 2, 8, 128
+    row = torch.randn(1, tokens, 5 * width * heads).to(dtype)
+    keys, values = (row[..., i * 16 :][..., :16].view(1, tokens, heads, width) for i in (3, 4))
+    caches = tuple(torch.randn(num_slots // 4, 4, heads, width).to(dtype) for _ in range(2))
+    expected = [cache.clone() for cache in caches]
+    slots = torch.randperm(num_slots)[None, :tokens].contiguous()
+    for cache, new in zip(expected, (keys, values), strict=True):
+        cache.flatten(0, 1)[slots[0]] = new[0]
+    store = get_attention_type(attn_name=CPU_COMPILED_ATTENTION)["store"]
+    store(keys, values, *caches, slot_mapping=slots)
+    assert all(torch.equal(*pair) for pair in zip(caches, expected, strict=True))
+
+
+@pytest.mark.parametrize("slot", [-1, 128])
+def test_a_slot_that_the_cache_has_not_is_refused(slot: int):
+    new, cache = torch.randn(1, 1, 2, 8), torch.zeros(32, 4, 2, 8)
+    store = get_attention_type(attn_name=CPU_COMPILED_ATTENTION)["store"]
+    with pytest.raises(IndexError, match="1 slots are beyond the 128 of the cache"):
+        store(new, new, cache, cache, slot_mapping=torch.tensor([[slot]]))
+    assert not cache.any()
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_store_without_a_cache_is_refused(missing: int):
     step = make_step(Shape(lengths=[5]))
@@ -375,7 +401,7 @@ def test_the_operators_are_what_their_schemas_say(shape: Shape, compiled: bool):
     kwargs = step.cpu_kwargs()
     torch.library.opcheck(
         torch.ops.spyre_mm.paged_store.default,
-        (step.keys, step.values, *step.caches, step.kwargs["slot_mapping"]),
+        (step.keys, step.values, *step.caches, step.kwargs["slot_mapping"], compiled),
     )
     torch.library.opcheck(
         torch.ops.spyre_mm.paged_attention.default,

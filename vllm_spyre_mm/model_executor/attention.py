@@ -14,13 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_spyre_mm.model_executor import blocked_attention, paged_decode
+from vllm_spyre_mm.model_executor import blocked_attention, paged_decode, paged_store
 
 CPU_ATTENTION = "spyre_mm_cpu_paged_attn"
 """Name of the algorithm made of PyTorch's operations, FMS's ``attn_name``."""
 
 CPU_COMPILED_ATTENTION = "spyre_mm_cpu_paged_attn_compiled"
-"""Name of the algorithm that is compiled (:mod:`paged_decode`, :mod:`blocked_attention`)."""
+"""Name of the algorithm that is compiled (:mod:`paged_store`, :mod:`paged_decode`,
+:mod:`blocked_attention`)."""
 
 CARD_ATTENTION = "spyre_paged_attn"
 """Name of FMS's own algorithm for the card."""
@@ -35,7 +36,7 @@ def register_cpu_attention() -> None:
     for name, compiled in ((CPU_ATTENTION, False), (CPU_COMPILED_ATTENTION, True)):
         register_attention_op(
             name,
-            store_op=_store,
+            store_op=functools.partial(_store, compiled=compiled),
             compute_op=functools.partial(_compute, compiled=compiled),
             is_prefill_op=lambda **_: True,
         )
@@ -81,12 +82,14 @@ def _store(
     values: torch.Tensor,
     key_cache: torch.Tensor | None,
     value_cache: torch.Tensor | None,
+    *,
+    compiled: bool,
     **attn_kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     assert key_cache is not None, "paged attention needs a cache"
     assert value_cache is not None, "paged attention needs a cache"
     torch.ops.spyre_mm.paged_store(
-        keys, values, key_cache, value_cache, attn_kwargs["slot_mapping"]
+        keys, values, key_cache, value_cache, attn_kwargs["slot_mapping"], compiled
     )
     return key_cache, value_cache, key_cache, value_cache
 
@@ -124,7 +127,7 @@ def _define_ops() -> torch.library.Library:
     library = torch.library.Library("spyre_mm", "FRAGMENT")
     library.define(
         "paged_store(Tensor keys, Tensor values, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-        "Tensor slot_mapping) -> ()"
+        "Tensor slot_mapping, bool compiled) -> ()"
     )
     library.define(
         "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor kv_blocks, "
@@ -143,12 +146,16 @@ def _store_cpu(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    compiled: bool,
 ) -> None:
     """Write keys and values ``(batch, length, kv_heads, head_dim)`` to their cache rows, in place.
 
     The caches are ``(blocks, block_size, kv_heads, head_dim)``; ``slot_mapping`` is int64
     ``(batch, length)``.
     """
+    if compiled and len(keys) == 1:
+        paged_store.paged_store(keys, values, key_cache, value_cache, slot_mapping)
+        return
     slots = slot_mapping.flatten()
     for new, cache in ((keys, key_cache), (values, value_cache)):
         cache.flatten(0, 1).index_copy_(0, slots, new.flatten(0, 1))
@@ -165,16 +172,17 @@ def _attend_cpu(
     compiled: bool,
 ) -> torch.Tensor:
     """Attention of ``query`` ``(batch, length, heads, head_dim)``, in either layout of a step."""
-    rows = query.flatten(0, 1)
     caches = (key_cache, value_cache)
-    if int(query_lengths[0]) > 1:
+    one_each = int(query_lengths[0]) <= 1
+    if one_each and compiled and paged_decode.supports(query.shape[-1], query.dtype):
+        return paged_decode.paged_decode(query, *caches, kv_blocks, kv_lengths, scale)
+    rows = query.flatten(0, 1)
+    if one_each:
+        attended = _attend_tokens(rows, *caches, kv_blocks, kv_lengths, scale)
+    else:
         blocked = compiled and blocked_attention.supports(query.shape[-1], query.dtype)
         attend = blocked_attention.attend_to_earlier if blocked else _attend_chunk
         attended = attend(rows, *caches, kv_blocks[0], int(kv_lengths[0]), scale)
-    elif compiled and paged_decode.supports(query.shape[-1], query.dtype):
-        attended = paged_decode.paged_decode(rows, *caches, kv_blocks, kv_lengths, scale)
-    else:
-        attended = _attend_tokens(rows, *caches, kv_blocks, kv_lengths, scale)
     return attended.view(query.shape)
 
 

@@ -14,6 +14,7 @@ from vllm_spyre_mm.config import Backend
 from vllm_spyre_mm.model_executor import (
     blocked_attention,
     paged_decode,
+    paged_store,
     rotary,
     rows_linear,
     tiled_linear,
@@ -119,7 +120,8 @@ class SpyreModel:
             self.mapping.text_config.num_attention_heads
             // self.mapping.kv_cache_options().num_kv_heads
         )
-        kernels: list[Callable[[], object]] = []
+        token_bytes = kv_heads * head_dim * keys.itemsize
+        kernels: list[Callable[[], object]] = [partial(paged_store.kernel, token_bytes)]
         if blocked_attention.supports(head_dim, keys.dtype):
             kernels += [partial(blocked_attention.kernel, head_dim), tiled_linear.kernel]
             kernels.append(rows_linear.kernel)

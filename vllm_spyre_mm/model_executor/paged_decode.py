@@ -41,7 +41,7 @@ def paged_decode(
     """Attention of one query of each sequence.
 
     Args:
-        query: ``(rows, heads, head_dim)``.
+        query: ``(batch, length, heads, head_dim)``, a row for each token.
         key_cache: ``(blocks, block_size, kv_heads, head_dim)``, contiguous.
         value_cache: likewise.
         kv_blocks: int32 ``(at least rows, width)``, the blocks of each sequence from the left.
@@ -52,7 +52,7 @@ def paged_decode(
         Shaped like ``query``.
     """
     _, block_size, kv_heads, head_dim = key_cache.shape
-    rows, heads, _ = query.shape
+    batch, length, heads, _ = query.shape
     attend = kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)
     query = query.contiguous()
     out = torch.empty_like(query)
@@ -63,7 +63,7 @@ def paged_decode(
         out.data_ptr(),
         kv_blocks.data_ptr(),
         kv_lengths.data_ptr(),
-        rows,
+        batch * length,
         kv_blocks.stride(0),
         scale,
     )
