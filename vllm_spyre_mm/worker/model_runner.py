@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
-from vllm.v1.sample.sampler import Sampler
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from vllm_spyre_mm.config import SpyreSettings
@@ -28,6 +27,7 @@ from vllm_spyre_mm.worker.requests import (
     RequestTable,
     SpyreModelRunnerOutput,
 )
+from vllm_spyre_mm.worker.sampler import HostSampler
 from vllm_spyre_mm.worker.steps import steps_for
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class SpyreModelRunner:
         self.encoder_cache = EncoderCache()
         self.decodes = SamplingBatch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
         self.prefilled = SamplingBatch(vllm_config, 1)
-        self.sampler = Sampler(logprobs_mode=vllm_config.model_config.logprobs_mode)
+        self.sampler = HostSampler(logprobs_mode=vllm_config.model_config.logprobs_mode)
         self.vocab_size = vllm_config.model_config.get_vocab_size()
         self.steps = steps_for(model.backend, geometry, vllm_config)
         self._pending: PendingSample | None = None
