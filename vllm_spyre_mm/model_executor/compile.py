@@ -3,11 +3,12 @@
 
 import contextlib
 import contextvars
+import functools
 import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -85,6 +86,28 @@ def _step_of(embeds: torch.Tensor, inputs: Mapping[str, Any]) -> str:
     return f"{step} ({listed}; {len(caches)} layers of KV cache {tuple(caches[0][0].shape)})"
 
 
+@functools.cache
+def prepare_cpu_compiler() -> Future[None]:
+    """Begin, in a thread, what the compiler does once in a process before it compiles.
+
+    It waits for other programs and reads files, for which there is time while weights are read.
+    """
+    # Imported here: two threads that import PyTorch's modules get in each other's way.
+    from torch._inductor import config
+    from torch._inductor.codecache import CacheBase
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    def prepare() -> None:
+        with config.patch({"cpp.vec_isa_ok": True} if _compiler_knows_cpu() else {}):
+            pick_vec_isa()
+        CacheBase.get_system()  # hashes Triton's files, where it is installed
+
+    with contextlib.ExitStack() as stack:
+        pool = ThreadPoolExecutor(1)
+        stack.callback(pool.shutdown, wait=False)
+        return pool.submit(prepare)
+
+
 @contextlib.contextmanager
 def cpu_compile_context(kernels: Sequence[Callable[[], object]] = ()) -> Iterator[None]:
     """Make the CPU's graphs in as little time as may be; the second start finds them on disk.
@@ -98,12 +121,12 @@ def cpu_compile_context(kernels: Sequence[Callable[[], object]] = ()) -> Iterato
     from torch._inductor import config
     from torch._inductor.async_compile import shutdown_compile_workers
 
-    settings: dict[str, Any] = {"compile_threads": min(MAX_COMPILE_THREADS, os.cpu_count() or 1)}
-    if _compiler_knows_cpu():
-        settings["cpp.vec_isa_ok"] = True
+    # Kernels are found again by the instruction sets that they are compiled for. Threads that look
+    # for those at the same time change each other's findings.
+    prepare_cpu_compiler().result()
     # Numbers of a module, an epsilon for one, are constants; only lengths vary.
     with (
-        config.patch(settings),
+        config.patch(compile_threads=min(MAX_COMPILE_THREADS, os.cpu_count() or 1)),
         dynamo_config.patch(specialize_float=True),
         ThreadPoolExecutor() as pool,
     ):

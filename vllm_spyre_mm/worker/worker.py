@@ -2,6 +2,7 @@
 """One worker process: device, model, KV cache, warmup; vLLM's executor calls it."""
 
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from vllm_spyre_mm.config import SpyreSettings, export_card_environment
 from vllm_spyre_mm.engine_config import decoder_dtype_of, geometry_of
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
+from vllm_spyre_mm.model_executor.compile import prepare_cpu_compiler
 from vllm_spyre_mm.model_executor.kv_cache import (
     allocate_kv_cache,
     kv_cache_bytes,
@@ -61,9 +63,9 @@ class SpyreWorker(WorkerBase):
 
     def init_device(self) -> None:
         """Join the process group and seed; for the card, set what its compiler reads at import."""
-        from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
-
         self.device = torch.device("cpu")
+        if self.settings.backend == "inductor":
+            prepare_cpu_compiler()
         if self.for_card:
             assert self.settings.max_batch_tkv is not None, "resolved at start"
             longest = self.geometry.padded_length(self.model_config.max_model_len)
@@ -73,19 +75,28 @@ class SpyreWorker(WorkerBase):
                 max_num_seqs=self.scheduler_config.max_num_seqs,
                 max_batch_tkv=max(self.settings.max_batch_tkv, longest),
             )
-        init_worker_distributed_environment(
-            self.vllm_config,
-            self.rank,
-            self.distributed_init_method,
-            self.local_rank,
-            self.current_platform.dist_backend,
-        )
+        self._join_process_group()
         if self.parallel_config.world_size > 1:
             # The ranks share the host's cores; more threads than cores thrash.
             torch.set_num_threads(
                 max(1, torch.get_num_threads() // self.parallel_config.world_size)
             )
         set_random_seed(self.model_config.seed)
+
+    def _join_process_group(self) -> None:
+        # vLLM's worker for GPUs has a function for this, whose module imports all that GPUs need.
+        from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+
+        seconds = self.parallel_config.distributed_timeout_seconds
+        init_distributed_environment(
+            self.parallel_config.world_size,
+            self.rank,
+            self.distributed_init_method,
+            self.local_rank,
+            self.current_platform.dist_backend,
+            None if seconds is None else timedelta(seconds=seconds),
+        )
+        ensure_model_parallel_initialized(self.parallel_config.tensor_parallel_size, 1)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the checkpoint.
