@@ -4,6 +4,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from vllm.utils import cpu_resource_utils
@@ -67,6 +68,19 @@ def test_no_two_layers_share_memory():
     tensors = [tensor for pair in cache for tensor in pair]
     assert len({tensor.data_ptr() for tensor in tensors}) == 6
     assert all((tensor == 0).all() for tensor in tensors)
+
+
+def test_blocks_that_are_not_used_take_no_memory():
+    """A GiB is described, and one block of it written."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    cache = allocate_kv_cache(OPTIONS, GIB // 2 // 3 // (64 * 4 * 32 * 4), 64, torch.float32, 1)
+    for keys, values in cache:
+        with torch.inference_mode():  # as the worker's steps
+            keys[-1], values[-1] = 1.0, 2.0
+        assert values[-1].min() == 2 > values[0].max() == 0
+    assert sum(keys.nbytes + values.nbytes for keys, values in cache) > 0.99 * GIB
+    assert process.memory_info().rss - before < GIB // 16
 
 
 def test_what_the_user_gives_wins(monkeypatch: pytest.MonkeyPatch):

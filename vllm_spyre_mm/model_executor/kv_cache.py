@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paged KV cache: how it is described to vLLM, sized and allocated."""
 
+import math
+import mmap
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,10 +81,17 @@ def allocate_kv_cache(
 ) -> KVCache:
     """Allocate the cache of one rank on the host.
 
-    Zeroed memory is mapped when it is first written to, so blocks that are never used cost none.
+    Blocks that are never used take no memory.
     """
     shape = (num_blocks, block_size, options.num_kv_heads // world_size, options.head_dim)
-    return [
-        (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
-        for _ in range(options.num_layers)
-    ]
+    return [(_zeros(shape, dtype), _zeros(shape, dtype)) for _ in range(options.num_layers)]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that get their memory page by page when they are first written to.
+
+    ``torch.zeros`` writes all of them.
+    """
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=private)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
