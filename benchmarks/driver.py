@@ -62,20 +62,25 @@ class Vllm:
         """End the engine's process."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    def _generate(self, prompts: list[Any], max_tokens: int) -> list[Any]:
+    def workload(
+        self,
+        requests: int,
+        max_tokens: int,
+        seed: int,
+        extra_args: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Requests with a picture each, all at once; seconds, preprocessing included."""
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        return self.llm.generate(prompts, params, use_tqdm=False)
-
-    def workload(self, requests: int, max_tokens: int, seed: int) -> dict[str, Any]:
-        """Requests with a picture each, all at once; seconds, preprocessing included."""
+        params = SamplingParams(
+            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra_args
+        )
         prompts = [
             {"prompt": PROMPT, "multi_modal_data": {"image": picture(seed + i)}}
             for i in range(requests)
         ]
         started = time.perf_counter()
-        outputs = self._generate(prompts, max_tokens)
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return {
             "seconds": time.perf_counter() - started,
             "prompt_tokens": len(outputs[0].prompt_token_ids),

@@ -71,6 +71,7 @@ def compare(
     *,
     at_most: float | None = None,
     at_least: float | None = None,
+    paired: bool = False,
 ) -> Row:
     """A row whose ratio is measured over reference, of medians.
 
@@ -82,11 +83,17 @@ def compare(
         reference_name: what the other is.
         at_most: the ratio's bound from above.
         at_least: a speed-up instead: reference over measured is bounded from below.
+        paired: each measurement was taken beside one of the reference: the ratio is the median of
+            their ratios, which the machine's drift leaves alone.
     """
     ratio = met = None
     target = f"at most {at_most:g} times" if at_most is not None else f"{at_least:g} times faster"
     if reference is not None:
-        ratio = measured.median / reference.median
+        if paired:
+            pairs = zip(measured.seconds, reference.seconds, strict=True)
+            ratio = statistics.median(one / other for one, other in pairs)
+        else:
+            ratio = measured.median / reference.median
         if at_least is not None:
             ratio = 1 / ratio
             met = ratio >= at_least
