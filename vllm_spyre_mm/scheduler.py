@@ -21,6 +21,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.embedding_accounts import EmbeddingAccounts
 from vllm_spyre_mm.engine_config import geometry_of
+from vllm_spyre_mm.model_executor.memory import return_free_memory
 from vllm_spyre_mm.multimodal.embedding import choice_of
 from vllm_spyre_mm.request_queue import TurnsQueue
 from vllm_spyre_mm.vllm_hooks.contract import require, require_attributes, require_overridable
@@ -45,6 +46,8 @@ class SpyreScheduler(Scheduler):
         self.settings = SpyreSettings.from_vllm_config(self.vllm_config)
         self._accounts = EmbeddingAccounts(self.settings, self.vllm_config.model_config)
         self._last_step_was_prefill = False
+        # To learn how many tokens a picture may have, vLLM has processed the largest.
+        return_free_memory()
 
     @classmethod
     def check_base(cls) -> None:
