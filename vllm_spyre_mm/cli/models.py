@@ -84,6 +84,8 @@ def _listing() -> list[str]:
 
 def _description(config: Any, mapping: "MMUtils") -> list[str]:
     """What would be computed, and whether a card could run it."""
+    import torch
+
     from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError
 
     options = mapping.kv_cache_options()
@@ -99,7 +101,7 @@ def _description(config: Any, mapping: "MMUtils") -> list[str]:
             f"  vision    {vision.model_type}, {built.nlayers} of {vision.num_hidden_layers} "
             f"layers, images of {vision.image_size} in patches of {vision.patch_size}"
         )
-    token_bytes = 2 * 2 * options.num_layers * options.num_kv_heads * options.head_dim
+    token_bytes = options.token_bytes(torch.bfloat16)
     lines.append(f"  KV cache  {token_bytes / 1024:g} KiB a token in bfloat16")
     try:
         card = f"heads of {mapping.kv_cache_options(for_card=True).head_dim}"

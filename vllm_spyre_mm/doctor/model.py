@@ -15,9 +15,6 @@ from vllm_spyre_mm.doctor.probe import probe
 
 FETCH = "fetch the checkpoint again, every file of it"
 
-MEMORY_SHARE = 0.92
-"""vLLM's default of ``--gpu-memory-utilization``, which is a share of the host's memory here."""
-
 
 def configuration(folder: Path) -> Iterator[Finding]:
     """Whether the model is one that is served."""
@@ -98,10 +95,11 @@ def _missing_files(folder: Path) -> Iterator[str]:
 def weights(folder: Path) -> Iterator[Finding]:
     """Whether the tensors are exactly those of the model, and fit into memory."""
     import torch
+    from vllm.config import CacheConfig
 
     from vllm_spyre_mm.config import DEFAULT_MAX_MODEL_LEN
     from vllm_spyre_mm.model_executor.checkpoint import CheckpointError
-    from vllm_spyre_mm.model_executor.kv_cache import ACTIVATION_RESERVE
+    from vllm_spyre_mm.model_executor.kv_cache import ACTIVATION_RESERVE, host_memory
     from vllm_spyre_mm.model_executor.loader import LoadOptions, check_checkpoint
 
     mapping = _mapping(folder)
@@ -113,10 +111,9 @@ def weights(folder: Path) -> Iterator[Finding]:
         return
     options = mapping.kv_cache_options()
     length = min(mapping.text_config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
-    token = 2 * options.num_layers * options.num_kv_heads * options.head_dim * dtype.itemsize
-    model_bytes, sequence_bytes = elements * dtype.itemsize, token * length
-    needed = model_bytes + sequence_bytes + ACTIVATION_RESERVE
-    free = _free_bytes()
+    sequence_bytes = options.token_bytes(dtype) * length
+    needed = elements * dtype.itemsize + sequence_bytes + ACTIVATION_RESERVE
+    free = host_memory(CacheConfig.gpu_memory_utilization).free
     said = (
         f"{elements / 1e6:.0f} M elements, every one accounted for; {gib(needed)} GiB for the "
         f"model, one sequence of {length} tokens and activations, of {gib(free)} GiB free"
@@ -126,13 +123,6 @@ def weights(folder: Path) -> Iterator[Finding]:
         yield Finding("weights", "error", said, do)
     else:
         yield Finding("weights", "ok", said)
-
-
-def _free_bytes() -> int:
-    from vllm.utils.cpu_resource_utils import get_memory_node_info
-
-    node = get_memory_node_info()
-    return int(node.available_memory - (1 - MEMORY_SHARE) * node.total_memory)
 
 
 def _mapping(folder: Path) -> Any:

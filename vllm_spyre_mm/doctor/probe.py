@@ -54,6 +54,8 @@ def host() -> dict[str, Any]:
     import torch
     from torch._inductor.cpp_builder import get_cpp_compiler
 
+    from vllm_spyre_mm.model_executor.kernels import has_matrix_unit
+
     try:
         compiler, fault = get_cpp_compiler(), ""
         fault = _compile(compiler)
@@ -61,7 +63,7 @@ def host() -> dict[str, Any]:
         compiler, fault = "", str(error).strip().splitlines()[0]
     return {
         "bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-        "amx": bool(torch.cpu._is_amx_tile_supported()),
+        "amx": has_matrix_unit(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "compiler": compiler,

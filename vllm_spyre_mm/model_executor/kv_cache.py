@@ -3,6 +3,7 @@
 
 import math
 import mmap
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +36,39 @@ def kv_cache_spec(
     return {f"layers.{i}.attn": spec for i in range(options.num_layers)}
 
 
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """The host's memory, in bytes.
+
+    Attributes:
+        total: all of it, or what a container may have.
+        taken: by all processes.
+        share: what may be taken at most.
+    """
+
+    total: int
+    taken: int
+    share: int
+
+    @property
+    def free(self) -> int:
+        """What is left of the share; negative where more is taken."""
+        return self.share - self.taken
+
+
+def host_memory(utilization: float) -> HostMemory:
+    """The memory as it is now.
+
+    Args:
+        utilization: the share, ``--gpu-memory-utilization``.
+    """
+    from vllm.utils.cpu_resource_utils import get_memory_node_info
+
+    node = get_memory_node_info()
+    share = int(node.total_memory * utilization)
+    return HostMemory(node.total_memory, node.total_memory - node.available_memory, share)
+
+
 def kv_cache_bytes(vllm_config: "VllmConfig", spec: dict[str, "KVCacheSpec"]) -> int:
     """Memory for this rank's KV cache, in bytes.
 
@@ -45,23 +79,20 @@ def kv_cache_bytes(vllm_config: "VllmConfig", spec: dict[str, "KVCacheSpec"]) ->
     Raises:
         ValueError: not enough memory is available for it.
     """
-    from vllm.utils.cpu_resource_utils import get_memory_node_info
     from vllm.utils.math_utils import cdiv
 
     config: CacheConfig = vllm_config.cache_config
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
-    memory = get_memory_node_info()
-    taken = memory.total_memory - memory.available_memory
-    share = int(memory.total_memory * config.gpu_memory_utilization)
+    memory = host_memory(config.gpu_memory_utilization)
     world_size = vllm_config.parallel_config.world_size
-    available = (share - taken - ACTIVATION_RESERVE) // world_size
+    available = (memory.free - ACTIVATION_RESERVE) // world_size
     if available <= 0:
         raise ValueError(
-            f"no host memory is left for the KV cache: {taken / 2**30:.1f} of "
-            f"{memory.total_memory / 2**30:.1f} GiB are taken, and --gpu-memory-utilization "
-            f"allows {share / 2**30:.1f} GiB of which activations need 1 GiB. Free memory, raise "
-            "--gpu-memory-utilization, or give --kv-cache-memory-bytes"
+            f"no host memory is left for the KV cache: {memory.taken / 2**30:.1f} of "
+            f"{memory.total / 2**30:.1f} GiB are taken, and --gpu-memory-utilization "
+            f"allows {memory.share / 2**30:.1f} GiB of which activations need 1 GiB. Free "
+            "memory, raise --gpu-memory-utilization, or give --kv-cache-memory-bytes"
         )
     blocks_per_sequence = cdiv(
         vllm_config.model_config.max_model_len, vllm_config.cache_config.block_size

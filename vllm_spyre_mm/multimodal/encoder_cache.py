@@ -42,12 +42,8 @@ class EncoderCache:
 
         Args:
             feature: the image as a request refers to it.
-            features: ``(num_features, hidden_size)``.
-
-        Raises:
-            FeatureCountError: the counts of features and of placeholder positions differ.
+            features: ``(num_features, hidden_size)``; :func:`check_feature_count` accepts them.
         """
-        check_feature_count(feature, features)
         self._features[feature.identifier] = features
 
     def get(self, feature: "MultiModalFeatureSpec") -> torch.Tensor:

@@ -38,6 +38,10 @@ class KVCacheOptions:
     num_kv_heads: int
     head_dim: int
 
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the keys and values of one token."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class LoadOverrides:
