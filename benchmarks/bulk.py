@@ -16,6 +16,7 @@ from vllm_spyre_mm.cli.embed import AT_ONCE, encode_files
 from vllm_spyre_mm.cli.shards import Shards
 from vllm_spyre_mm.demo import pictures
 from vllm_spyre_mm.encoder import VisionEncoder, read_picture
+from vllm_spyre_mm.model_executor.memory import return_free_memory
 from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
 
 ROUNDS = 4
@@ -49,6 +50,7 @@ def bulk_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
             done = time.perf_counter()
             taken["bare"].append((bare - started) / (batches * AT_ONCE))
             taken["files"].append((done - bare) / per_round)
+            return_free_memory()  # what glibc happens to keep differs by more than what is asked
             resident.append(float(psutil.Process().memory_info().rss))
     yield compare(
         "bulk",
