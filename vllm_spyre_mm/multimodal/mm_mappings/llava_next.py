@@ -22,9 +22,9 @@ from vllm_spyre_mm.multimodal.mm_mappings.composed import (
     select_mismatch,
 )
 
-TILES_AT_ONCE = 4
-"""Tiles that go through the tower together: enough rows for full speed, and activations (25 MB in a
-layer of Granite Vision's tower) that the allocator gives out again rather than back."""
+PATCHES_AT_ONCE = 3000
+"""Patches that go through the tower together, of four tiles in Granite Vision: enough rows for full
+speed, and activations (25 MB in a layer) that the allocator gives out again rather than back."""
 
 
 class LlavaNext(VisionComposed):
@@ -88,7 +88,10 @@ class LlavaNext(VisionComposed):
         A few tiles at a time, so that memory does not grow with their number. The parts are of
         nearly the same size: two tiles at least, as every image has.
         """
-        parts = pixels.tensor_split(-(-len(pixels) // TILES_AT_ONCE))
+        vision = self.hf_config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        at_once = max(2, PATCHES_AT_ONCE // patches)
+        parts = pixels.tensor_split(-(-len(pixels) // at_once))
         return torch.cat(
             [model.multi_modal_projector(model.select_hidden_states(part)) for part in parts]
         )
