@@ -19,7 +19,7 @@ from benchmarks.decode import decode_rows  # noqa: E402
 from benchmarks.encoder import encoder_rows  # noqa: E402
 from benchmarks.measure import Row  # noqa: E402
 from benchmarks.report import write_report  # noqa: E402
-from benchmarks.serving import again_row, embedding_row, serving_rows  # noqa: E402
+from benchmarks.serving import again_row, embedding_row, evicted_rows, serving_rows  # noqa: E402
 from benchmarks.start import memory_row, start_rows  # noqa: E402
 
 SECTIONS = ("attention", "encoder", "decode", "serving", "start", "bulk")
@@ -75,6 +75,7 @@ def _rows(arguments: argparse.Namespace, ceilings: Ceilings, vllm_cpu: str | Non
         if section == "serving":
             yield embedding_row(small, quick)
             yield again_row(small, quick)
+            yield from evicted_rows(small)
         elif section == "start":
             yield memory_row(small)
 

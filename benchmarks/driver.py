@@ -17,7 +17,8 @@ import threading
 import time
 from typing import Any
 
-PROMPT = "<|user|>\n<image>\nWhat is in the picture?\n<|assistant|>\n"
+PROMPT = "<|user|>\n<image>\n{question}\n<|assistant|>\n"
+QUESTION = "What is in the picture?"
 SIDE = 448
 IMPORTS = {"vllm": ["vllm", "vllm.entrypoints.llm"], "transformers": ["transformers"]}
 """What is imported before the clock starts, besides what the command line names."""
@@ -68,6 +69,7 @@ class Vllm:
         max_tokens: int,
         seed: int,
         extra_args: dict[str, Any] | None = None,
+        question: str = QUESTION,
     ) -> dict[str, Any]:
         """Requests with a picture each, all at once; seconds, preprocessing included."""
         from vllm import SamplingParams
@@ -76,7 +78,10 @@ class Vllm:
             temperature=0.0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra_args
         )
         prompts = [
-            {"prompt": PROMPT, "multi_modal_data": {"image": picture(seed + i)}}
+            {
+                "prompt": PROMPT.format(question=question),
+                "multi_modal_data": {"image": picture(seed + i)},
+            }
             for i in range(requests)
         ]
         started = time.perf_counter()
@@ -86,6 +91,11 @@ class Vllm:
             "prompt_tokens": len(outputs[0].prompt_token_ids),
             "peak_bytes": self.memory.peak - self.memory.before,
         }
+
+    def count(self, metric: str) -> dict[str, Any]:
+        """A counter of vLLM's metrics; the engine was asked to keep them."""
+        found = [each for each in self.llm.get_metrics() if each.name == metric]
+        return {"value": sum(each.value for each in found)}
 
     def decode(self, batch: int, context: int, steps: int) -> dict[str, Any]:
         """Seconds of each decode step of ``batch`` sequences; the engine in this process."""
@@ -146,7 +156,8 @@ class Transformers:
 
         started = time.perf_counter()
         for i in range(requests):
-            inputs = self.processor(text=PROMPT, images=picture(seed + i), return_tensors="pt")
+            prompt = PROMPT.format(question=QUESTION)
+            inputs = self.processor(text=prompt, images=picture(seed + i), return_tensors="pt")
             with torch.inference_mode():
                 self.model.generate(
                     **inputs, max_new_tokens=max_tokens, min_new_tokens=max_tokens, do_sample=False

@@ -54,6 +54,8 @@ def _markdown(rows: Iterable[Row], machine: str, quick: bool) -> Iterable[str]:
 def _shown(row: Row, timing: Timing) -> str:
     if "(bytes)" in row.name:
         return f"{timing.median / 2**20:.0f} MiB"
+    if "(encoder runs)" in row.name:
+        return f"{timing.median:.0f}"
     low, high = timing.spread
     factor, unit = (1, "s") if timing.median >= 1 else (1e3, "ms")
     spread = f" [{low * factor:.3g}, {high * factor:.3g}]" if low < high else ""
@@ -76,12 +78,14 @@ def _plot(folder: Path, section: str, rows: list[Row]) -> None:
         axes.barh(place - 0.2, median, 0.38, xerr=error, color="tab:blue")
         if row.reference is not None:
             axes.barh(place + 0.2, row.reference.median, 0.38, color="tab:gray")
-            note = f" {row.ratio:.2f}; {row.reference_name}"
+            ratio = "" if row.ratio is None else f"{row.ratio:.2f}; "
+            note = f" {ratio}{row.reference_name}"
             axes.text(row.reference.median, place + 0.2, note, va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.invert_yaxis()
     axes.margins(x=0.45)
-    axes.set_xlabel("bytes" if "(bytes)" in rows[0].name else "seconds")
+    units = {"(bytes)": "bytes", "(encoder runs)": "encoder runs"}
+    axes.set_xlabel(next((units[unit] for unit in units if unit in rows[0].name), "seconds"))
     axes.set_title(f"{section}: measured (blue), reference (grey), ratio")
     figure.savefig(folder / f"{section.replace(' ', '-').replace(',', '')}.png", dpi=110)
 

@@ -19,6 +19,7 @@ ENGINE: dict[str, Any] = {
 KV_BYTES = 1 << 28
 WORKLOAD = {"requests": 4, "max_tokens": 32}
 REST_SECONDS = 1.0
+ENCODER_RUNS = "vllm:spyre_encoder_runs"
 SECTION = "4 requests, a picture each"
 
 
@@ -115,3 +116,45 @@ def again_row(checkpoint: Path, quick: bool) -> Row:
         "first time",
         at_least=5,
     )
+
+
+def evicted_rows(checkpoint: Path) -> Iterator[Row]:
+    """The same picture again when its features have been evicted: runs of the encoder.
+
+    With embeddings one run makes them anew; without, the prefix that is cached covers the picture.
+    """
+    engine = {
+        **ENGINE,
+        "kv_cache_memory_bytes": KV_BYTES,
+        "enable_return_mm_embedding": True,
+        "additional_config": {"encoder_cache_tokens": 1},  # raised to one picture's
+        "disable_log_stats": False,
+    }
+    with Driver(checkpoint, **engine) as driver:
+
+        def ask(seed: int, chosen: bool) -> None:
+            driver.ask(
+                "workload",
+                requests=1,
+                max_tokens=1,
+                seed=seed,
+                extra_args={"return_mm_embedding": chosen},
+                question="What is in the picture? " * 40,  # the picture lies in whole blocks
+            )
+
+        for chosen, wanted in ((True, 1), (False, 0)):
+            ask(1, chosen)
+            ask(2, chosen)  # takes the place of the first one's features
+            before = driver.ask("count", metric=ENCODER_RUNS)["value"]
+            ask(1, chosen)
+            runs = driver.ask("count", metric=ENCODER_RUNS)["value"] - before
+            yield Row(
+                section="features evicted, the same picture again",
+                name=f"embeddings {'on' if chosen else 'off'} (encoder runs)",
+                measured=constant(runs),
+                reference=constant(wanted),
+                reference_name="wanted",
+                ratio=None,
+                target=f"exactly {wanted}",
+                met=runs == wanted,
+            )
