@@ -21,7 +21,7 @@ constexpr int ROWS = 2 * TILE_ROWS;        // queries that are multiplied at a t
 constexpr int BLOCK = 2 * TILE_DEPTH;      // keys that are weighed at a time
 constexpr int PAIRS = BLOCK / TILE_DEPTH;  // of tiles of 16 keys: as many as one tile of weights has
 constexpr int SPAN = 768;                  // keys that are packed at a time
-constexpr int RUN = 768;                   // queries that share the packed keys
+constexpr int RUN = 1024;                  // queries that share the packed keys
 constexpr int AHEAD = 32;                  // keys between a prefetch and its use
 constexpr float TOO_MUCH = 65536.0f;       // weights that sum up to more ask for a new maximum
 static_assert(HEAD_DIM % 2 == 0);
@@ -56,9 +56,13 @@ struct Problem {
   int64_t keys_seen(int64_t row) const {
     return blocks ? num_keys - tokens + row / group + 1 : num_keys;
   }
-  // The row of a key among the keys of its batch, or in the cache.
-  int64_t row_of_key(int64_t position) const {
-    return blocks ? blocks[position / block_size] * block_size + position % block_size : position;
+  // The rows of keys [first, first + count) among the keys of their batch, or in the cache.
+  void rows_of_keys(int64_t first, int64_t count, int64_t* rows) const {
+    int64_t block = blocks ? first / block_size : 0, inside = blocks ? first % block_size : first;
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = (blocks ? blocks[block] * block_size : 0) + inside;
+      if (++inside == block_size && blocks) inside = 0, ++block;
+    }
   }
 };
 
@@ -78,16 +82,16 @@ static void pack(const Problem& of, int64_t batch, int64_t head, int64_t first, 
                  Scratch& to) {
   const Element* keys = of.keys + batch * of.keys_batch + head * HEAD_DIM;
   const Element* values = of.values + batch * of.values_batch + head * HEAD_DIM;
+  int64_t rows[SPAN];
+  of.rows_of_keys(first, count, rows);
   for (int64_t n = 0; n < count; n += TILE_DEPTH) {
     const Element *key[TILE_DEPTH] = {}, *value[TILE_DEPTH] = {};
     for (int i = 0; i < TILE_DEPTH && n + i < count; ++i) {
-      int64_t row = of.row_of_key(first + n + i);
-      key[i] = keys + row * of.keys_token;
-      value[i] = values + row * of.values_token;
+      key[i] = keys + rows[n + i] * of.keys_token;
+      value[i] = values + rows[n + i] * of.values_token;
       if (n + i + AHEAD < count) {
-        row = of.row_of_key(first + n + i + AHEAD);
-        prefetch(keys + row * of.keys_token);
-        prefetch(values + row * of.values_token);
+        prefetch(keys + rows[n + i + AHEAD] * of.keys_token);
+        prefetch(values + rows[n + i + AHEAD] * of.values_token);
       }
     }
     for (int d = 0; d < DEPTH; ++d)
@@ -292,9 +296,9 @@ extern "C" void blocked_attention(const Element* query, const Element* keys, con
   Problem of{query,       keys,        values,     out,        blocks,       block_size,
              tokens,      num_keys,    kv_heads,   group,      query_batch,  query_token,
              keys_batch,  keys_token,  values_batch, values_token, scale};
-  // Several runs for each thread, and no more queries in one than there is room for.
+  // Two runs or more for each thread, and no more queries in one than there is room for.
   int64_t rows = tokens * group, heads = batch * kv_heads;
-  int64_t splits = divide_up(4 * omp_get_max_threads(), heads);
+  int64_t splits = divide_up(2 * omp_get_max_threads(), heads);
   int64_t run = std::min<int64_t>(divide_up(divide_up(rows, splits), ROWS) * ROWS, RUN);
   splits = divide_up(rows, run);
 #pragma omp parallel
