@@ -2,117 +2,18 @@
 // Attention of many bf16 queries, block by block, on AMX.
 //
 // Compiled with HEAD_DIM defined; see blocked_attention.py. A task is a run of query rows that share
-// a KV head. It packs SPAN keys and values at a time into tiles, and goes through its rows ROWS at a
+// a KV head. It packs SPAN keys and values at a time into tiles, goes through its rows ROWS at a
 // time and their keys BLOCK at a time: scores, weights and sums of that size stay in the innermost
 // cache. The softmax is kept as it goes: a maximum and a sum of each row, in fp32.
 
-#include <algorithm>
 #include <cmath>
 #include <memory>
 
 #include <omp.h>
 
-#include "matrices.h"
-#include "tiles.h"
+#include "attention_operands.h"
 
-constexpr int DEPTH = (HEAD_DIM + TILE_DEPTH - 1) / TILE_DEPTH;  // tiles of a head, as an operand
-constexpr int WIDTH = (HEAD_DIM + TILE_ROWS - 1) / TILE_ROWS;    // tiles of a head, as a result
-constexpr int ROWS = 2 * TILE_ROWS;        // queries that are multiplied at a time
-constexpr int BLOCK = 2 * TILE_DEPTH;      // keys that are weighed at a time
-constexpr int PAIRS = BLOCK / TILE_DEPTH;  // of tiles of 16 keys: as many as one tile of weights has
-constexpr int SPAN = 768;                  // keys that are packed at a time
-constexpr int RUN = 1024;                  // queries that share the packed keys
-constexpr int AHEAD = 32;                  // keys between a prefetch and its use
-constexpr float TOO_MUCH = 65536.0f;       // weights that sum up to more ask for a new maximum
-static_assert(HEAD_DIM % 2 == 0);
-
-// Tiles lie as they are read: two that are multiplied one after the other are side by side.
-struct Scratch {
-  Operand query[RUN / ROWS][DEPTH][2];
-  Operand keys[SPAN / TILE_DEPTH][DEPTH][2];
-  Operand values[SPAN / BLOCK][(WIDTH + 1) / 2][PAIRS][2];
-  Sums scores[PAIRS][2][2];  // by keys, then by queries
-  Operand weights[PAIRS][2];
-  Sums joined[RUN / ROWS][WIDTH][2];  // weighted values
-  alignas(64) float weight_sums[RUN][LANES];
-  float maxima[RUN], kept[ROWS];
-};
-
-static inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-static inline uint32_t first_bits(int64_t count) {
-  return count <= 0 ? 0 : count < 32 ? (1u << count) - 1 : ~0u;
-}
-
-// What the arguments of blocked_attention say.
-struct Problem {
-  const Element *query, *keys, *values;
-  Element* out;
-  const int32_t* blocks;
-  int64_t block_size, tokens, num_keys, kv_heads, group;
-  int64_t query_batch, query_token, keys_batch, keys_token, values_batch, values_token;  // strides
-  float scale;
-
-  // Keys that a row of queries sees: row r is query head r % group of token r / group.
-  int64_t keys_seen(int64_t row) const {
-    return blocks ? num_keys - tokens + row / group + 1 : num_keys;
-  }
-  // The rows of keys [first, first + count) among the keys of their batch, or in the cache.
-  void rows_of_keys(int64_t first, int64_t count, int64_t* rows) const {
-    int64_t block = blocks ? first / block_size : 0, inside = blocks ? first % block_size : first;
-    for (int64_t i = 0; i < count; ++i) {
-      rows[i] = (blocks ? blocks[block] * block_size : 0) + inside;
-      if (++inside == block_size && blocks) inside = 0, ++block;
-    }
-  }
-};
-
-// A row of a head before its use: heads lie a token's width apart, which hides them from hardware.
-static inline void prefetch(const Element* row) {
-  for (int i = 0; i < HEAD_DIM; i += 64 / sizeof(Element)) __builtin_prefetch(row + i);
-  __builtin_prefetch(row + HEAD_DIM - 1);
-}
-// What of a row is in tile d of an operand, and zeros beyond; zeros for no row.
-static inline __m512i load_part(const Element* row, int d) {
-  return _mm512_maskz_loadu_epi16(row ? first_bits(HEAD_DIM - d * TILE_DEPTH) : 0,
-                                  row + d * TILE_DEPTH);
-}
-
-// Keys [first, first + count) and their values as right operands, with zeros up to a pair of tiles.
-static void pack(const Problem& of, int64_t batch, int64_t head, int64_t first, int64_t count,
-                 Scratch& to) {
-  const Element* keys = of.keys + batch * of.keys_batch + head * HEAD_DIM;
-  const Element* values = of.values + batch * of.values_batch + head * HEAD_DIM;
-  int64_t rows[SPAN];
-  of.rows_of_keys(first, count, rows);
-  for (int64_t n = 0; n < count; n += TILE_DEPTH) {
-    const Element *key[TILE_DEPTH] = {}, *value[TILE_DEPTH] = {};
-    for (int i = 0; i < TILE_DEPTH && n + i < count; ++i) {
-      key[i] = keys + rows[n + i] * of.keys_token;
-      value[i] = values + rows[n + i] * of.values_token;
-      if (n + i + AHEAD < count) {
-        prefetch(keys + rows[n + i + AHEAD] * of.keys_token);
-        prefetch(values + rows[n + i + AHEAD] * of.values_token);
-      }
-    }
-    for (int d = 0; d < DEPTH; ++d)
-      for (int half = 0; half < 2; ++half) {
-        Bits pairs[LANES];
-        for (int i = 0; i < LANES; ++i) pairs[i] = (Bits)load_part(key[half * LANES + i], d);
-        transpose(pairs);
-        for (int i = 0; i < LANES; ++i) store(to.keys[n / TILE_DEPTH][d][half].rows[i], pairs[i]);
-      }
-    for (int w = 0; w < WIDTH; ++w) {
-      __mmask16 held = first_bits(HEAD_DIM - w * LANES);
-      auto part = [&](int i) {
-        return _mm512_cvtepu16_epi32(
-            _mm256_maskz_loadu_epi16(value[i] ? held : 0, value[i] + w * LANES));
-      };
-      Operand& tile = to.values[n / BLOCK][w / 2][n % BLOCK / TILE_DEPTH][w % 2];
-      for (int i = 0; i < TILE_ROWS; ++i)
-        store(tile.rows[i], _mm512_or_si512(part(2 * i), _mm512_slli_epi32(part(2 * i + 1), 16)));
-    }
-  }
-}
+constexpr float TOO_MUCH = 65536.0f;  // weights that sum up to more ask for a new maximum
 
 // 2^x for x < 127, to 8e-5: rounding to bf16 loses twenty times as much.
 static inline __m512 exp2_of(__m512 x) {
@@ -207,7 +108,8 @@ struct Run {
   }
   void store_results(int64_t block) const {
     each_row(block, [&](int r, int64_t token, int64_t offset) {
-      Element* out = of.out + (batch * of.tokens + token) * of.kv_heads * of.group * HEAD_DIM + offset;
+      int64_t heads = of.kv_heads * of.group;
+      Element* out = of.out + (batch * of.tokens + token) * heads * HEAD_DIM + offset;
       __m512 sums = _mm512_load_ps(s.weight_sums[block * ROWS + r]);
       __m512 factor = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sums));
       for (int w = 0; w < WIDTH; ++w) {

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-HEADERS = ("attend_tiles.h", "attend_vectors.h", "matrices.h", "tiles.h", "vectors.h")
+HEADERS = (
+    *("attend_tiles.h", "attend_vectors.h", "attention_operands.h"),
+    *("matrices.h", "tiles.h", "vectors.h"),
+)
 """What kernels may include; a header may include those after it."""
 
 POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
