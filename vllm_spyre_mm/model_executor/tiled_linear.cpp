@@ -23,6 +23,8 @@ constexpr int64_t ROW_BLOCKS = 12;  // of a task at most: twice DEPTH steps of t
 constexpr int64_t SUM_BLOCKS = 432;  // that a task keeps at most: 1.7 MiB
 constexpr int64_t AHEAD = 6;        // rows between the prefetch of an output and its store
 
+static inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
 enum Activation { NONE, GELU_TANH, SILU_GATED };
 
 struct Problem {
@@ -31,9 +33,7 @@ struct Problem {
   int64_t rows, width, outputs, x_row, out_row;
   int64_t results;  // of a panel: outputs, or gated values
 
-  int64_t steps() const { return (width + 31) / 32; }
-  int64_t panels() const { return (outputs + results - 1) / results; }
-  int64_t row_blocks() const { return (rows + BLOCK - 1) / BLOCK; }
+  int64_t steps() const { return divide_up(width, 32); }
 };
 
 template <typename Number>
@@ -55,18 +55,23 @@ class Buffer {
   size_t count_ = 0;
 };
 
-// Rows [first, first + 32 * blocks) of steps [step, last) as (blocks, steps, 32, 32); zeros beyond.
-static void pack(const Problem& of, int64_t first, int64_t blocks, int64_t step, int64_t last,
-                 Element* to) {
+// A task: rows [row, last_row), and the outputs of panels [panel, last_panel).
+struct Task {
+  int64_t row, last_row, panel, last_panel;
+};
+
+// Steps [step, last) of a task's rows as (blocks, steps, 32, 32); zeros beyond.
+static void pack(const Problem& of, const Task& task, int64_t step, int64_t last, Element* to) {
   int64_t count = last - step, whole = std::min(last, of.width / 32) - step;
   uint32_t rest = (1u << of.width % 32) - 1;
-  for (int64_t r = 0; r < blocks * BLOCK; ++r) {
+  int64_t rows = task.last_row - task.row;
+  for (int64_t r = 0; r < divide_up(rows, BLOCK) * BLOCK; ++r) {
     Element* row = to + r / BLOCK * count * STEP + r % BLOCK * 32;
-    const Element* from = of.x + (first + r) * of.x_row + step * 32;
-    bool is_row = first + r < of.rows;
+    const Element* from = of.x + (task.row + r) * of.x_row + step * 32;
     for (int64_t k = 0; k < count; ++k)
       _mm512_store_si512(row + k * STEP,
-                         _mm512_maskz_loadu_epi16(!is_row ? 0 : k < whole ? ~0u : rest, from + k * 32));
+                         _mm512_maskz_loadu_epi16(r >= rows ? 0 : k < whole ? ~0u : rest,
+                                                  from + k * 32));
   }
 }
 
@@ -126,85 +131,98 @@ struct Finish {
 
 // The numbers a product goes through before its sums lie elsewhere: [first, last) of the steps.
 struct Depths {
-  int64_t steps, count = (steps + DEPTH - 1) / DEPTH;
+  int64_t steps, count = divide_up(steps, DEPTH);
   int64_t first(int64_t depth) const { return steps * depth / count; }
 };
 
-// Products of a block of rows and a panel of weights, added to the sums unless they are fresh.
+// Products of a block of rows and some steps of a panel of weights.
+struct Product {
+  const Element *rows, *weights, *next_weights;
+  int64_t steps;
+  float *sums, *next_sums;  // the next are null where they come from near
+  bool fresh;               // the sums are made, not added to
+  bool half;                // there are 16 rows at most
+  int64_t share, shares;    // which part of the next weights to fetch, of how many
+};
+
+// Rows of sums are finished meanwhile.
 template <Activation ACTIVATION>
-static inline void multiply_block(const Element* rows, const Element* weights, int64_t steps,
-                                  bool fresh, float* sums, const float* next_sums,
-                                  const Element* next_weights, int64_t block, int64_t blocks,
-                                  Finish<ACTIVATION>& finish, int64_t rows_a_step) {
-  if (fresh) {
+static inline void multiply(const Product& of, Finish<ACTIVATION>& finish, int64_t rows_a_step) {
+  if (of.fresh) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   } else {
-    _tile_loadd(0, sums, 128);
-    _tile_loadd(1, sums + 16, 128);
-    _tile_loadd(2, sums + 512, 128);
-    _tile_loadd(3, sums + 528, 128);
+    _tile_loadd(0, of.sums, 128);
+    _tile_loadd(1, of.sums + 16, 128);
+    _tile_loadd(2, of.sums + 512, 128);
+    _tile_loadd(3, of.sums + 528, 128);
   }
-  for (int64_t k = 0; k < steps; ++k) {
+  for (int64_t k = 0; k < of.steps; ++k) {
     for (int64_t i = 0; i < rows_a_step; ++i) finish.next();
-    // Each block of rows fetches its share of the weights that come next.
-    for (int64_t i = block * 32; i < STEP; i += blocks * 32)
-      __builtin_prefetch(next_weights + k * STEP + i, 0, 2);
-    if (next_sums)
-      for (int64_t i = 0; i < 64; i += 16) __builtin_prefetch(next_sums + k * 64 + i, 1);
-    _tile_loadd(6, weights + k * STEP, 64);
-    _tile_loadd(7, weights + k * STEP + 512, 64);
-    _tile_stream_loadd(4, rows + k * STEP, 64);  // and leave the cache to the weights
+    for (int64_t i = of.share * 32; i < STEP; i += of.shares * 32)
+      __builtin_prefetch(of.next_weights + k * STEP + i, 0, 2);
+    if (of.next_sums)
+      for (int64_t i = 0; i < 64; i += 16) __builtin_prefetch(of.next_sums + k * 64 + i, 1);
+    _tile_loadd(6, of.weights + k * STEP, 64);
+    _tile_loadd(7, of.weights + k * STEP + 512, 64);
+    _tile_stream_loadd(4, of.rows + k * STEP, 64);  // and leave the cache to the weights
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_stream_loadd(5, rows + k * STEP + 512, 64);
+    if (of.half) continue;
+    _tile_stream_loadd(5, of.rows + k * STEP + 512, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, sums, 128);
-  _tile_stored(1, sums + 16, 128);
-  _tile_stored(2, sums + 512, 128);
-  _tile_stored(3, sums + 528, 128);
+  _tile_stored(0, of.sums, 128);
+  _tile_stored(1, of.sums + 16, 128);
+  _tile_stored(2, of.sums + 512, 128);
+  _tile_stored(3, of.sums + 528, 128);
 }
 
-// The rows of row blocks [block, last_block), the outputs of panels [panel, last_panel).
 template <Activation ACTIVATION>
-static void multiply(const Problem& of, int64_t block, int64_t last_block, int64_t panel,
-                     int64_t last_panel, Buffer<Element>& packed, Buffer<float>& sums) {
+static void compute(const Problem& of, const Task& task, Buffer<Element>& packed,
+                    Buffer<float>& sums) {
   Depths depths{of.steps()};
-  int64_t steps = of.steps(), blocks = last_block - block, first_row = block * BLOCK;
-  int64_t rows_a_step = (BLOCK + steps - 1) / steps;  // to finish sums while others are made
+  int64_t steps = of.steps(), blocks = divide_up(task.last_row - task.row, BLOCK);
+  int64_t rows_a_step = divide_up(BLOCK, steps);  // to finish sums while others are made
   // Sums are finished by blocks of rows, by panels, or, if rows are packed in parts, at the end.
   bool in_parts = depths.count > 2;
   int64_t at_once = in_parts ? 1 : depths.count, group = depths.count == 1 ? 1 : blocks;
-  int64_t kept = in_parts ? last_panel - panel : 2;
+  int64_t kept = in_parts ? task.last_panel - task.panel : 2;
   Element* rows = packed.of(blocks * std::min(steps, 2 * DEPTH) * STEP);
   float* room = sums.of(kept * group * BLOCK * BLOCK);
   Finish<ACTIVATION> finish;
   for (int64_t depth = 0; depth < depths.count; depth += at_once) {
     int64_t start = depths.first(depth), end = depths.first(depth + at_once), turn = 0;
-    pack(of, first_row, blocks, start, end, rows);
+    pack(of, task, start, end, rows);
     written(rows);
-    for (int64_t p = panel; p < last_panel; ++p) {
+    for (int64_t panel = task.panel; panel < task.last_panel; ++panel) {
       for (int64_t g = 0; g < blocks; g += group, ++turn) {
         float* own = room + turn % kept * group * BLOCK * BLOCK;
         for (int64_t d = depth; d < depth + at_once; ++d) {
           int64_t from = depths.first(d), count = depths.first(d + 1) - from;
-          const Element* weights = of.weight + (p * steps + from) * STEP;
-          const Element* next_weights = weights + (in_parts ? steps : count) * STEP;
+          const Element* weights = of.weight + (panel * steps + from) * STEP;
           for (int64_t b = g; b < g + group; ++b) {
             float* sum = own + (b - g) * BLOCK * BLOCK;
-            multiply_block(rows + (b * (end - start) + from - start) * STEP, weights, count,
-                           d == 0, sum, in_parts ? sum + BLOCK * BLOCK : nullptr, next_weights, b,
-                           blocks, finish, rows_a_step);
+            multiply({.rows = rows + (b * (end - start) + from - start) * STEP,
+                      .weights = weights,
+                      .next_weights = weights + (in_parts ? steps : count) * STEP,
+                      .steps = count,
+                      .sums = sum,
+                      .next_sums = in_parts ? sum + BLOCK * BLOCK : nullptr,
+                      .fresh = d == 0,
+                      .half = task.row + b * BLOCK + 16 >= task.last_row,
+                      .share = b,
+                      .shares = blocks},
+                     finish, rows_a_step);
           }
         }
         finish.rest();
         if (end == steps)
-          finish.begin(of, p, first_row + g * BLOCK,
-                       std::min(of.rows, first_row + (g + group) * BLOCK), own);
+          finish.begin(of, panel, task.row + g * BLOCK,
+                       std::min(task.last_row, task.row + (g + group) * BLOCK), own);
       }
     }
   }
@@ -213,30 +231,31 @@ static void multiply(const Problem& of, int64_t block, int64_t last_block, int64
 
 template <Activation ACTIVATION>
 static void run(const Problem& of) {
-  int64_t threads = omp_get_max_threads(), blocks = of.row_blocks(), panels = of.panels();
+  int64_t threads = omp_get_max_threads(), blocks = divide_up(of.rows, BLOCK);
+  int64_t panels = divide_up(of.outputs, of.results);
   // Few rows: each thread has outputs of its own. Many: rows of its own.
-  int64_t row_parts = 1, output_parts = 4 * threads;
+  int64_t row_parts = divide_up(blocks, ROW_BLOCKS), output_parts = 4 * threads;
   if (blocks >= 2 * threads) {
-    row_parts = (blocks + ROW_BLOCKS * threads - 1) / (ROW_BLOCKS * threads) * threads;
+    row_parts = divide_up(blocks, ROW_BLOCKS * threads) * threads;
     output_parts = 1;
-  } else if (blocks > ROW_BLOCKS) {
-    row_parts = (blocks + ROW_BLOCKS - 1) / ROW_BLOCKS;
   }
-  int64_t task_blocks = (blocks + row_parts - 1) / row_parts;
   if (of.steps() > 2 * DEPTH)
-    output_parts = std::max(output_parts, (panels * task_blocks + SUM_BLOCKS - 1) / SUM_BLOCKS);
+    output_parts =
+        std::max(output_parts, divide_up(panels * divide_up(blocks, row_parts), SUM_BLOCKS));
   output_parts = std::min(output_parts, panels);
+  int64_t halves = divide_up(of.rows, 16);  // rows are shared out by half blocks
+  auto row = [&](int64_t part) { return std::min(of.rows, halves * part / row_parts * 16); };
+  auto panel = [&](int64_t part) { return panels * part / output_parts; };
 #pragma omp parallel
   {
     thread_local Buffer<Element> packed;
     thread_local Buffer<float> sums;
     Tiles tiles;
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < row_parts * output_parts; ++task) {
-      int64_t row = task % row_parts, part = task / row_parts;
-      multiply<ACTIVATION>(of, blocks * row / row_parts, blocks * (row + 1) / row_parts,
-                     panels * part / output_parts, panels * (part + 1) / output_parts, packed,
-                     sums);
+    for (int64_t i = 0; i < row_parts * output_parts; ++i) {
+      int64_t rows = i % row_parts, outputs = i / row_parts;
+      compute<ACTIVATION>(of, {row(rows), row(rows + 1), panel(outputs), panel(outputs + 1)},
+                          packed, sums);
     }
   }
 }
