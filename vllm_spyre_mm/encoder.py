@@ -20,6 +20,7 @@ from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
 from vllm_spyre_mm.model_executor.compile import compile_encoder_blocks
 from vllm_spyre_mm.model_executor.linear import replace_linears
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
+from vllm_spyre_mm.model_executor.memory import separate_large_blocks
 from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, convert, pool
 from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError, get_mm_mapping
 from vllm_spyre_mm.platform import host_dtypes
@@ -55,12 +56,11 @@ class VisionEncoder:
         if self.mapping.image_token_id is None:
             raise UnsupportedModelError(f"{model} is a text model: it has no vision encoder")
         self.dtype = dtype or host_dtypes()[0]
-        self.model = load_model(
-            self.mapping,
-            find_checkpoint(model_config, arguments.create_load_config()),
-            LoadOptions(decoder_dtype=self.dtype, encoder_dtype=self.dtype, encoder_only=True),
-        )
-        replace_linears(self.model, compiled=backend == "inductor")
+        checkpoint = find_checkpoint(model_config, arguments.create_load_config())
+        options = LoadOptions(decoder_dtype=self.dtype, encoder_dtype=self.dtype, encoder_only=True)
+        with separate_large_blocks():
+            self.model = load_model(self.mapping, checkpoint, options)
+            replace_linears(self.model, compiled=backend == "inductor")
         if backend == "inductor":
             compile_encoder_blocks(self.mapping.load_overrides().encoder_blocks(self.model))
         self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)

@@ -1,12 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process's memory."""
 
+import contextlib
 import ctypes
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's ``mallopt``."""
+
+SEPARATE_BYTES = 1 << 20
+"""Blocks of this size and more are large."""
+
+HEAP_BYTES = 1 << 25
+"""The most that glibc takes from its heap: by itself it does so once it has seen such a block."""
+
+
+@contextlib.contextmanager
+def separate_large_blocks() -> Iterator[None]:
+    """Give large blocks that are allocated here pages of their own, which go when they are freed.
+
+    For weights that are replaced one after the other: in glibc's heap they would leave as much free
+    memory as they took, through which later blocks wander. What is allocated after this comes from
+    the heap, whose pages are there already.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, SEPARATE_BYTES)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, HEAP_BYTES)
+        mallopt(M_TRIM_THRESHOLD, 2 * HEAP_BYTES)
 
 
 def return_free_memory() -> None:

@@ -23,7 +23,7 @@ from vllm_spyre_mm.model_executor.kv_cache import (
     kv_cache_spec,
 )
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
-from vllm_spyre_mm.model_executor.memory import return_free_memory
+from vllm_spyre_mm.model_executor.memory import return_free_memory, separate_large_blocks
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 from vllm_spyre_mm.worker.encoding import ImageEncodingError
@@ -110,18 +110,16 @@ class SpyreWorker(WorkerBase):
             )
         started = time.perf_counter()
         checkpoint = find_checkpoint(self.model_config, self.load_config)
-        fms_model = load_model(
-            self.mapping,
-            checkpoint,
-            LoadOptions(
-                decoder_dtype=self.decoder_dtype,
-                encoder_dtype=getattr(torch, self.settings.encoder_dtype),
-                for_card=self.for_card,
-                group=self._tensor_parallel_group(),
-            ),
-        )
         assert self.settings.backend != "auto", "resolved at start"
-        self.model = SpyreModel(fms_model, self.mapping, self.settings.backend)
+        options = LoadOptions(
+            decoder_dtype=self.decoder_dtype,
+            encoder_dtype=getattr(torch, self.settings.encoder_dtype),
+            for_card=self.for_card,
+            group=self._tensor_parallel_group(),
+        )
+        with separate_large_blocks():
+            fms_model = load_model(self.mapping, checkpoint, options)
+            self.model = SpyreModel(fms_model, self.mapping, self.settings.backend)
         logger.info("Loaded %s in %.1f s", checkpoint, time.perf_counter() - started)
 
     def _tensor_parallel_group(self) -> Any:
