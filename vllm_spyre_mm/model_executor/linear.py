@@ -227,19 +227,19 @@ def _linear_dense(
     out_features: int,
     activation: str | None,
 ) -> torch.Tensor:
-    # As a matrix: F.linear copies the weight for a slice of a three-dimensional tensor.
-    rows = x.reshape(-1, x.shape[-1])
     if tiled_linear.is_tiled(weight):
         beside = activation if activation in tiled_linear.ACTIVATIONS else None
-        rows = tiled_linear.tiled_linear(rows, weight, bias, out_features, beside)
+        result = tiled_linear.tiled_linear(x, weight, bias, out_features, beside)
         activation = None if beside else activation
-    elif rows_linear.takes(rows, weight):
-        rows = rows_linear.rows_linear(rows, weight, bias)
     else:
-        rows = F.linear(rows, weight, bias)
+        # As a matrix: F.linear copies the weight for a slice of a three-dimensional tensor.
+        rows = x.reshape(-1, x.shape[-1])
+        few = rows_linear.takes(rows, weight)
+        result = (rows_linear.rows_linear if few else F.linear)(rows, weight, bias)
+        result = result.view(*x.shape[:-1], out_features)
     if activation is not None:
-        torch.ops.aten.gelu_(rows, approximate=GELUS[activation])
-    return rows.view(*x.shape[:-1], out_features)
+        torch.ops.aten.gelu_(result, approximate=GELUS[activation])
+    return result
 
 
 def _linear_shape(

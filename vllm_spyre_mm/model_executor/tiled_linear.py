@@ -77,7 +77,9 @@ def empty_rows(x: torch.Tensor, outputs: int) -> torch.Tensor:
 
     A kernel that writes 32 outputs of a row would else write to two lines, and come back to each.
     """
-    return x.new_empty((*x.shape[:-1], -(-outputs // BLOCK) * BLOCK))[..., :outputs]
+    room = -(-outputs // BLOCK) * BLOCK
+    rows = x.new_empty((*x.shape[:-1], room))
+    return rows if room == outputs else rows[..., :outputs]
 
 
 def tiled_linear(
@@ -87,7 +89,7 @@ def tiled_linear(
     outputs: int,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """``(rows, width)`` to ``(rows, outputs)``, of :func:`empty_rows`.
+    """``(..., width)`` to ``(..., outputs)``, of :func:`empty_rows`.
 
     Args:
         x: bf16.
@@ -97,18 +99,23 @@ def tiled_linear(
         activation: one of :data:`ACTIVATIONS`. For ``SILU_GATED`` the weight and the bias have
             been through :func:`interleave_gates`, and ``outputs`` counts what is gated.
     """
-    x = x if x.stride(1) == 1 else x.contiguous()
-    out = empty_rows(x, outputs)
+    width, out = x.shape[-1], empty_rows(x, outputs)
+    if x.is_contiguous():  # asked first: a decode comes here forty times a step
+        rows, stride = x.numel() // width, width
+    else:
+        x = x.reshape(-1, width)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        rows, stride = x.shape[0], x.stride(0)
     kernel()(
         x.data_ptr(),
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        len(x),
-        x.shape[1],
+        rows,
+        width,
         outputs,
-        x.stride(0),
-        out.stride(0),
+        stride,
+        -(-outputs // BLOCK) * BLOCK,
         ACTIVATIONS.index(activation),
     )
     return out
