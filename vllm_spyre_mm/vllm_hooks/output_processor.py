@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
@@ -103,7 +104,13 @@ def _receiving_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in memory of PyTorch's: a message frame is not to be kept alive."""
-    return tensor if tensor.untyped_storage().resizable() else tensor.clone()
+    if tensor.untyped_storage().resizable():
+        return tensor
+    owned = torch.empty_like(tensor)
+    # By one thread: PyTorch's copy wakes several, which wait for more afterwards and take the cores
+    # from the engine's, all of which wait for the one that lost its own.
+    np.copyto(owned.view(torch.uint8).numpy(), tensor.view(torch.uint8).numpy())
+    return owned
 
 
 def _finishing_with_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
