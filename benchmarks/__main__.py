@@ -13,7 +13,7 @@ ensure_torchvision_importable()  # before Transformers is imported
 
 from benchmarks.attention import attention_rows  # noqa: E402
 from benchmarks.bulk import bulk_rows  # noqa: E402
-from benchmarks.ceilings import Ceilings, measure_ceilings  # noqa: E402
+from benchmarks.ceilings import measure_ceilings  # noqa: E402
 from benchmarks.checkpoints import SMALL, TOWER, ensure_checkpoint  # noqa: E402
 from benchmarks.decode import decode_rows  # noqa: E402
 from benchmarks.encoder import encoder_rows  # noqa: E402
@@ -47,7 +47,7 @@ def main() -> None:
     started = time.perf_counter()
     ceilings = measure_ceilings(5 if arguments.quick else 15)
     rows = []
-    for row in _rows(arguments, ceilings, vllm_cpu):
+    for row in _rows(arguments, vllm_cpu):
         ratio = "" if row.ratio is None else f"  ratio {row.ratio:.2f}"
         print(f"{row.section}: {row.name}  {row.measured.median:.4g}{ratio}", flush=True)
         rows.append(row)
@@ -55,16 +55,16 @@ def main() -> None:
     print(f"{arguments.out / 'results.md'} written after {time.perf_counter() - started:.0f} s")
 
 
-def _rows(arguments: argparse.Namespace, ceilings: Ceilings, vllm_cpu: str | None) -> Iterator[Row]:
+def _rows(arguments: argparse.Namespace, vllm_cpu: str | None) -> Iterator[Row]:
     small, quick = ensure_checkpoint(SMALL, arguments.cache), arguments.quick
     for section in arguments.only:
         rows: Iterable[Row]
         if section == "attention":
             rows = attention_rows(quick)
         elif section == "encoder":
-            rows = encoder_rows(ensure_checkpoint(TOWER, arguments.cache), ceilings, quick)
+            rows = encoder_rows(ensure_checkpoint(TOWER, arguments.cache), quick)
         elif section == "decode":
-            rows = decode_rows(small, ceilings, quick)
+            rows = decode_rows(small, quick)
         elif section == "serving":
             rows = serving_rows(small, vllm_cpu, quick)
         elif section == "bulk":

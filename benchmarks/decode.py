@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode steps beside what reading their weights and keys takes, and what happens around them."""
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.ceilings import Ceilings
+from benchmarks.ceilings import CeilingRead
 from benchmarks.checkpoints import SMALL
-from benchmarks.measure import Row, compare, constant
+from benchmarks.measure import Row, compare, constant, interleaved
 from benchmarks.process import Driver
 from benchmarks.serving import ENGINE
 
@@ -16,15 +17,22 @@ BYTES = 2
 """Of a bf16 number."""
 
 
-def decode_rows(checkpoint: Path, ceilings: Ceilings, quick: bool) -> Iterator[Row]:
-    """1, 4 and 16 sequences; the engine runs in the measured process."""
+def decode_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
+    """1, 4 and 16 sequences; the engine runs in the measured process.
+
+    Memory is read, all threads at once, right before and after the steps of each.
+    """
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     engine = {**ENGINE, "kv_cache_memory_bytes": 1 << 29, "enable_prefix_caching": False}
+    read = CeilingRead()
     with Driver(checkpoint, environment=environment, **engine) as driver:
         for batch in (1, 4, 16):
+            reads = interleaved({"read": read}, 5)["read"].seconds
             answer = driver.ask("decode", batch=batch, context=CONTEXT, steps=24 if quick else 96)
             total, model = answer["seconds"], answer["model_seconds"]
-            floor = (_weight_bytes() + batch * CONTEXT * _kv_bytes()) / ceilings.read_bytes
+            reads += interleaved({"read": read}, 5)["read"].seconds
+            read_bytes = read.nbytes / statistics.median(reads)
+            floor = (_weight_bytes() + batch * CONTEXT * _kv_bytes()) / read_bytes
             yield compare(
                 "decode step",
                 f"{batch} sequences of {CONTEXT} tokens",
