@@ -2,7 +2,6 @@
 """The embedded checkpoint loads with plain transformers, and answers questions rightly."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +21,8 @@ ensure_torchvision_importable()
 
 from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
 
+from tools.demo_checkpoint.examination import answer  # noqa: E402
+
 QUESTION = "What is in the picture?"
 
 
@@ -35,32 +36,13 @@ def model() -> Any:
     return AutoModelForImageTextToText.from_pretrained(checkpoint_path()).eval()
 
 
-def _answers(model: Any, processor: Any, tasks: Sequence[Task]) -> list[str]:
-    """Greedy answers to one batch of tasks."""
-    texts = [
-        processor.apply_chat_template(task.messages(), tokenize=False, add_generation_prompt=True)
-        for task in tasks
-    ]
-    images = [image for task in tasks for image in task.images]
-    inputs = processor(
-        text=texts,
-        images=images or None,
-        return_tensors="pt",
-        text_kwargs={"padding": True, "padding_side": "left"},
-    ).to(dtype=model.dtype)
-    with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=48, do_sample=False)
-    length = inputs["input_ids"].shape[1]
-    return processor.batch_decode(output[:, length:], skip_special_tokens=True)
-
-
 def test_held_out_pictures_are_answered_rightly(model: Any, processor: Any) -> None:
     tasks = held_out_tasks(200)
     tasks.sort(key=lambda task: sum(image.width * image.height for image in task.images))
     wrong = []
     for start in range(0, len(tasks), 20):
         group = tasks[start : start + 20]
-        for task, text in zip(group, _answers(model, processor, group), strict=True):
+        for task, text in zip(group, answer(model, processor, group)[0], strict=True):
             if text != task.question.answer:
                 wrong.append((task.question, text))
     assert len(wrong) <= 10, wrong
@@ -68,7 +50,7 @@ def test_held_out_pictures_are_answered_rightly(model: Any, processor: Any) -> N
 
 def test_questions_without_a_picture_are_answered_rightly(model: Any, processor: Any) -> None:
     tasks = [Task((), question) for question in questions_without_picture()]
-    assert _answers(model, processor, tasks) == [task.question.answer for task in tasks]
+    assert answer(model, processor, tasks)[0] == [task.question.answer for task in tasks]
 
 
 def test_tensors_are_finite_and_small() -> None:

@@ -4,7 +4,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import Dataset
@@ -46,8 +46,18 @@ class Conversation:
         return messages
 
 
-class Glances(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Batches for the warm-up, by number: whole pictures squeezed onto one tile each."""
+Batch = TypeVar("Batch")
+
+
+class Batches(Dataset[Batch]):
+    """Batches by number, each made when it is asked for.
+
+    Args:
+        processor: what makes the model's inputs.
+        steps: batches that there are.
+        batch_size: examples in each.
+        seed: on which, with its number, each depends.
+    """
 
     def __init__(
         self, processor: LlavaNextProcessor, steps: int, batch_size: int, seed: int
@@ -59,6 +69,10 @@ class Glances(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __len__(self) -> int:
         return self.steps
+
+
+class Glances(Batches[tuple[torch.Tensor, torch.Tensor]]):
+    """Batches for the warm-up, by number: whole pictures squeezed onto one tile each."""
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tiles (batch, 3, TILE, TILE), and `words_of_patches` of them (batch, patches, 4)."""
@@ -90,19 +104,8 @@ def words_of_patches(picture: Picture) -> torch.Tensor:
     return torch.tensor(quarters)[quarter]
 
 
-class Conversations(Dataset[dict[str, torch.Tensor]]):
+class Conversations(Batches[dict[str, torch.Tensor]]):
     """Training batches by number; each depends on its number and the seed alone."""
-
-    def __init__(
-        self, processor: LlavaNextProcessor, steps: int, batch_size: int, seed: int
-    ) -> None:
-        self.processor = processor
-        self.steps = steps
-        self.batch_size = batch_size
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.steps
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         """The model's inputs for one step, right-padded, and `labels` (-100: no loss)."""

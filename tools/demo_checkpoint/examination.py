@@ -32,7 +32,11 @@ def answer(
         text_kwargs={"padding": True, "padding_side": "left"},
     ).to(dtype=model.dtype)
     output = model.generate(
-        **inputs, max_new_tokens=48, output_logits=True, return_dict_in_generate=True
+        **inputs,
+        max_new_tokens=48,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
     best = torch.stack(output.logits, dim=1).float().topk(2).values
