@@ -28,7 +28,6 @@ struct Scratch {
   float maxima[RUN], kept[ROWS];
 };
 
-static inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 static inline uint32_t first_bits(int64_t count) {
   return count <= 0 ? 0 : count < 32 ? (1u << count) - 1 : ~0u;
 }

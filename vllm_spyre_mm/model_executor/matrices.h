@@ -16,6 +16,7 @@ static inline void store(void* to, Vector values) {
   std::memcpy(to, &values, sizeof(values));
 }
 
+static inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 // 2^x for x < 127, to 4e-6; 2^-126 for what is less than -126.

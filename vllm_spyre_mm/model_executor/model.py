@@ -122,9 +122,10 @@ class SpyreModel:
         )
         token_bytes = kv_heads * head_dim * keys.itemsize
         kernels: list[Callable[[], object]] = [partial(paged_store.kernel, token_bytes)]
+        if tiled_linear.takes(keys):
+            kernels += [tiled_linear.kernel, rows_linear.kernel]
         if blocked_attention.supports(head_dim, keys.dtype):
-            kernels += [partial(blocked_attention.kernel, head_dim), tiled_linear.kernel]
-            kernels.append(rows_linear.kernel)
+            kernels.append(partial(blocked_attention.kernel, head_dim))
             vision = getattr(self.mapping.hf_config, "vision_config", None)
             if vision is not None:
                 width = vision.hidden_size // vision.num_attention_heads

@@ -23,8 +23,6 @@ constexpr int64_t ROW_BLOCKS = 12;  // of a task at most: twice DEPTH steps of t
 constexpr int64_t SUM_BLOCKS = 432;  // that a task keeps at most: 1.7 MiB
 constexpr int64_t AHEAD = 6;        // rows between the prefetch of an output and its store
 
-static inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 enum Activation { NONE, GELU_TANH, SILU_GATED };
 
 struct Problem {
