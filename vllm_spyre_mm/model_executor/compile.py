@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
+from vllm_spyre_mm.model_executor.fusion import compile_fused, replace_norms
 from vllm_spyre_mm.model_executor.shared_graph import share_graph
 
 MAX_COMPILE_THREADS = 4
@@ -30,9 +31,10 @@ def compile_encoder_blocks(blocks: nn.ModuleList) -> None:
     """
     # Without this, dimensions that are equal at the first run are taken for one.
     shape_config.use_duck_shape = False
+    replace_norms(blocks)
     for block in blocks:
         block.forward = torch.compile(
-            block.forward, backend="inductor", dynamic=True, fullgraph=True
+            block.forward, backend=compile_fused, dynamic=True, fullgraph=True
         )
 
 
@@ -41,6 +43,7 @@ def compile_decoder_blocks(blocks: nn.ModuleList) -> None:
 
     Only the number of tokens is dynamic: each further symbol costs time at every call.
     """
+    replace_norms(blocks)
     share_graph(blocks, _mark_tokens_dynamic)
 
 

@@ -11,7 +11,7 @@ every layer.
 """
 
 import functools
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ class HostLinear(nn.Module):
         tied: bool = False,
     ) -> None:
         super().__init__()
-        _define_op()
+        define_linear()
         names = {approximate: name for name, approximate in GELUS.items()}
         self.activation = None if activation is None else names[activation.approximate]
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -82,7 +82,7 @@ class HostGatedUnit(nn.Module):
 
     def __init__(self, unit: GatedLinearUnit) -> None:
         super().__init__()
-        _define_op()
+        define_linear()
         fused = cast("nn.Linear", unit.wg1_fused)
         weight = tiled_linear.tile_weight(tiled_linear.interleave_gates(fused.weight.detach()))
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -196,7 +196,7 @@ def replace_linears(module: nn.Module, *, compiled: bool = False) -> None:
 
 
 @functools.cache
-def _define_op() -> torch.library.Library:
+def define_linear() -> torch.library.Library:
     """Define the operator; it lives as long as the returned library, which the cache keeps."""
     library = torch.library.Library("spyre_mm", "FRAGMENT")
     library.define(
@@ -228,18 +228,40 @@ def _linear_dense(
     activation: str | None,
 ) -> torch.Tensor:
     if tiled_linear.is_tiled(weight):
-        beside = activation if activation in tiled_linear.ACTIVATIONS else None
-        result = tiled_linear.tiled_linear(x, weight, bias, out_features, beside)
-        activation = None if beside else activation
-    else:
-        # As a matrix: F.linear copies the weight for a slice of a three-dimensional tensor.
-        rows = x.reshape(-1, x.shape[-1])
-        few = rows_linear.takes(rows, weight)
-        result = (rows_linear.rows_linear if few else F.linear)(rows, weight, bias)
-        result = result.view(*x.shape[:-1], out_features)
-    if activation is not None:
-        torch.ops.aten.gelu_(result, approximate=GELUS[activation])
-    return result
+        return linear_tiled(x, weight, bias, out_features, activation)
+    # As a matrix: F.linear copies the weight for a slice of a three-dimensional tensor.
+    rows = x.reshape(-1, x.shape[-1])
+    few = rows_linear.takes(rows, weight)
+    result = (rows_linear.rows_linear if few else F.linear)(rows, weight, bias)
+    result = result.view(*x.shape[:-1], out_features)
+    return result if activation is None else _gelu_(result, activation)
+
+
+def linear_tiled(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    activation: str | None,
+    **around: Any,
+) -> torch.Tensor:
+    """The linear layer of a tiled weight, with any activation.
+
+    Args:
+        x: ``(..., in_features)``.
+        weight: of ``tiled_linear.tile_weight``.
+        bias: ``(out_features,)``.
+        out_features: of the layer.
+        activation: one of :data:`GELUS`, or ``SILU_GATED``.
+        around: what else ``tiled_linear.tiled_linear`` computes with it.
+    """
+    beside = activation if activation in tiled_linear.AFTER else None
+    result = tiled_linear.tiled_linear(x, weight, bias, out_features, beside, **around)
+    return result if activation is None or beside else _gelu_(result, activation)
+
+
+def _gelu_(x: torch.Tensor, activation: str) -> torch.Tensor:
+    return torch.ops.aten.gelu_(x, approximate=GELUS[activation])
 
 
 def _linear_shape(

@@ -18,6 +18,8 @@ from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 from torch._guards import TracingContext, tracing
 
+from vllm_spyre_mm.model_executor.fusion import compile_fused
+
 
 class SharedGraphError(RuntimeError):
     """A block is not like the one whose graph it should share; the message says where."""
@@ -76,8 +78,6 @@ def _compile(
     forward: Callable[..., Any], block: nn.Module, inputs: dict[str, Any]
 ) -> tuple[Callable[..., Any], Any]:
     """What runs blocks, called like ``forward``, and the guards on its arguments."""
-    from torch._inductor.compile_fx import compile_fx
-
     with get_metrics_context(), dynamo_timed("share_graph"), torch_function_mode_stack_state_mgr:
         captured = fullgraph_capture(forward, (block,), inputs)
         graph = captured.backend_input
@@ -85,7 +85,7 @@ def _compile(
         context = TracingContext(graph.fake_mode)
         context.tensor_to_context = graph.tensor_to_context
         with tracing(context):
-            compiled: Any = compile_fx(graph.graph_module, graph.example_inputs)
+            compiled = compile_fused(graph.graph_module, graph.example_inputs)
         guards = captured.graph_capture_output.build_guards(forward.__code__).guard_manager
     run = captured.forward_callable(compiled_fn=compiled, extra_globals=forward.__globals__)
     return run, guards

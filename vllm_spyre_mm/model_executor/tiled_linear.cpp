@@ -5,9 +5,11 @@
 // some outputs. It goes through its outputs 32 by 32, through as many steps as weights fit the
 // innermost cache, and then through its rows, which it has packed into the second cache. Sums lie in
 // fp32 between; the products of 32 outputs run beside what is left to do for those before: a bias,
-// and a GELU or the gates of a gated unit, whose 32 are 16 gates and the 16 values that they gate.
+// a GELU or the gates of a gated unit, whose 32 are 16 gates and the 16 values that they gate, or
+// the sum with a residual. A norm of the rows is computed where they are packed.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 
@@ -23,13 +25,15 @@ constexpr int64_t ROW_BLOCKS = 12;  // of a task at most: twice DEPTH steps of t
 constexpr int64_t SUM_BLOCKS = 432;  // that a task keeps at most: 1.7 MiB
 constexpr int64_t AHEAD = 6;        // rows between the prefetch of an output and its store
 
-enum Activation { NONE, GELU_TANH, SILU_GATED };
+enum After { NONE, GELU_TANH, SILU_GATED, RESIDUAL };
 
 struct Problem {
-  const Element *x, *weight, *bias;
+  const Element *x, *weight, *bias, *norm_weight, *norm_bias, *residual;
   Element* out;
-  int64_t rows, width, outputs, x_row, out_row;
+  int64_t rows, width, outputs, x_row, out_row, residual_row;
   int64_t results;  // of a panel: outputs, or gated values
+  bool centered;
+  float epsilon, scale;
 
   int64_t steps() const { return divide_up(width, 32); }
 };
@@ -58,19 +62,93 @@ struct Task {
   int64_t row, last_row, panel, last_panel;
 };
 
-// Steps [step, last) of a task's rows as (blocks, steps, 32, 32); zeros beyond.
-static void pack(const Problem& of, const Task& task, int64_t step, int64_t last, Element* to) {
+static inline void widen(__m512i bits, __m512 numbers[2]) {
+  numbers[0] = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16);
+  numbers[1] =
+      (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16);
+}
+
+// What a norm subtracts from the numbers of a row, and what it multiplies the rest by.
+struct Moments {
+  float mean, factor;
+};
+
+// The mean of the squares of what is left of a row without its mean.
+static float variance_about(const Problem& of, const Element* row, float mean) {
+  Floats squares = {};
+  for (int64_t i = 0; i < of.width; i += LANES) {
+    Floats deviations = load(row + i) - mean;
+    squares += deviations * deviations;
+  }
+  return _mm512_reduce_add_ps((__m512)squares) / of.width;
+}
+
+static Moments measure(const Problem& of, const Element* row) {
+  __m512 sums = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+  for (int64_t i = 0; i < of.width; i += 32) {
+    __m512bh x = (__m512bh)_mm512_loadu_si512(row + i);
+    sums = _mm512_dpbf16_ps(sums, x, (__m512bh)_mm512_set1_epi16(0x3f80));
+    squares = _mm512_dpbf16_ps(squares, x, x);
+  }
+  float mean = of.centered ? _mm512_reduce_add_ps(sums) / of.width : 0;
+  float variance = _mm512_reduce_add_ps(squares) / of.width - mean * mean;
+  if (variance < mean * mean) variance = variance_about(of, row, mean);  // else digits are lost
+  return {mean, 1.0f / std::sqrt(variance + of.epsilon)};
+}
+
+// A norm's weight and bias in fp32, zeros for no bias.
+static void widen_norm(const Problem& of, float* weight, float* bias) {
+  for (int64_t i = 0; i < of.width; i += LANES) {
+    store(weight + i, load(of.norm_weight + i));
+    store(bias + i, of.norm_bias ? load(of.norm_bias + i) : Floats{});
+  }
+}
+
+// A thread's memory.
+struct Workspace {
+  Buffer<Element> packed;
+  Buffer<float> sums, norm_weight, norm_bias;
+  Buffer<Moments> moments;
+};
+
+// Steps [step, last) of a task's rows as (blocks, steps, 32, 32); zeros beyond. With the first step
+// the moments of rows are measured.
+static Element* pack(const Problem& of, const Task& task, int64_t step, int64_t last,
+                     Workspace& memory) {
   int64_t count = last - step, whole = std::min(last, of.width / 32) - step;
   uint32_t rest = (1u << of.width % 32) - 1;
-  int64_t rows = task.last_row - task.row;
-  for (int64_t r = 0; r < divide_up(rows, BLOCK) * BLOCK; ++r) {
-    Element* row = to + r / BLOCK * count * STEP + r % BLOCK * 32;
-    const Element* from = of.x + (task.row + r) * of.x_row + step * 32;
+  int64_t rows = task.last_row - task.row, blocks = divide_up(rows, BLOCK);
+  Element* to = memory.packed.of(blocks * std::min(of.steps(), 2 * DEPTH) * STEP);
+  Moments* moments = memory.moments.of(rows);
+  float *weight = memory.norm_weight.of(of.width), *bias = memory.norm_bias.of(of.width);
+  if (of.norm_weight && step == 0) widen_norm(of, weight, bias);
+  for (int64_t r = 0; r < blocks * BLOCK; ++r) {
+    Element* packed = to + r / BLOCK * count * STEP + r % BLOCK * 32;
+    const Element* row = of.x + (task.row + r) * of.x_row;
+    if (of.norm_weight && r < rows) {
+      if (step == 0) moments[r] = measure(of, row);
+      __m512 factor = _mm512_set1_ps(moments[r].factor);
+      __m512 mean = _mm512_set1_ps(moments[r].mean);
+      for (int64_t k = 0; k < count; ++k) {
+        __m512 x[2];
+        widen(_mm512_loadu_si512(row + (step + k) * 32), x);
+        for (int half = 0; half < 2; ++half) {
+          int64_t i = (step + k) * 32 + half * LANES;
+          __m512 deviations = _mm512_mul_ps(_mm512_sub_ps(x[half], mean), factor);
+          x[half] = _mm512_fmadd_ps(deviations, _mm512_load_ps(weight + i),
+                                    _mm512_load_ps(bias + i));
+        }
+        store(packed + k * STEP, _mm512_cvtne2ps_pbh(x[1], x[0]));
+      }
+      continue;
+    }
     for (int64_t k = 0; k < count; ++k)
-      _mm512_store_si512(row + k * STEP,
+      _mm512_store_si512(packed + k * STEP,
                          _mm512_maskz_loadu_epi16(r >= rows ? 0 : k < whole ? ~0u : rest,
-                                                  from + k * 32));
+                                                  row + (step + k) * 32));
   }
+  written(to);
+  return to;
 }
 
 // x / (1 + 2^power); bf16 keeps 8 bits of it.
@@ -86,26 +164,30 @@ static inline __m512 gelu_tanh(Floats x) {
 static inline __m512 silu(Floats x) { return damp(x, x * -1.44269504f); }
 
 // What is left to do for a panel whose sums are complete.
-template <Activation ACTIVATION>
+template <After AFTER>
 struct Finish {
   const float* sums = nullptr;
   Element* out = nullptr;
-  int64_t row = 0, rows = 0, stride = 0;
+  const Element* residual = nullptr;
+  int64_t row = 0, rows = 0, stride = 0, residual_stride = 0;
   __mmask32 held = 0;  // results that there are
-  __m512 bias[2];
+  __m512 bias[2], scale;
 
   void begin(const Problem& of, int64_t panel, int64_t first, int64_t last, const float* from) {
     int64_t left = of.outputs - panel * of.results;
     sums = from;
     out = of.out + first * of.out_row + panel * of.results;
     row = 0, rows = last - first, stride = of.out_row;
+    if constexpr (AFTER == RESIDUAL) {
+      residual = of.residual + first * of.residual_row + panel * of.results;
+      residual_stride = of.residual_row;
+      scale = _mm512_set1_ps(of.scale);
+    }
     held = ~0u >> (BLOCK - std::min(left, of.results));
     __m512i bits = _mm512_setzero_si512();
     if (of.bias)
-      bits = _mm512_maskz_loadu_epi16(ACTIVATION == SILU_GATED ? ~0u : held, of.bias + panel * BLOCK);
-    bias[0] = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16);
-    bias[1] =
-        (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16);
+      bits = _mm512_maskz_loadu_epi16(AFTER == SILU_GATED ? ~0u : held, of.bias + panel * BLOCK);
+    widen(bits, bias);
   }
   void next() {
     if (row == rows) return;
@@ -114,10 +196,19 @@ struct Finish {
     __builtin_prefetch(to + AHEAD * stride, 1);  // rows lie apart, which hides them from hardware
     __m512 low = _mm512_add_ps(_mm512_load_ps(from), bias[0]);
     __m512 high = _mm512_add_ps(_mm512_load_ps(from + 16), bias[1]);
-    if constexpr (ACTIVATION == SILU_GATED) low = _mm512_mul_ps(silu((Floats)low), high);
-    if constexpr (ACTIVATION == GELU_TANH) {
+    if constexpr (AFTER == SILU_GATED) low = _mm512_mul_ps(silu((Floats)low), high);
+    if constexpr (AFTER == GELU_TANH) {
       low = gelu_tanh((Floats)low);
       high = gelu_tanh((Floats)high);
+    }
+    if constexpr (AFTER == RESIDUAL) {
+      const Element* beside = residual + row * residual_stride;
+      __builtin_prefetch(beside + AHEAD * residual_stride);
+      __builtin_prefetch(beside + BLOCK, 0, 2);  // the next panel's
+      __m512 added[2];
+      widen(_mm512_maskz_loadu_epi16(held, beside), added);
+      low = _mm512_fmadd_ps(low, scale, added[0]);
+      high = _mm512_fmadd_ps(high, scale, added[1]);
     }
     _mm512_mask_storeu_epi16(to, held, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     ++row;
@@ -144,8 +235,8 @@ struct Product {
 };
 
 // Rows of sums are finished meanwhile.
-template <Activation ACTIVATION>
-static inline void multiply(const Product& of, Finish<ACTIVATION>& finish, int64_t rows_a_step) {
+template <After AFTER>
+static inline void multiply(const Product& of, Finish<AFTER>& finish, int64_t rows_a_step) {
   if (of.fresh) {
     _tile_zero(0);
     _tile_zero(1);
@@ -179,9 +270,9 @@ static inline void multiply(const Product& of, Finish<ACTIVATION>& finish, int64
   _tile_stored(3, of.sums + 528, 128);
 }
 
-template <Activation ACTIVATION>
-static void compute(const Problem& of, const Task& task, Buffer<Element>& packed,
-                    Buffer<float>& sums) {
+// The rows are packed unless the task before had the same.
+template <After AFTER>
+static void compute(const Problem& of, const Task& task, bool packed, Workspace& memory) {
   Depths depths{of.steps()};
   int64_t steps = of.steps(), blocks = divide_up(task.last_row - task.row, BLOCK);
   int64_t rows_a_step = divide_up(BLOCK, steps);  // to finish sums while others are made
@@ -189,13 +280,12 @@ static void compute(const Problem& of, const Task& task, Buffer<Element>& packed
   bool in_parts = depths.count > 2;
   int64_t at_once = in_parts ? 1 : depths.count, group = depths.count == 1 ? 1 : blocks;
   int64_t kept = in_parts ? task.last_panel - task.panel : 2;
-  Element* rows = packed.of(blocks * std::min(steps, 2 * DEPTH) * STEP);
-  float* room = sums.of(kept * group * BLOCK * BLOCK);
-  Finish<ACTIVATION> finish;
+  const Element* rows = memory.packed.of(0);
+  float* room = memory.sums.of(kept * group * BLOCK * BLOCK);
+  Finish<AFTER> finish;
   for (int64_t depth = 0; depth < depths.count; depth += at_once) {
     int64_t start = depths.first(depth), end = depths.first(depth + at_once), turn = 0;
-    pack(of, task, start, end, rows);
-    written(rows);
+    if (in_parts || !packed) rows = pack(of, task, start, end, memory);
     for (int64_t panel = task.panel; panel < task.last_panel; ++panel) {
       for (int64_t g = 0; g < blocks; g += group, ++turn) {
         float* own = room + turn % kept * group * BLOCK * BLOCK;
@@ -227,7 +317,7 @@ static void compute(const Problem& of, const Task& task, Buffer<Element>& packed
   finish.rest();
 }
 
-template <Activation ACTIVATION>
+template <After AFTER>
 static void run(const Problem& of) {
   int64_t threads = omp_get_max_threads(), blocks = divide_up(of.rows, BLOCK);
   int64_t panels = divide_up(of.outputs, of.results);
@@ -246,14 +336,15 @@ static void run(const Problem& of) {
   auto panel = [&](int64_t part) { return panels * part / output_parts; };
 #pragma omp parallel
   {
-    thread_local Buffer<Element> packed;
-    thread_local Buffer<float> sums;
+    thread_local Workspace memory;
     Tiles tiles;
+    int64_t before = -1;
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < row_parts * output_parts; ++i) {
       int64_t rows = i % row_parts, outputs = i / row_parts;
-      compute<ACTIVATION>(of, {row(rows), row(rows + 1), panel(outputs), panel(outputs + 1)},
-                          packed, sums);
+      Task task{row(rows), row(rows + 1), panel(outputs), panel(outputs + 1)};
+      compute<AFTER>(of, task, rows == before, memory);
+      before = rows;
     }
   }
 }
@@ -261,13 +352,19 @@ static void run(const Problem& of) {
 // x: (rows, width), out: (rows, outputs), each with its distance between rows; weight: (panels of 32
 // outputs, steps of 32 inputs, 2, pairs of inputs, outputs, 2), zeros beyond; bias: (outputs,) or
 // null. With gates a panel has those of 16 outputs, and then the 16 values, and so has the bias,
-// zeros beyond.
-extern "C" void tiled_linear(const Element* x, const Element* weight, const Element* bias,
-                             Element* out, int64_t rows, int64_t width, int64_t outputs,
-                             int64_t x_row, int64_t out_row, int64_t activation) {
-  Problem of{x,       weight, bias,  out,     rows,
-             width,   outputs, x_row, out_row, activation == SILU_GATED ? 16 : BLOCK};
-  if (activation == GELU_TANH) run<GELU_TANH>(of);
-  else if (activation == SILU_GATED) run<SILU_GATED>(of);
+// zeros beyond. norm_weight and norm_bias: (width,), a multiple of 32, or null: rows are divided by
+// their root mean square, or, centered, by their standard deviation. residual: (rows, outputs), to
+// which scale times the outputs is added.
+extern "C" void tiled_linear(const Element* x, const Element* norm_weight,
+                             const Element* norm_bias, const Element* weight, const Element* bias,
+                             const Element* residual, Element* out, int64_t rows, int64_t width,
+                             int64_t outputs, int64_t x_row, int64_t residual_row, int64_t out_row,
+                             int64_t after, int64_t centered, float epsilon, float scale) {
+  Problem of{x,    weight,  bias,    norm_weight, norm_bias,    residual,
+             out,  rows,    width,   outputs,     x_row,        out_row,
+             residual_row,  after == SILU_GATED ? 16 : BLOCK,   bool(centered), epsilon, scale};
+  if (after == GELU_TANH) run<GELU_TANH>(of);
+  else if (after == SILU_GATED) run<SILU_GATED>(of);
+  else if (after == RESIDUAL) run<RESIDUAL>(of);
   else run<NONE>(of);
 }

@@ -2,32 +2,52 @@
 """The compiled linear layer of bf16 on AMX, for a weight that is rearranged once.
 
 The weight lies in the order in which the matrix unit takes it: a prompt's products and a tower's
-are faster than oneDNN's, and a decode reads it at the memory's pace. What follows the layer, a GELU
-or the gate of a gated unit, is computed beside the products, before anything is rounded.
+are faster than oneDNN's, and a decode reads it at the memory's pace. What follows the layer, a
+GELU, the gate of a gated unit or the sum with a residual, is computed beside the products, before
+anything is rounded; a norm before it, where rows are packed for the products.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from vllm_spyre_mm.model_executor.kernels import (
+    FLOAT,
     POINTER,
     SIZE,
     compile_kernel,
     has_matrix_unit,
 )
-from vllm_spyre_mm.model_executor.memory import empty_in_huge_pages
+from vllm_spyre_mm.model_executor.memory import activations, empty_in_huge_pages
 
 BLOCK = 32
 """Outputs of a panel, and inputs of a step."""
 
-GELU_TANH, SILU_GATED = "gelu_tanh", "silu_gated"
-"""What may follow: ``F.gelu(..., approximate="tanh")``; ``F.silu(gate) * value``."""
+GELU_TANH, SILU_GATED, RESIDUAL = "gelu_tanh", "silu_gated", "residual"
+"""What may follow: ``F.gelu(..., approximate="tanh")``; ``F.silu(gate) * value``; a sum."""
 
-ACTIVATIONS = (None, GELU_TANH, SILU_GATED)
+AFTER = (None, GELU_TANH, SILU_GATED, RESIDUAL)
 """In the kernel's order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm of the rows that a layer multiplies.
+
+    Attributes:
+        weight: bf16 ``(width,)``.
+        bias: the same, or None.
+        centered: subtract the mean of a row first.
+        epsilon: added to the mean of the squares.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    centered: bool
+    epsilon: float
 
 
 def takes(weight: torch.Tensor) -> bool:
@@ -72,13 +92,23 @@ def is_tiled(weight: torch.Tensor) -> bool:
     return weight.dim() == 6
 
 
-def empty_rows(x: torch.Tensor, outputs: int) -> torch.Tensor:
+def empty_rows(
+    x: torch.Tensor,
+    outputs: int,
+    empty: Callable[[Sequence[int], torch.dtype], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Room for ``(..., outputs)`` of ``x`` ``(..., width)``, each row in cache lines of its own.
 
     A kernel that writes 32 outputs of a row would else write to two lines, and come back to each.
+
+    Args:
+        x: what is multiplied.
+        outputs: of a row.
+        empty: makes memory, in place of ``x.new_empty``.
     """
     room = -(-outputs // BLOCK) * BLOCK
-    rows = x.new_empty((*x.shape[:-1], room))
+    shape = (*x.shape[:-1], room)
+    rows = x.new_empty(shape) if empty is None else empty(shape, x.dtype)
     return rows if room == outputs else rows[..., :outputs]
 
 
@@ -87,7 +117,12 @@ def tiled_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     outputs: int,
-    activation: str | None = None,
+    after: str | None = None,
+    *,
+    norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
+    scale: float = 1.0,
+    transient: bool = False,
 ) -> torch.Tensor:
     """``(..., width)`` to ``(..., outputs)``, of :func:`empty_rows`.
 
@@ -96,32 +131,54 @@ def tiled_linear(
         weight: of :func:`tile_weight`.
         bias: ``(outputs,)``, bf16.
         outputs: of the layer; the weight may hold more.
-        activation: one of :data:`ACTIVATIONS`. For ``SILU_GATED`` the weight and the bias have
-            been through :func:`interleave_gates`, and ``outputs`` counts what is gated.
+        after: one of :data:`AFTER`. For ``SILU_GATED`` the weight and the bias have been through
+            :func:`interleave_gates`, and ``outputs`` counts what is gated.
+        norm: of each row of ``x`` before; the width is a multiple of :data:`BLOCK`.
+        residual: ``(..., outputs)``, bf16, added to ``scale`` times the outputs; nothing else may
+            follow.
+        scale: of the outputs.
+        transient: what is returned lives for moments, among the process's activations.
     """
-    width, out = x.shape[-1], empty_rows(x, outputs)
-    if x.is_contiguous():  # asked first: a decode comes here forty times a step
-        rows, stride = x.numel() // width, width
-    else:
-        x = x.reshape(-1, width)
-        x = x if x.stride(1) == 1 else x.contiguous()
-        rows, stride = x.shape[0], x.stride(0)
+    width, out = x.shape[-1], empty_rows(x, outputs, activations().empty if transient else None)
+    x, rows, x_row = _in_rows(x)
+    residual_row = 0
+    if residual is not None:
+        residual, _, residual_row = _in_rows(residual)
     kernel()(
         x.data_ptr(),
+        *(None if part is None else part.data_ptr() for part in _parts(norm)),
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
+        None if residual is None else residual.data_ptr(),
         out.data_ptr(),
         rows,
         width,
         outputs,
-        stride,
+        x_row,
+        residual_row,
         -(-outputs // BLOCK) * BLOCK,
-        ACTIVATIONS.index(activation),
+        AFTER.index(after if residual is None else RESIDUAL),
+        norm is not None and norm.centered,
+        0.0 if norm is None else norm.epsilon,
+        scale,
     )
     return out
+
+
+def _in_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """Numbers that lie in rows, how many rows, and the numbers from one to the next."""
+    if x.is_contiguous():  # asked first: a decode comes here forty times a step
+        return x, x.numel() // x.shape[-1], x.shape[-1]
+    x = x.reshape(-1, x.shape[-1])
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return x, x.shape[0], x.stride(0)
+
+
+def _parts(norm: Norm | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if norm is None else (norm.weight, norm.bias)
 
 
 @functools.cache
 def kernel() -> Callable[..., None]:
     """Compile, or find it in Inductor's cache."""
-    return compile_kernel("tiled_linear", {}, [*[POINTER] * 4, *[SIZE] * 6])
+    return compile_kernel("tiled_linear", {}, [*[POINTER] * 7, *[SIZE] * 8, *[FLOAT] * 2])

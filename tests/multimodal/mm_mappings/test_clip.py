@@ -175,7 +175,7 @@ def test_every_hidden_state_of_the_tower_is_that_of_transformers(act: str):
     pixels = torch.randn(3, 3, architectures.SIDE, architectures.SIDE)
     with torch.no_grad():
         expected = reference(pixels, output_hidden_states=True).hidden_states
-        found = tower(pixels)
+        found = list(tower(pixels))
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs, 1e-5)

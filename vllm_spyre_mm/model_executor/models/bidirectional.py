@@ -6,6 +6,7 @@ number of heads, and is wrong for an image that has as many patches as the tower
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,18 @@ from vllm_spyre_mm.model_executor import blocked_attention
 
 BIDIRECTIONAL = "spyre_mm_bidirectional"
 """Name of the algorithm, FMS's ``attn_name``."""
+
+
+def hidden_states(embeddings: torch.Tensor, layers: Any) -> Iterator[torch.Tensor]:
+    """The embeddings, and what each layer of FMS's SigLIP encoder makes of them, in turn.
+
+    The encoder itself would keep all of them.
+    """
+    states = embeddings
+    yield states
+    for layer in layers:
+        states = layer(states, attn_name=BIDIRECTIONAL)
+        yield states
 
 
 def _attend(

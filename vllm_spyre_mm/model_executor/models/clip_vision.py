@@ -3,7 +3,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from fms.utils import serialization
 from fms.utils.activation import str_to_activation
 from torch import nn
 
-from vllm_spyre_mm.model_executor.models.bidirectional import BIDIRECTIONAL
+from vllm_spyre_mm.model_executor.models.bidirectional import hidden_states
 
 ARCHITECTURE = "clip_vision"
 """FMS's name of the architecture, by which its adapter is found."""
@@ -90,21 +90,18 @@ class CLIPVision(nn.Module):
         for layer in layers:
             layer.mlp.a = QuickGELU() if is_quick else str_to_activation(config.hidden_act)
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
         """Hidden states of squares of pixels.
 
         Args:
             pixel_values: ``(tiles, 3, image_size, image_size)``.
 
         Returns:
-            The embeddings and each layer's output, ``(tiles, 1 + patches, hidden_size)``: the class
-            token comes first.
+            The embeddings and each layer's output in turn, ``(tiles, 1 + patches, hidden_size)``:
+            the class token comes first.
         """
         embeddings = self.pre_layrnorm(self.embeddings(pixel_values))
-        _, hidden_states = self.encoder(
-            embeddings, output_hidden_states=True, attn_name=BIDIRECTIONAL
-        )
-        return hidden_states
+        return hidden_states(embeddings, self.encoder.layers)
 
 
 # -- serialisation --------------------------------------------------------------------------------

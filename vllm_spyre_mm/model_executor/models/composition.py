@@ -114,9 +114,9 @@ class Composition(nn.Module):
         assert self.config.tower is not None, "a text model has no pictures"
         states = self.config.tower.hidden_states(self.vision_tower, pixel_values)
         layers = self.config.vision_feature_layer
-        selected = torch.cat(
-            [states[i] for i in ([layers] if isinstance(layers, int) else layers)], dim=-1
-        )
+        wanted = [layers] if isinstance(layers, int) else layers
+        kept = {i: state for i, state in enumerate(states) if i in wanted}
+        selected = torch.cat([kept[i] for i in wanted], dim=-1)
         return selected[:, 1:] if self.config.drop_class_token else selected
 
     def forward(

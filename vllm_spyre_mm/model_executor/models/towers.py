@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vision towers: what is built for a Transformers configuration, and what is not honoured."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from fms.utils.config import ModelConfig
 from torch import nn
 
 from vllm_spyre_mm.model_executor.models import clip_vision
-from vllm_spyre_mm.model_executor.models.bidirectional import BIDIRECTIONAL
+from vllm_spyre_mm.model_executor.models.bidirectional import BIDIRECTIONAL, hidden_states
 from vllm_spyre_mm.model_executor.models.clip_vision import CLIPVision, CLIPVisionConfig
 from vllm_spyre_mm.model_executor.models.decoders import width_mismatch
 
@@ -25,11 +25,11 @@ def _siglip(config: SiglipVisionConfig) -> nn.Module:
     return tower
 
 
-def _siglip_states(tower: Any, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
-    return tower(pixel_values, output_hidden_states=True, attn_name=BIDIRECTIONAL)[2]
+def _siglip_states(tower: Any, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
+    return hidden_states(tower.base_model.embeddings(pixel_values), tower.base_model.encoder.layers)
 
 
-def _clip_states(tower: Any, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
+def _clip_states(tower: Any, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
     return tower(pixel_values)
 
 
@@ -47,7 +47,8 @@ class Tower:
     Attributes:
         build: makes the module from its configuration.
         hidden_states: the embeddings and the output of each layer, ``(tiles, positions,
-            hidden_size)``, of pixels ``(tiles, 3, height, width)``.
+            hidden_size)``, of pixels ``(tiles, 3, height, width)``; one after the other, so that
+            only those that are wanted take memory.
         config_class: its configuration, in FMS's style.
         adapter: FMS's architecture whose adapter reads the checkpoint.
         prefix: what that adapter expects before a tower's names.
@@ -59,7 +60,7 @@ class Tower:
     """
 
     build: Callable[[Any], nn.Module]
-    hidden_states: Callable[[nn.Module, torch.Tensor], Sequence[torch.Tensor]]
+    hidden_states: Callable[[nn.Module, torch.Tensor], Iterable[torch.Tensor]]
     config_class: Callable[..., ModelConfig]
     adapter: str
     prefix: str
