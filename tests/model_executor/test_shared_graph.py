@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One graph for the blocks of a decoder: theirs alone, with their own weights."""
+"""One graph for the blocks of a model: theirs alone, with their own weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -82,7 +82,7 @@ def test_what_passes_through_a_block_is_returned_as_it_is():
 def test_a_block_that_differs_is_refused(make: Callable[[], Block], reason: str):
     other = make()
     modules = shared(Block(), other)
-    with pytest.raises(SharedGraphError, match="a decoder layer differs from the first") as error:
+    with pytest.raises(SharedGraphError, match="a layer differs from the first") as error:
         call(modules[1], 5, other.linear.in_features)
     assert reason in str(error.value)
 

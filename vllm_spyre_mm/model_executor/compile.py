@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
-from vllm_spyre_mm.model_executor.fusion import compile_fused, replace_norms
+from vllm_spyre_mm.model_executor.fusion import replace_norms
 from vllm_spyre_mm.model_executor.shared_graph import share_graph
 
 MAX_COMPILE_THREADS = 4
@@ -24,18 +24,14 @@ MAX_COMPILE_THREADS = 4
 
 
 def compile_encoder_blocks(blocks: nn.ModuleList) -> None:
-    """Compile the repeated blocks of an encoder for the CPU, in place; every length is dynamic.
+    """Compile the repeated blocks of an encoder for the CPU, in place; one graph serves all.
 
-    The blocks share the code of their ``forward``, and their weights are inputs of its graph, so
-    the first block's graph serves all of them.
+    The number of positions is dynamic, and that of tiles, unless a mapping encodes one at a time.
     """
     # Without this, dimensions that are equal at the first run are taken for one.
     shape_config.use_duck_shape = False
     replace_norms(blocks)
-    for block in blocks:
-        block.forward = torch.compile(
-            block.forward, backend=compile_fused, dynamic=True, fullgraph=True
-        )
+    share_graph(blocks, _mark_positions_dynamic)
 
 
 def compile_decoder_blocks(blocks: nn.ModuleList) -> None:
@@ -50,6 +46,14 @@ def compile_decoder_blocks(blocks: nn.ModuleList) -> None:
 def _mark_tokens_dynamic(inputs: dict[str, Any]) -> None:
     for name in ("x", "position_ids", "slot_mapping"):
         torch._dynamo.mark_dynamic(inputs[name], 1)
+
+
+def _mark_positions_dynamic(inputs: dict[str, Any]) -> None:
+    for tensor in inputs.values():
+        if isinstance(tensor, torch.Tensor):
+            for dim, size in enumerate(tensor.shape[:-1]):
+                if size > 1:
+                    torch._dynamo.mark_dynamic(tensor, dim)
 
 
 class CardError(RuntimeError):

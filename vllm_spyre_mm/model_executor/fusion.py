@@ -47,13 +47,14 @@ def replace_norms(blocks: nn.ModuleList) -> None:
     """Let the norms of blocks be seen in their graphs, where the linear kernel can compute them."""
     for block in blocks:
         for name, child in list(block.named_children()):
-            if type(child) is LayerNormParameterized and _takes_norm(child):
+            if isinstance(child, LayerNormParameterized) and _takes_norm(child):
                 setattr(block, name, HostNorm(child))
 
 
 def _takes_norm(norm: LayerNormParameterized) -> bool:
     return (
-        norm.elementwise_scale
+        type(norm).forward is LayerNormParameterized.forward
+        and norm.elementwise_scale
         and norm.weight.numel() % tiled_linear.BLOCK == 0
         and tiled_linear.takes(norm.weight)
     )

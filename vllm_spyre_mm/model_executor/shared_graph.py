@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One compiled graph for the blocks of a decoder, called without Dynamo in between.
+"""One compiled graph for the blocks of a decoder or a tower, called without Dynamo in between.
 
 A function of ``torch.compile`` evaluates its guards at every call: for a block, some thirty on its
 modules and numbers, which never change, take as long as the block's own Python. Here they are
@@ -67,7 +67,7 @@ class SharedGraph:
         if not guards.check(arguments.arguments):
             failed = guards.check_verbose(arguments.arguments).verbose_code_parts
             raise SharedGraphError(
-                "a decoder layer differs from the first, whose compiled code it was to run; serve "
+                "a layer differs from the first, whose compiled code it was to run; serve "
                 f"this model with --enforce-eager ({'; '.join(failed)})"
             )
         block.forward = partial(run, block)

@@ -27,7 +27,7 @@ def hidden_states(embeddings: torch.Tensor, layers: Any) -> Iterator[torch.Tenso
     states = embeddings
     yield states
     for layer in layers:
-        states = layer(states, attn_name=BIDIRECTIONAL)
+        states = layer(hidden_states=states, attn_name=BIDIRECTIONAL)
         yield states
 
 
