@@ -7,9 +7,15 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import psutil
+import pytest
 import torch
 
-from vllm_spyre_mm.model_executor.memory import HEAP_BYTES, Activations, separate_large_blocks
+from vllm_spyre_mm.model_executor.memory import (
+    HEAP_BYTES,
+    Activations,
+    fill_holes,
+    separate_large_blocks,
+)
 
 MIB = 1 << 20
 
@@ -50,6 +56,40 @@ def faults_again() -> int:
             block(16)
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     return faults
+
+
+def bytes_for_layers() -> int:
+    """Taken for the activations of 64 layers, 20 MiB at a time, with small objects that stay."""
+    fill_holes()
+    with separate_large_blocks():
+        pass
+    stay: list[object] = []
+    before = resident()
+    for _ in range(64):
+        layer: list[torch.Tensor] = []
+        for mib in (3, 5, 3, 9, 3):
+            layer.append(block(mib))
+            stay.append((bytes(600), [torch.empty(2) for _ in range(4)]))
+            del layer[:-3]
+    return resident() - before
+
+
+def check_tensors() -> int:
+    """Of all sizes; tensors of before, and blocks that oneDNN asks for, by the way."""
+    earlier, rows = torch.ones(MIB), torch.randn(33, 77)
+    expected = torch.nn.functional.gelu(rows.bfloat16())
+    fill_holes()
+    for size in (1, 15, 16, 17, 63, 64, 65, 1000, MIB):
+        tensors = [torch.full((size,), i, dtype=torch.uint8) for i in range(4)]
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+        assert [tensor.unique().tolist() for tensor in tensors] == [[0], [1], [2], [3]]
+    assert torch.empty(0).data_ptr() == 0
+    assert torch.equal(torch.nn.functional.gelu(rows.bfloat16()), expected)
+    assert torch.equal(earlier.clone().resize_(2 * MIB)[:MIB], earlier)
+    del earlier
+    with pytest.raises(RuntimeError, match="can't allocate memory: you tried to allocate"):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    return 0
 
 
 def test_a_large_block_between_others_goes_when_it_is_freed():
@@ -102,3 +142,12 @@ def test_small_activations_share_no_block():
     """One that is kept would keep a large block."""
     activations = Activations()
     assert activations.empty((5, 7), torch.float32).untyped_storage().nbytes() == 5 * 7 * 4
+
+
+def test_activations_take_the_places_of_those_before_them():
+    """PyTorch's own allocator takes more than 400 MiB."""
+    assert in_new_process(bytes_for_layers) < 48 * MIB
+
+
+def test_tensors_are_as_with_pytorchs_allocator():
+    assert in_new_process(check_tensors) == 0

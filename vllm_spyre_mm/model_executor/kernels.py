@@ -3,7 +3,7 @@
 
 import ctypes
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -20,7 +20,11 @@ POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 def compile_kernel(
-    name: str, constants: Mapping[str, int], arguments: list[Any], returns: Any = None
+    name: str,
+    constants: Mapping[str, int],
+    arguments: list[Any],
+    returns: Any = None,
+    libraries: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """Compile a kernel, or find it in Inductor's cache.
 
@@ -29,6 +33,7 @@ def compile_kernel(
         constants: what the file wants defined.
         arguments: types of its arguments, of :mod:`ctypes`.
         returns: type of what it returns, None for nothing.
+        libraries: of PyTorch's, that it calls.
     """
     from torch._inductor.codecache import CppCodeCache
 
@@ -39,7 +44,8 @@ def compile_kernel(
         source = source.replace(f'#include "{header}"', files.joinpath(header).read_text())
     defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
     # Inductor keeps products and sums apart, to round as PyTorch does.
-    library = CppCodeCache.load(defines + source, extra_flags=("-ffp-contract=fast",))
+    flags = ("-ffp-contract=fast", *(f"-l{library}" for library in libraries))
+    library = CppCodeCache.load(defines + source, extra_flags=flags)
     function = getattr(library, name)
     function.argtypes, function.restype = arguments, returns
     return function

@@ -34,6 +34,7 @@ from vllm_spyre_mm.model_executor.compile import (
 )
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
 from vllm_spyre_mm.model_executor.linear import replace_linears
+from vllm_spyre_mm.model_executor.memory import fill_holes
 from vllm_spyre_mm.model_executor.rotary import replace_rotary
 from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, MMUtils
 
@@ -121,7 +122,7 @@ class SpyreModel:
             // self.mapping.kv_cache_options().num_kv_heads
         )
         token_bytes = kv_heads * head_dim * keys.itemsize
-        kernels: list[Callable[[], object]] = [partial(paged_store.kernel, token_bytes)]
+        kernels: list[Callable[[], object]] = [fill_holes, partial(paged_store.kernel, token_bytes)]
         if tiled_linear.takes(keys):
             kernels += [tiled_linear.kernel, rows_linear.kernel]
         if blocked_attention.supports(head_dim, keys.dtype):
