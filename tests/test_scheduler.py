@@ -233,6 +233,18 @@ def test_prefill_and_decode_alternate(scheduler: SpyreScheduler) -> None:
     assert kinds == ["prefill", "decode", *["prefill", "decode"] * 3, "prefill"]
 
 
+def test_no_step_is_spent_on_requests_for_which_there_is_no_place(
+    scheduler: SpyreScheduler,
+) -> None:
+    """Four rows are taken; the fifth request would fit by its length."""
+    for name in "abcde":
+        scheduler.add_request(make_request(name, 64, max_tokens=12, fill=ord(name)))
+    simulation = Simulation(scheduler)
+    while scheduler.waiting:
+        assert simulation.step()
+    simulation.run()
+
+
 def test_for_a_card_a_prefix_hit_is_rounded_down_to_the_grid(scheduler: SpyreScheduler) -> None:
     scheduler.geometry = dataclasses.replace(scheduler.geometry, whole_chunks=True)
     first = run(scheduler, make_request("a", 300))

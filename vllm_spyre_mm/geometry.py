@@ -78,6 +78,10 @@ class Geometry:
             Indices into ``lengths``, ascending. The first is always among them (one sequence
             fits by construction), so the oldest request makes progress.
         """
+        if not lengths:
+            return []
+        if len(lengths) * self.num_blocks(max(lengths)) * self.block_size <= self.max_batch_tkv:
+            return [*range(len(lengths))]
         chosen: list[int] = []
         longest = 0
         for row, length in enumerate(lengths):

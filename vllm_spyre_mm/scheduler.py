@@ -96,9 +96,15 @@ class SpyreScheduler(Scheduler):
         prefilling = [request for request in self.running if request.is_prefill_chunk]
         decoding = [request for request in self.running if not request.is_prefill_chunk]
         rows = self.geometry.decode_rows_that_fit([request.num_tokens for request in decoding])
-        may_admit = not prefilling and len(rows) == len(decoding) and self._has_room(decoding)
+        may_admit = (
+            bool(self.waiting)
+            and not prefilling
+            and self._free_places() > 0
+            and len(rows) == len(decoding)
+            and self._has_room(decoding)
+        )
 
-        prefill = bool(prefilling) or (may_admit and bool(self.waiting))
+        prefill = may_admit or bool(prefilling)
         if prefill and decoding and self._last_step_was_prefill:
             prefill = False
         self._last_step_was_prefill = prefill
@@ -115,6 +121,11 @@ class SpyreScheduler(Scheduler):
             # need them: for the embedding, or after a preemption that lost the hit.
             new.mm_features = self.requests[new.req_id].mm_features
         return output
+
+    def _free_places(self) -> int:
+        """Requests that may run besides those that do, by their number alone."""
+        taken = len(self.running) + self.num_waiting_for_streaming_input
+        return max(0, self.max_num_active_reqs - taken)
 
     def _has_room(self, decoding: list[Request]) -> bool:
         """Whether one more request fits beside the decoding ones.
@@ -148,24 +159,24 @@ class SpyreScheduler(Scheduler):
         admitted ones come last, whatever happens inside.
         """
         everyone, limit = self.running, self.max_num_active_reqs
-        hidden = {request.request_id for request in everyone} - {
-            request.request_id for request in visible
-        }
-        room = limit - len(everyone) - self.num_waiting_for_streaming_input
+        admitted = min(admit, self._free_places())
+        hidden: list[Request] = []
+        if len(visible) < len(everyone):
+            shown = {request.request_id for request in visible}
+            hidden = [request for request in everyone if request.request_id not in shown]
         self.running = visible
-        self.max_num_active_reqs = (
-            len(visible) + self.num_waiting_for_streaming_input + min(admit, max(room, 0))
-        )
+        self.max_num_active_reqs = len(visible) + self.num_waiting_for_streaming_input + admitted
         try:
             yield
         finally:
-            kept = {request.request_id for request in self.running} | hidden
-            known = {request.request_id for request in everyone}
-            self.running = [
-                *(request for request in everyone if request.request_id in kept),
-                *(request for request in self.running if request.request_id not in known),
-            ]
             self.max_num_active_reqs = limit
+            if hidden:
+                kept = {request.request_id for request in (*self.running, *hidden)}
+                known = {request.request_id for request in everyone}
+                self.running = [
+                    *(request for request in everyone if request.request_id in kept),
+                    *(request for request in self.running if request.request_id not in known),
+                ]
 
     # -- the grid of chunks -------------------------------------------------------------------
 
@@ -183,6 +194,8 @@ class SpyreScheduler(Scheduler):
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         """End a chunk where the grid says; vLLM asks this last, for every request."""
+        if num_new_tokens <= 1:
+            return num_new_tokens  # no chunk is shorter
         return min(num_new_tokens, self._chunk_tokens(request, num_computed_tokens))
 
     def _chunk_tokens(self, request: Request, num_computed_tokens: int) -> int:

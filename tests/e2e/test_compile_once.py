@@ -15,6 +15,7 @@ from vllm import LLM, SamplingParams
 from tests.e2e.engines import engine
 from vllm_spyre_mm.model_executor import (
     blocked_attention,
+    largest,
     paged_decode,
     paged_store,
     rotary,
@@ -54,6 +55,7 @@ def compiled() -> dict[str, Any]:
             module.kernel.cache_info().misses
             for module in (
                 blocked_attention,
+                largest,
                 paged_decode,
                 paged_store,
                 rotary,

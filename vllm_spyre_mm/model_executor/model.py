@@ -13,6 +13,7 @@ from torch import nn
 from vllm_spyre_mm.config import Backend
 from vllm_spyre_mm.model_executor import (
     blocked_attention,
+    largest,
     paged_decode,
     paged_store,
     rotary,
@@ -114,7 +115,7 @@ class SpyreModel:
         return warmup_context() if self.backend == "sendnn" else nullcontext()
 
     def _kernels(self) -> list[Callable[[], object]]:
-        """What compiles the kernels that the model uses; there is a KV cache by now."""
+        """What compiles the kernels of a step; there is a KV cache by now."""
         keys, _ = self.kv_cache[0]
         _, block_size, kv_heads, head_dim = keys.shape
         group = (
@@ -122,7 +123,11 @@ class SpyreModel:
             // self.mapping.kv_cache_options().num_kv_heads
         )
         token_bytes = kv_heads * head_dim * keys.itemsize
-        kernels: list[Callable[[], object]] = [fill_holes, partial(paged_store.kernel, token_bytes)]
+        kernels: list[Callable[[], object]] = [
+            fill_holes,
+            largest.kernel,
+            partial(paged_store.kernel, token_bytes),
+        ]
         if tiled_linear.takes(keys):
             kernels += [tiled_linear.kernel, rows_linear.kernel]
         if blocked_attention.supports(head_dim, keys.dtype):

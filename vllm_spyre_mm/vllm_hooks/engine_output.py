@@ -59,7 +59,7 @@ def attach_mm_embeddings(
             was aborted meanwhile) is dropped.
         mm_embedding_infos: by request id, one for each embedding.
     """
-    for client_outputs in outputs.values():
+    for client_outputs in outputs.values() if mm_embeddings else ():
         for i, output in enumerate(client_outputs.outputs):
             embedding = mm_embeddings.get(output.request_id)
             if embedding is not None:

@@ -48,7 +48,6 @@ class SamplingBatch:
         model_config = vllm_config.model_config
         device = torch.device("cpu")
         block_size = vllm_config.cache_config.block_size
-        self._rows = np.arange(num_rows)
         custom = model_config.logits_processors or ()
         self.inputs = InputBatch(
             max_num_reqs=num_rows,
@@ -76,14 +75,15 @@ class SamplingBatch:
     def set_members(self, states: Iterable[RequestState]) -> None:
         """Make exactly these requests the members; the rows of those that stay are kept."""
         wanted = {state.req_id: state for state in states}
-        for req_id in [req_id for req_id in self.req_ids if req_id not in wanted]:
-            self.inputs.remove_request(req_id)
-        for req_id, state in wanted.items():
-            if req_id not in self.inputs.req_id_to_index:
-                self.inputs.add_request(state)
-            else:
-                self._update_row(self.inputs.req_id_to_index[req_id], state)
-        self.inputs.condense()
+        if wanted.keys() != self.inputs.req_id_to_index.keys():
+            for req_id in [req_id for req_id in self.req_ids if req_id not in wanted]:
+                self.inputs.remove_request(req_id)
+            for req_id, state in wanted.items():
+                if req_id not in self.inputs.req_id_to_index:
+                    self.inputs.add_request(state)
+            self.inputs.condense()
+        self._update_rows([wanted[req_id] for req_id in self.req_ids])
+        # Also where nobody came or went: logits processors may count steps.
         self.inputs.refresh_metadata()
 
     def discard(self, req_ids: Iterable[str]) -> None:
@@ -93,30 +93,25 @@ class SamplingBatch:
             self.inputs.condense()
             self.inputs.refresh_metadata()
 
-    def _update_row(self, row: int, state: RequestState) -> None:
-        """Take over the progress and the new blocks of a member."""
-        self.inputs.num_computed_tokens_cpu[row] = state.num_computed_tokens
+    def _update_rows(self, states: list[RequestState]) -> None:
+        """Take over the progress and the new blocks of the members, in row order."""
         table = self.inputs.block_table[0]
-        known = int(table.num_blocks_per_row[row])
-        if known < len(state.blocks):
-            table.append_row(state.blocks[known:], row)
-
-    def append_tokens(self, states: Iterable[RequestState], token_ids: list[int]) -> None:
-        """Record one sampled token of each member, in row order."""
-        for row, (state, token_id) in enumerate(zip(states, token_ids, strict=True)):
-            position = state.num_tokens
-            if position < self.inputs.max_model_len:
-                self.inputs.token_ids_cpu[row, position] = token_id
-                self.inputs.is_token_ids[row, position] = True
-                self.inputs.num_tokens_no_spec[row] = position + 1
-            state.output_token_ids.append(token_id)
+        known = table.num_blocks_per_row[: len(states)].tolist()
+        for row, (state, num_blocks) in enumerate(zip(states, known, strict=True)):
+            if num_blocks < len(state.block_ids[0]):
+                table.append_row(state.block_ids[0][num_blocks:], row)
+        progress = [state.num_computed_tokens for state in states]
+        self.inputs.num_computed_tokens_cpu[: len(states)] = progress
 
     def decode_rows(self) -> DecodeRows:
-        """What a decode of all members is made from."""
-        num_rows = len(self)
-        num_computed = self.inputs.num_computed_tokens_cpu[:num_rows]
+        """What a decode of all members is made from.
+
+        Their last tokens are read where they were sampled to: vLLM's table of all tokens, from
+        which its sampler takes prompts, is not kept up to date.
+        """
+        sampled = self.inputs.req_output_token_ids
         return DecodeRows(
-            token_ids=self.inputs.token_ids_cpu[self._rows[:num_rows], num_computed],
-            num_computed=num_computed,
+            token_ids=np.array([tokens[-1] for tokens in sampled if tokens], dtype=np.int32),
+            num_computed=self.inputs.num_computed_tokens_cpu[: len(sampled)],
             block_rows=self.inputs.block_table[0].get_numpy_array(),
         )

@@ -59,8 +59,13 @@ class HostSteps:
         self.block_size = block_size
         self.least_tokens = least_tokens
         self._rows = np.arange(max_num_seqs)
-        self._token_ids, self._position_ids, self._slots = np.zeros((3, rows), dtype=np.int64)
+        self._by_token = np.zeros((3, rows), dtype=np.int64)  # ids, positions, slots
+        self._views: dict[int, tuple[torch.Tensor, ...]] = {}
         self._kv_lengths, self._query_lengths = np.zeros((2, rows), dtype=np.int32)
+        self._lengths = {
+            "kv_lengths": torch.from_numpy(self._kv_lengths),
+            "query_lengths": torch.from_numpy(self._query_lengths),
+        }
         self._kv_blocks = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
 
     def chunk_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
@@ -98,7 +103,8 @@ class HostSteps:
 
     def decode_logits(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:
         """One request's after the other's, before the padding."""
-        return logits[0, :num_rows]
+        logits = logits[0]
+        return logits if len(logits) == num_rows else logits[:num_rows]
 
     def decode(
         self, *, token_ids: np.ndarray, num_computed: np.ndarray, block_rows: np.ndarray
@@ -113,23 +119,31 @@ class HostSteps:
         """
         batch = len(token_ids)
         tokens = max(batch, self.least_tokens)
-        size = self.block_size
-        for values in (self._token_ids, self._position_ids, self._slots, self._kv_lengths):
-            values[batch:] = 0
-        self._token_ids[:batch] = token_ids
-        self._position_ids[:batch] = num_computed
-        blocks = block_rows[self._rows[:batch], num_computed // size]
-        self._slots[:batch] = blocks.astype(np.int64) * size + num_computed % size
-        self._kv_lengths[:batch] = num_computed + 1
+        self._by_token[:, batch:tokens] = 0
+        own_ids, positions, slots = self._by_token[:, :batch]
+        own_ids[:] = token_ids
+        positions[:] = num_computed
+        column, offset = np.divmod(num_computed, self.block_size)
+        slots[:] = block_rows[self._rows[:batch], column]
+        slots *= self.block_size
+        slots += offset
+        np.add(num_computed, 1, out=self._kv_lengths[:batch])
+        self._kv_lengths[batch:] = 0
         self._query_lengths[:] = 1
+        ids_row, positions_row, slots_row = self._rows_of(tokens)
         return HostDecode(
-            token_ids=_row(self._token_ids, tokens),
-            position_ids=_row(self._position_ids, tokens),
-            attention={
-                "slot_mapping": _row(self._slots, tokens),
-                **self._attention(block_rows),
-            },
+            token_ids=ids_row,
+            position_ids=positions_row,
+            attention={"slot_mapping": slots_row, **self._attention(block_rows)},
         )
+
+    def _rows_of(self, tokens: int) -> tuple[torch.Tensor, ...]:
+        """Token ids, positions and slots as ``(1, tokens)``, with the strides of such a tensor."""
+        if tokens not in self._views:
+            self._views[tokens] = tuple(
+                torch.from_numpy(values[:tokens]).unsqueeze(0) for values in self._by_token
+            )
+        return self._views[tokens]
 
     def chunk_attention(
         self, *, block_ids: np.ndarray, end: int, length: int
@@ -148,13 +162,4 @@ class HostSteps:
         return self._attention(self._kv_blocks)
 
     def _attention(self, block_rows: np.ndarray) -> dict[str, torch.Tensor]:
-        return {
-            "kv_blocks": torch.from_numpy(block_rows),
-            "kv_lengths": torch.from_numpy(self._kv_lengths),
-            "query_lengths": torch.from_numpy(self._query_lengths),
-        }
-
-
-def _row(values: np.ndarray, length: int) -> torch.Tensor:
-    """The first values as ``(1, length)``, with the strides of a tensor of that shape."""
-    return torch.from_numpy(values[:length]).unsqueeze(0)
+        return {"kv_blocks": torch.from_numpy(block_rows), **self._lengths}

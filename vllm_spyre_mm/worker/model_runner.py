@@ -78,7 +78,10 @@ class SpyreModelRunner:
         self.encoder_cache = EncoderCache()
         self.decodes = SamplingBatch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
         self.prefilled = SamplingBatch(vllm_config, 1)
-        self.sampler = HostSampler(logprobs_mode=vllm_config.model_config.logprobs_mode)
+        self.sampler = HostSampler(
+            compiled=model.backend == "inductor",
+            logprobs_mode=vllm_config.model_config.logprobs_mode,
+        )
         self.vocab_size = vllm_config.model_config.get_vocab_size()
         self.steps = steps_for(model.backend, geometry, vllm_config)
         self._pending: PendingSample | None = None
@@ -137,7 +140,8 @@ class SpyreModelRunner:
         req_ids = list(inputs.req_ids)
         states = [self.requests[req_id] for req_id in req_ids]
         embeddings, infos = _take_embeddings(states)
-        pending.batch.append_tokens(states, token_ids)
+        for state, token_id in zip(states, token_ids, strict=True):
+            state.output_token_ids.append(token_id)
         if pending.batch is self.prefilled:
             self.prefilled.discard(req_ids)  # it decodes from the next step on
         return SpyreModelRunnerOutput(
