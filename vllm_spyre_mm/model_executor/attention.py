@@ -32,7 +32,7 @@ def register_cpu_attention() -> None:
     """Make both CPU algorithms known to FMS; repeatable."""
     from fms.modules.attention import register_attention_op
 
-    _define_ops()
+    define_attention()
     for name, compiled in ((CPU_ATTENTION, False), (CPU_COMPILED_ATTENTION, True)):
         register_attention_op(
             name,
@@ -122,7 +122,7 @@ def _compute(
 
 
 @functools.cache
-def _define_ops() -> torch.library.Library:
+def define_attention() -> torch.library.Library:
     """Define the operators; they live as long as the returned library, which the cache keeps."""
     library = torch.library.Library("spyre_mm", "FRAGMENT")
     library.define(
@@ -133,14 +133,14 @@ def _define_ops() -> torch.library.Library:
         "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor kv_blocks, "
         "Tensor kv_lengths, Tensor query_lengths, float scale, bool compiled) -> Tensor"
     )
-    library.impl("paged_store", _store_cpu, "CPU")
+    library.impl("paged_store", store, "CPU")
     library.impl("paged_store", lambda *_: None, "Meta")
-    library.impl("paged_attention", _attend_cpu, "CPU")
+    library.impl("paged_attention", attend, "CPU")
     library.impl("paged_attention", lambda query, *_: query.new_empty(query.shape), "Meta")
     return library
 
 
-def _store_cpu(
+def store(
     keys: torch.Tensor,
     values: torch.Tensor,
     key_cache: torch.Tensor,
@@ -161,7 +161,7 @@ def _store_cpu(
         cache.flatten(0, 1).index_copy_(0, slots, new.flatten(0, 1))
 
 
-def _attend_cpu(
+def attend(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,

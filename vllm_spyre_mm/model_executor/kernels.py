@@ -11,7 +11,7 @@ import torch
 
 HEADERS = (
     *("attend_tiles.h", "attend_vectors.h", "attention_operands.h"),
-    *("matrices.h", "tiles.h", "vectors.h"),
+    *("matrices.h", "rotation.h", "tiles.h", "vectors.h"),
 )
 """What kernels may include; a header may include those after it."""
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of one query per sequence to a paged KV cache, read where it lies.
 //
+// The queries may have to be rotated first, and the keys and values of their tokens to be stored.
+//
 // Compiled with HEAD_DIM, GROUP (query heads that share a KV head), KV_HEADS, BLOCK_SIZE, BF16 and
 // TILES (take the matrix unit) defined; see paged_decode.py. A sequence is cut into spans of
 // blocks, which the threads share. Each span leaves a partial softmax (maximum, sum, weighted
@@ -10,16 +12,13 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
-#include <type_traits>
 #include <vector>
 
-#include "vectors.h"
+#include "rotation.h"
 
-using Element = std::conditional_t<BF16, uint16_t, float>;
 constexpr int HEADS = KV_HEADS * GROUP;
 constexpr int SPAN = 4 * BLOCK_SIZE;  // tokens that one thread takes at a time
 constexpr int64_t TOKEN = int64_t(KV_HEADS) * HEAD_DIM;  // elements of one, in either cache
-static_assert(HEAD_DIM % LANES == 0);
 
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
@@ -121,12 +120,52 @@ static void join(const Partial* partials, int64_t spans, int head, Element* out)
   for (int v = 0; v < HEAD_DIM / LANES; ++v) store(out + v * LANES, joined[v] / total);
 }
 
+// Tokens whose queries and keys are not rotated yet, and whose keys and values are not stored.
+struct NewTokens {
+  const Element *query, *keys, *values;           // heads side by side
+  int64_t query_token, keys_token, values_token;  // strides
+  const int64_t *positions, *slots;               // slots: rows of the caches
+  const float* angles;                            // (num_positions, HEAD_DIM / 2, 2)
+  int64_t num_positions, num_slots;
+
+  // The number of tokens whose position or slot there is not.
+  int64_t missing(int64_t tokens) const {
+    int64_t count = 0;
+    for (int64_t i = 0; i < tokens; ++i)
+      count += positions[i] < 0 || positions[i] >= num_positions || slots[i] < 0 ||
+               slots[i] >= num_slots;
+    return count;
+  }
+  // Write a token's rotated query, and its key and value to the caches.
+  void place(int64_t row, Element* rotated, Element* key_cache, Element* value_cache) const {
+    const float* angle = angles + positions[row] * HEAD_DIM;
+    rotate(query + row * query_token, rotated + row * HEADS * HEAD_DIM, angle, HEADS);
+    rotate(keys + row * keys_token, key_cache + slots[row] * TOKEN, angle, KV_HEADS);
+    std::memcpy(value_cache + slots[row] * TOKEN, values + row * values_token,
+                TOKEN * sizeof(Element));
+  }
+};
+
 // query and out: (rows, HEADS, HEAD_DIM); caches: (blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM);
 // table: (rows, table_width), a sequence's blocks from the left; lengths: (rows,), tokens of each,
-// 0 for a row of padding, which yields zeros.
-extern "C" void paged_decode(const Element* query, const Element* keys, const Element* values,
-                             Element* out, const int32_t* table, const int32_t* lengths,
-                             int64_t rows, int64_t table_width, float scale) {
+// 0 for a row of padding, which yields zeros. What follows is null and 0, or one new token for each
+// row, the last of its sequence: see NewTokens. The number of those whose position or slot there is
+// not is returned; if there are any, nothing is done.
+extern "C" int64_t paged_decode(const Element* query, Element* key_cache, Element* value_cache,
+                                Element* out, const int32_t* table, const int32_t* lengths,
+                                int64_t rows, int64_t table_width, float scale, const Element* keys,
+                                const Element* values, const int64_t* positions,
+                                const int64_t* slots, const float* angles, int64_t query_token,
+                                int64_t keys_token, int64_t values_token, int64_t num_positions,
+                                int64_t num_slots) {
+  NewTokens added{query,     keys,  values, query_token,   keys_token, values_token,
+                  positions, slots, angles, num_positions, num_slots};
+  std::unique_ptr<Element[]> rotated;
+  if (keys) {
+    if (int64_t beyond = added.missing(rows)) return beyond;
+    rotated.reset(new Element[rows * HEADS * HEAD_DIM]);
+    query = rotated.get();
+  }
   struct Piece : Span {
     int64_t row;
   };
@@ -135,7 +174,7 @@ extern "C" void paged_decode(const Element* query, const Element* keys, const El
   for (int64_t row = 0; row < rows; ++row) {
     first[row] = pieces.size();
     for (int64_t start = 0; start < lengths[row]; start += SPAN)
-      pieces.push_back({{keys, values, table + row * table_width + start / BLOCK_SIZE,
+      pieces.push_back({{key_cache, value_cache, table + row * table_width + start / BLOCK_SIZE,
                          std::min<int64_t>(SPAN, lengths[row] - start)},
                         row});
     if (lengths[row] == 0) std::fill_n(out + row * HEADS * HEAD_DIM, HEADS * HEAD_DIM, Element{});
@@ -146,6 +185,11 @@ extern "C" void paged_decode(const Element* query, const Element* keys, const El
   std::atomic<int64_t> taken{0};
 #pragma omp parallel
   {
+    if (keys) {
+#pragma omp for
+      for (int64_t row = 0; row < rows; ++row)
+        added.place(row, rotated.get(), key_cache, value_cache);
+    }
     Attention attention;
     for (int64_t own = taken++, next; own < count; own = next) {
       next = taken++;
@@ -157,4 +201,5 @@ extern "C" void paged_decode(const Element* query, const Element* keys, const El
         join(&partials[first[row]], spans, head, out + (row * HEADS + head) * HEAD_DIM);
     }
   }
+  return 0;
 }

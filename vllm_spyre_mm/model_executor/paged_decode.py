@@ -17,6 +17,7 @@ from vllm_spyre_mm.model_executor.kernels import (
     SIZE,
     compile_kernel,
     has_matrix_unit,
+    heads_side_by_side,
 )
 
 LANES = 16
@@ -53,10 +54,9 @@ def paged_decode(
     """
     _, block_size, kv_heads, head_dim = key_cache.shape
     batch, length, heads, _ = query.shape
-    attend = kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)
     query = query.contiguous()
     out = torch.empty_like(query)
-    attend(
+    kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)(
         query.data_ptr(),
         key_cache.data_ptr(),
         value_cache.data_ptr(),
@@ -66,14 +66,84 @@ def paged_decode(
         batch * length,
         kv_blocks.stride(0),
         scale,
+        *[None] * 5,
+        *[0] * 5,
     )
+    return out
+
+
+def place_and_decode(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    position_ids: torch.Tensor,
+    table: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_blocks: torch.Tensor,
+    kv_lengths: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Rotate one token of each sequence, write it to the caches, and compute its attention.
+
+    Args:
+        query: ``(1, tokens, heads, head_dim)``, not rotated.
+        keys: ``(1, tokens, kv_heads, head_dim)``, likewise.
+        values: likewise.
+        key_cache: as for :func:`paged_decode`.
+        value_cache: likewise.
+        position_ids: int64 ``(1, tokens)``, contiguous.
+        table: fp32 ``(positions, head_dim / 2, 2)``, contiguous: cosines and sines.
+        slot_mapping: int64 ``(1, tokens)``, contiguous: the row of each token in the caches.
+        kv_blocks: as for :func:`paged_decode`.
+        kv_lengths: likewise; the new token is the last of each.
+        scale: of the products of queries and keys.
+
+    Returns:
+        Shaped like ``query``, contiguous.
+
+    Raises:
+        IndexError: a position is not in the table, or a slot in the caches.
+    """
+    num_blocks, block_size, kv_heads, head_dim = key_cache.shape
+    _, tokens, heads, _ = query.shape
+    query, keys, values = (heads_side_by_side(part) for part in (query, keys, values))
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    num_slots = num_blocks * block_size
+    beyond = kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)(
+        query.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        out.data_ptr(),
+        kv_blocks.data_ptr(),
+        kv_lengths.data_ptr(),
+        tokens,
+        kv_blocks.stride(0),
+        scale,
+        keys.data_ptr(),
+        values.data_ptr(),
+        position_ids.data_ptr(),
+        slot_mapping.data_ptr(),
+        table.data_ptr(),
+        query.stride(1),
+        keys.stride(1),
+        values.stride(1),
+        len(table),
+        num_slots,
+    )
+    if beyond:
+        raise IndexError(
+            f"{beyond} tokens are beyond the model's {len(table)} positions or the {num_slots} "
+            "slots of the cache"
+        )
     return out
 
 
 @functools.cache
 def kernel(
     head_dim: int, group: int, kv_heads: int, block_size: int, dtype: torch.dtype
-) -> Callable[..., None]:
+) -> Callable[..., int]:
     """Compile the kernel, or find it in Inductor's cache."""
     constants = {
         "HEAD_DIM": head_dim,
@@ -83,7 +153,8 @@ def kernel(
         "BF16": int(dtype == torch.bfloat16),
         "TILES": int(_fits_tiles(head_dim, group, block_size, dtype)),
     }
-    return compile_kernel("paged_decode", constants, [*[POINTER] * 6, SIZE, SIZE, FLOAT])
+    arguments = [*[POINTER] * 6, SIZE, SIZE, FLOAT, *[POINTER] * 5, *[SIZE] * 5]
+    return compile_kernel("paged_decode", constants, arguments, SIZE)
 
 
 def _fits_tiles(head_dim: int, group: int, block_size: int, dtype: torch.dtype) -> bool:

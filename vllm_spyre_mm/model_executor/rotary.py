@@ -28,7 +28,7 @@ class HostRotary(PositionEncoder):
     """
 
     def __init__(self, rotary: RotaryEmbedding) -> None:
-        _define_op()
+        define_rotary()
         ((rotations,),) = (tables.values() for tables in rotary.cached_freqs.values())
         self.table = rotations[..., 0].contiguous()  # cosine and sine: the matrix's first column
 
@@ -67,18 +67,18 @@ def replace_rotary(blocks: nn.ModuleList) -> None:
 
 
 @functools.cache
-def _define_op() -> torch.library.Library:
+def define_rotary() -> torch.library.Library:
     """Define the operator; it lives as long as the returned library, which the cache keeps."""
     library = torch.library.Library("spyre_mm", "FRAGMENT")
     library.define(
         "rotary(Tensor query, Tensor keys, Tensor position_ids, Tensor table) -> (Tensor, Tensor)"
     )
-    library.impl("rotary", _rotate, "CPU")
+    library.impl("rotary", rotate, "CPU")
     library.impl("rotary", lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)), "Meta")
     return library
 
 
-def _rotate(
+def rotate(
     query: torch.Tensor, keys: torch.Tensor, position_ids: torch.Tensor, table: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate both.

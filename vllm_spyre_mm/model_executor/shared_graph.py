@@ -18,6 +18,7 @@ from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 from torch._guards import TracingContext, tracing
 
+from vllm_spyre_mm.model_executor.attention_fusion import fuse_attention
 from vllm_spyre_mm.model_executor.fusion import compile_fused
 
 
@@ -85,6 +86,7 @@ def _compile(
         context = TracingContext(graph.fake_mode)
         context.tensor_to_context = graph.tensor_to_context
         with tracing(context):
+            fuse_attention(graph.graph_module)
             compiled = compile_fused(graph.graph_module, graph.example_inputs)
         guards = captured.graph_capture_output.build_guards(forward.__code__).guard_manager
     run = captured.forward_callable(compiled_fn=compiled, extra_globals=forward.__globals__)
