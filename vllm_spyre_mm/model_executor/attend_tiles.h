@@ -61,19 +61,31 @@ class Attention {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int k = 0; k < HEAD_DIM / TILE_DEPTH; ++k, keys += TILE_DEPTH) {
+    // Values are fetched a few tokens at a time: many at once would keep the tiles' loads waiting.
+    constexpr int STEPS = HEAD_DIM / TILE_DEPTH, AT_ONCE = (TILE_ROWS + STEPS - 1) / STEPS;
+    const Element* values = span.value(t) + head * HEAD_DIM;
+    int64_t there = std::min<int64_t>(4 * TILE_ROWS, span.count - t), fetched = 0;
+    auto fetch_values = [&] {
+      for (int i = 0; i < AT_ONCE && fetched < there; ++i, ++fetched)
+        prefetch<1>(values + fetched * TOKEN, HEAD_DIM);
+    };
+    for (int k = 0; k < STEPS; ++k, keys += TILE_DEPTH) {
       constexpr int64_t stride = TOKEN * sizeof(Element);
+      fetch_values();
       _tile_loadd(6, queries[head][k], 64);
       _tile_loadd(4, keys, stride);
       _tile_dpbf16ps(0, 4, 6);
+      fetch_values();
       if (left > 1) {
         _tile_loadd(5, keys + TILE_ROWS * TOKEN, stride);
         _tile_dpbf16ps(1, 5, 6);
       }
+      fetch_values();
       if (left > 2) {
         _tile_loadd(4, keys + 2 * TILE_ROWS * TOKEN, stride);
         _tile_dpbf16ps(2, 4, 6);
       }
+      fetch_values();
       if (left > 3) {
         _tile_loadd(5, keys + 3 * TILE_ROWS * TOKEN, stride);
         _tile_dpbf16ps(3, 5, 6);
@@ -83,12 +95,9 @@ class Attention {
     _tile_stored(1, block[1], 64);
     _tile_stored(2, block[2], 64);
     _tile_stored(3, block[3], 64);
-    const Element* values = span.value(t) + head * HEAD_DIM;
-    for (int64_t i = 0; i < std::min<int64_t>(4 * TILE_ROWS, span.count - t); ++i) {
-      prefetch<1>(values + i * TOKEN, HEAD_DIM);
+    for (int64_t i = 0; i < there; ++i)
       for (int g = 0; g < GROUP; ++g)
         scores[head * GROUP + g][t + i] = block[i / TILE_ROWS][i % TILE_ROWS][g] * scale;
-    }
   }
 
   // Weighted values of WIDTH of a head's numbers, from first on.
