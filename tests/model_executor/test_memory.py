@@ -12,7 +12,6 @@ import torch
 
 from vllm_spyre_mm.model_executor.memory import (
     HEAP_BYTES,
-    Activations,
     fill_holes,
     separate_large_blocks,
 )
@@ -103,45 +102,6 @@ def test_blocks_after_the_weights_find_their_pages():
     Where the heap lies between others' pages it cannot grow in place, and half of them go back.
     """
     assert in_new_process(faults_again) < 0.75 * 128 * MIB / resource.getpagesize()
-
-
-ROWS = (1024, 1024)
-"""2 MiB of bf16."""
-
-
-def test_an_activation_takes_the_place_of_one_that_is_gone():
-    activations = Activations()
-    first = activations.empty(ROWS, torch.bfloat16)
-    second = activations.empty(ROWS, torch.bfloat16)
-    assert first.data_ptr() != second.data_ptr()
-    place = first.data_ptr()
-    del first
-    assert activations.empty((512, 2000), torch.bfloat16).data_ptr() == place
-
-
-def test_an_activation_stays_while_a_view_of_it_is_there():
-    activations = Activations()
-    view = activations.empty(ROWS, torch.bfloat16)[5:, ::2]
-    view.fill_(7)
-    activations.empty(ROWS, torch.bfloat16).fill_(9)
-    assert torch.all(view == 7)
-
-
-def test_a_larger_activation_replaces_the_free_block_that_is_too_small():
-    def measure() -> int:
-        before = resident()
-        for mib in range(2, 40):
-            activations.empty((mib * MIB,), torch.uint8).zero_()
-        return resident() - before
-
-    activations = Activations()
-    assert measure() < 60 * MIB
-
-
-def test_small_activations_share_no_block():
-    """One that is kept would keep a large block."""
-    activations = Activations()
-    assert activations.empty((5, 7), torch.float32).untyped_storage().nbytes() == 5 * 7 * 4
 
 
 def test_activations_take_the_places_of_those_before_them():

@@ -19,7 +19,6 @@ from vllm_spyre_mm.model_executor.kernels import (
     has_matrix_unit,
     heads_side_by_side,
 )
-from vllm_spyre_mm.model_executor.memory import activations
 
 
 def supports(head_dim: int, dtype: torch.dtype) -> bool:
@@ -79,7 +78,7 @@ def _run(
     query, keys, _ = parts
     batch, tokens, heads, head_dim = query.shape
     kv_heads = keys.shape[2]
-    out = activations().empty(query.shape, query.dtype)
+    out = query.new_empty(query.shape)
     kernel(head_dim)(
         *(part.data_ptr() for part in parts),
         out.data_ptr(),

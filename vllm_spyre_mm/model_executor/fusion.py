@@ -189,7 +189,7 @@ def _linear_in_block(
     norm = None
     if norm_weight is not None:
         norm = tiled_linear.Norm(norm_weight, norm_bias, centered, epsilon)
-    around = {"norm": norm, "residual": residual, "scale": scale, "transient": True}
+    around = {"norm": norm, "residual": residual, "scale": scale}
     return linear_tiled(x, weight, bias, out_features, activation, **around)
 
 

@@ -8,7 +8,7 @@ anything is rounded; a norm before it, where rows are packed for the products.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from vllm_spyre_mm.model_executor.kernels import (
     compile_kernel,
     has_matrix_unit,
 )
-from vllm_spyre_mm.model_executor.memory import activations, empty_in_huge_pages
+from vllm_spyre_mm.model_executor.memory import empty_in_huge_pages
 
 BLOCK = 32
 """Outputs of a panel, and inputs of a step."""
@@ -92,23 +92,13 @@ def is_tiled(weight: torch.Tensor) -> bool:
     return weight.dim() == 6
 
 
-def empty_rows(
-    x: torch.Tensor,
-    outputs: int,
-    empty: Callable[[Sequence[int], torch.dtype], torch.Tensor] | None = None,
-) -> torch.Tensor:
+def empty_rows(x: torch.Tensor, outputs: int) -> torch.Tensor:
     """Room for ``(..., outputs)`` of ``x`` ``(..., width)``, each row in cache lines of its own.
 
     A kernel that writes 32 outputs of a row would else write to two lines, and come back to each.
-
-    Args:
-        x: what is multiplied.
-        outputs: of a row.
-        empty: makes memory, in place of ``x.new_empty``.
     """
     room = -(-outputs // BLOCK) * BLOCK
-    shape = (*x.shape[:-1], room)
-    rows = x.new_empty(shape) if empty is None else empty(shape, x.dtype)
+    rows = x.new_empty((*x.shape[:-1], room))
     return rows if room == outputs else rows[..., :outputs]
 
 
@@ -122,7 +112,6 @@ def tiled_linear(
     norm: Norm | None = None,
     residual: torch.Tensor | None = None,
     scale: float = 1.0,
-    transient: bool = False,
 ) -> torch.Tensor:
     """``(..., width)`` to ``(..., outputs)``, of :func:`empty_rows`.
 
@@ -137,9 +126,8 @@ def tiled_linear(
         residual: ``(..., outputs)``, bf16, added to ``scale`` times the outputs; nothing else may
             follow.
         scale: of the outputs.
-        transient: what is returned lives for moments, among the process's activations.
     """
-    width, out = x.shape[-1], empty_rows(x, outputs, activations().empty if transient else None)
+    width, out = x.shape[-1], empty_rows(x, outputs)
     x, rows, x_row = _in_rows(x)
     residual_row = 0
     if residual is not None:
