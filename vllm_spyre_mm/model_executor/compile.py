@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
-from vllm_spyre_mm.model_executor.fusion import replace_norms
+from vllm_spyre_mm.model_executor.linear_fusion import replace_norms
 from vllm_spyre_mm.model_executor.shared_graph import share_graph
 
 MAX_COMPILE_THREADS = 4

@@ -19,7 +19,7 @@ from torch._dynamo.variables.torch_function import torch_function_mode_stack_sta
 from torch._guards import TracingContext, tracing
 
 from vllm_spyre_mm.model_executor.attention_fusion import fuse_attention
-from vllm_spyre_mm.model_executor.fusion import compile_fused
+from vllm_spyre_mm.model_executor.linear_fusion import fuse_linears
 
 
 class SharedGraphError(RuntimeError):
@@ -79,6 +79,8 @@ def _compile(
     forward: Callable[..., Any], block: nn.Module, inputs: dict[str, Any]
 ) -> tuple[Callable[..., Any], Any]:
     """What runs blocks, called like ``forward``, and the guards on its arguments."""
+    from torch._inductor.compile_fx import compile_fx
+
     with get_metrics_context(), dynamo_timed("share_graph"), torch_function_mode_stack_state_mgr:
         captured = fullgraph_capture(forward, (block,), inputs)
         graph = captured.backend_input
@@ -87,7 +89,8 @@ def _compile(
         context.tensor_to_context = graph.tensor_to_context
         with tracing(context):
             fuse_attention(graph.graph_module)
-            compiled = compile_fused(graph.graph_module, graph.example_inputs)
+            fuse_linears(graph.graph_module)
+            compiled: Any = compile_fx(graph.graph_module, graph.example_inputs)
         guards = captured.graph_capture_output.build_guards(forward.__code__).guard_manager
     run = captured.forward_callable(compiled_fn=compiled, extra_globals=forward.__globals__)
     return run, guards

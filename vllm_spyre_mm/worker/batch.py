@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -109,9 +109,9 @@ class SamplingBatch:
         Their last tokens are read where they were sampled to: vLLM's table of all tokens, from
         which its sampler takes prompts, is not kept up to date.
         """
-        sampled = self.inputs.req_output_token_ids
+        sampled = cast("list[list[int]]", self.inputs.req_output_token_ids)
         return DecodeRows(
-            token_ids=np.array([tokens[-1] for tokens in sampled if tokens], dtype=np.int32),
+            token_ids=np.array([tokens[-1] for tokens in sampled], dtype=np.int32),
             num_computed=self.inputs.num_computed_tokens_cpu[: len(sampled)],
             block_rows=self.inputs.block_table[0].get_numpy_array(),
         )

@@ -9,7 +9,6 @@ and sums stand beside which layers is seen in the graph of a block, whatever its
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,19 +59,12 @@ def _takes_norm(norm: LayerNormParameterized) -> bool:
     )
 
 
-def compile_fused(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any]
-) -> Callable[..., Any]:
-    """Inductor, as a backend of Dynamo, after :func:`fuse_linears`."""
-    from torch._inductor.compile_fx import compile_fx
-
-    fuse_linears(graph_module)
-    compiled: Any = compile_fx(graph_module, example_inputs)
-    return compiled
-
-
 def fuse_linears(graph_module: fx.GraphModule) -> None:
-    """Compute norms and residuals with the linear layers that they stand beside, in place."""
+    """Compute norms and residuals with the linear layers that they stand beside, in place.
+
+    Args:
+        graph_module: of a block, as Dynamo gives it to a compiler.
+    """
     _define_ops()
     define_linear()
     graph = graph_module.graph

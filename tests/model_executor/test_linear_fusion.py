@@ -12,9 +12,9 @@ from fms.modules.layernorm import LayerNormParameterized
 from torch import fx, nn
 
 from vllm_spyre_mm.model_executor import tiled_linear
-from vllm_spyre_mm.model_executor.fusion import HostNorm, fuse_linears, replace_norms
 from vllm_spyre_mm.model_executor.kernels import has_matrix_unit
 from vllm_spyre_mm.model_executor.linear import replace_linears
+from vllm_spyre_mm.model_executor.linear_fusion import HostNorm, fuse_linears, replace_norms
 
 needs_matrix_unit = pytest.mark.skipif(
     not has_matrix_unit(), reason="norms are computed with AMX's linear layers only"
