@@ -12,6 +12,9 @@ import torch
 
 from vllm_spyre_mm.model_executor.memory import (
     HEAP_BYTES,
+    HUGE_PAGE,
+    REGION_BYTES,
+    HugePages,
     fill_holes,
     separate_large_blocks,
 )
@@ -111,3 +114,26 @@ def test_activations_take_the_places_of_those_before_them():
 
 def test_tensors_are_as_with_pytorchs_allocator():
     assert in_new_process(check_tensors) == 0
+
+
+def test_pieces_of_huge_pages_follow_each_other():
+    pages = HugePages()
+    sizes = [10, 64, 1000, REGION_BYTES // 2, REGION_BYTES, 2 * REGION_BYTES, 7]
+    pieces = [pages.empty((size,), torch.uint8) for size in sizes]
+    for i, piece in enumerate(pieces):
+        piece.fill_(i)
+    assert all(torch.all(piece == i) for i, piece in enumerate(pieces))
+    starts = [piece.data_ptr() for piece in pieces]
+    assert [start % 64 for start in starts] == [0] * len(sizes)
+    assert starts[0] % HUGE_PAGE == 0
+    assert [start - starts[0] for start in starts[:4]] == [0, 64, 128, 1152]
+
+
+def test_a_region_goes_with_the_last_piece_of_it():
+    pages = HugePages()
+    kept = pages.empty((5,), torch.bfloat16)
+    before = resident()
+    for _ in range(8):
+        pages.empty((REGION_BYTES,), torch.uint8).fill_(1)
+    assert resident() - before < 4 * REGION_BYTES
+    assert kept.fill_(3).sum() == 15

@@ -22,6 +22,12 @@ HEAP_BYTES = 1 << 25
 """The most that glibc takes from its heap: by itself it does so once it has seen such a block."""
 
 
+CACHE_LINE = 64
+HUGE_PAGE = 1 << 21
+REGION_BYTES = 1 << 26
+"""Bytes of the processor's, of the system's, and of what is asked for at a time."""
+
+
 @contextlib.contextmanager
 def separate_large_blocks() -> Iterator[None]:
     """Give large blocks that are allocated here pages of their own, which go when they are freed.
@@ -62,14 +68,38 @@ def return_free_memory() -> None:
         trim(0)
 
 
-def empty_in_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Memory of its own for what is read from end to end again and again.
+class HugePages:
+    """Memory for what is read from end to end again and again: the weights.
 
-    With pages of 4 KiB the processor looks up an address every few rows. Where the system has no
-    huge pages, it is in small ones.
+    With pages of 4 KiB the processor looks up an address every few rows. Pieces follow each other,
+    so that the pages they share are huge as well; a region goes back with the last piece of it.
+    Where the system has no huge pages, it is in small ones.
     """
+
+    def __init__(self) -> None:
+        self._left = memoryview(b"")
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """As :func:`torch.empty` on the host."""
+        count = math.prod(shape)
+        num_bytes = -(-count * dtype.itemsize // CACHE_LINE) * CACHE_LINE
+        if num_bytes > len(self._left):
+            self._left = _map_region(max(num_bytes, REGION_BYTES))
+        piece, self._left = self._left[:num_bytes], self._left[num_bytes:]
+        return torch.frombuffer(piece, dtype=dtype, count=count).view(*shape)
+
+
+def _map_region(num_bytes: int) -> memoryview:
+    """Memory that begins with a huge page; what is not written takes none."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags)
+    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    return memoryview(memory)[-address % HUGE_PAGE :]
+
+
+@functools.cache
+def huge_pages() -> HugePages:
+    """Those of this process."""
+    return HugePages()

@@ -21,7 +21,7 @@ from vllm_spyre_mm.model_executor.kernels import (
     compile_kernel,
     has_matrix_unit,
 )
-from vllm_spyre_mm.model_executor.memory import empty_in_huge_pages
+from vllm_spyre_mm.model_executor.memory import huge_pages
 
 BLOCK = 32
 """Outputs of a panel, and inputs of a step."""
@@ -67,7 +67,7 @@ def tile_weight(weight: torch.Tensor) -> torch.Tensor:
     whole = F.pad(weight, (0, -width % BLOCK, 0, -outputs % BLOCK))
     pairs = whole.view(torch.int32).view(-(-outputs // BLOCK), 2, 16, -(-width // BLOCK), 16)
     tiles = pairs.permute(0, 3, 1, 4, 2)
-    tiled = empty_in_huge_pages(tiles.shape, torch.int32).copy_(tiles)
+    tiled = huge_pages().empty(tiles.shape, torch.int32).copy_(tiles)
     return tiled.view(torch.bfloat16).unflatten(-1, (16, 2))
 
 
