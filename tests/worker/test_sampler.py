@@ -6,12 +6,12 @@ import torch
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError
-from vllm_spyre_mm.worker.sampler import HostSampler
+from vllm_spyre_mm.worker.sampler import CompiledSampler, HostSampler
 
 
-@pytest.fixture(params=[False, True], ids=["NumPy", "kernel"])
+@pytest.fixture(params=[HostSampler, CompiledSampler])
 def sampler(request: pytest.FixtureRequest) -> HostSampler:
-    return HostSampler(compiled=request.param)
+    return request.param()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
@@ -43,4 +43,4 @@ def test_rows_that_are_apart_are_taken_as_they_are(sampler: HostSampler):
 def test_a_sampler_that_searches_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Sampler, "greedy_sample", staticmethod(lambda logits, rows: logits))
     with pytest.raises(UnsupportedVllmError, match=r"Sampler.greedy_sample takes \(logits, rows\)"):
-        HostSampler(compiled=False)
+        HostSampler()

@@ -27,7 +27,7 @@ from vllm_spyre_mm.worker.requests import (
     RequestTable,
     SpyreModelRunnerOutput,
 )
-from vllm_spyre_mm.worker.sampler import HostSampler
+from vllm_spyre_mm.worker.sampler import CompiledSampler, HostSampler
 from vllm_spyre_mm.worker.steps import steps_for
 
 if TYPE_CHECKING:
@@ -78,10 +78,8 @@ class SpyreModelRunner:
         self.encoder_cache = EncoderCache()
         self.decodes = SamplingBatch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
         self.prefilled = SamplingBatch(vllm_config, 1)
-        self.sampler = HostSampler(
-            compiled=model.backend == "inductor",
-            logprobs_mode=vllm_config.model_config.logprobs_mode,
-        )
+        sampler = CompiledSampler if model.backend == "inductor" else HostSampler
+        self.sampler = sampler(logprobs_mode=vllm_config.model_config.logprobs_mode)
         self.vocab_size = vllm_config.model_config.get_vocab_size()
         self.steps = steps_for(model.backend, geometry, vllm_config)
         self._pending: PendingSample | None = None
