@@ -58,6 +58,10 @@ def test_blocks_that_are_alike_run_one_graph_with_their_own_weights():
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_there_may_be_no_block():
+    share_graph(nn.ModuleList(), lambda inputs: None)
+
+
 @torch.inference_mode()
 def test_what_passes_through_a_block_is_returned_as_it_is():
     modules = shared(Block(), Block())

@@ -30,9 +30,11 @@ def share_graph(blocks: nn.ModuleList, mark_dynamic: Callable[[dict[str, Any]], 
     """Let blocks run one graph, in place; the first call of the first of them makes it.
 
     Args:
-        blocks: of one class, called with keyword arguments.
+        blocks: of one class, called with keyword arguments; a text model's tower has none.
         mark_dynamic: marks the dimensions that vary, in the arguments of that call.
     """
+    if not len(blocks):
+        return
     graph = SharedGraph(type(blocks[0]).forward, mark_dynamic)
     for block in blocks:
         block.forward = partial(graph.first_call, block)
