@@ -57,3 +57,11 @@ def demo_reference(demo_checkpoint: Path) -> Reference:
 def llava_next_reference(llava_next_checkpoint: Path) -> Reference:
     """Transformers on the random LLaVA-Next, fp32."""
     return Reference(llava_next_checkpoint)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """No graphs of other tests, before and after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

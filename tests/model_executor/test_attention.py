@@ -2,7 +2,6 @@
 """The CPU's paged attention computes what FMS's reference does, and reads nothing else."""
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -407,14 +406,6 @@ def test_the_operators_are_what_their_schemas_say(shape: Shape, compiled: bool):
         torch.ops.spyre_mm.paged_attention.default,
         (step.query, *step.caches, *kwargs.values(), 0.25, compiled),
     )
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    """No graphs of other tests, before and after."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -2,7 +2,6 @@
 """One operation does what rotation, store and attention do one after the other."""
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -166,13 +165,6 @@ def test_what_is_not_of_that_form_is_left_alone(options: dict[str, bool]):
     module = make_graph(**options)
     fuse_attention(module)
     assert names(module) == ["rotary", "paged_store", "paged_attention"]
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -2,7 +2,6 @@
 """Merging puts each feature row where a per-token loop would, in one static graph."""
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -189,14 +188,6 @@ def test_what_is_not_taken_does_not_leak_even_if_it_is_nan():
     text[0, 1:3] = float("nan")
     features[0] = float("nan")
     assert torch.equal(merge_embeddings(text, features, index), expected)
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    """No graphs of other tests, before and after."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

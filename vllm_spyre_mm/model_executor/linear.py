@@ -255,7 +255,7 @@ def linear_tiled(
         activation: one of :data:`GELUS`, or ``SILU_GATED``.
         around: what else ``tiled_linear.tiled_linear`` computes with it.
     """
-    beside = activation if activation in tiled_linear.AFTER else None
+    beside = activation if activation in tiled_linear.ACTIVATIONS else None
     result = tiled_linear.tiled_linear(x, weight, bias, out_features, beside, **around)
     return result if activation is None or beside else _gelu_(result, activation)
 

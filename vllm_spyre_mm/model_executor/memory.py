@@ -21,7 +21,6 @@ SEPARATE_BYTES = 1 << 20
 HEAP_BYTES = 1 << 25
 """The most that glibc takes from its heap: by itself it does so once it has seen such a block."""
 
-
 CACHE_LINE = 64
 HUGE_PAGE = 1 << 21
 REGION_BYTES = 1 << 26

@@ -26,11 +26,11 @@ from vllm_spyre_mm.model_executor.memory import huge_pages
 BLOCK = 32
 """Outputs of a panel, and inputs of a step."""
 
-GELU_TANH, SILU_GATED, RESIDUAL = "gelu_tanh", "silu_gated", "residual"
-"""What may follow: ``F.gelu(..., approximate="tanh")``; ``F.silu(gate) * value``; a sum."""
+GELU_TANH, SILU_GATED = "gelu_tanh", "silu_gated"
+"""What may follow: ``F.gelu(..., approximate="tanh")``; ``F.silu(gate) * value``."""
 
-AFTER = (None, GELU_TANH, SILU_GATED, RESIDUAL)
-"""In the kernel's order."""
+ACTIVATIONS = (None, GELU_TANH, SILU_GATED)
+"""In the kernel's order, where the sum with a residual comes after them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def tiled_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     outputs: int,
-    after: str | None = None,
+    activation: str | None = None,
     *,
     norm: Norm | None = None,
     residual: torch.Tensor | None = None,
@@ -120,11 +120,11 @@ def tiled_linear(
         weight: of :func:`tile_weight`.
         bias: ``(outputs,)``, bf16.
         outputs: of the layer; the weight may hold more.
-        after: one of :data:`AFTER`. For ``SILU_GATED`` the weight and the bias have been through
-            :func:`interleave_gates`, and ``outputs`` counts what is gated.
+        activation: one of :data:`ACTIVATIONS`. For ``SILU_GATED`` the weight and the bias have
+            been through :func:`interleave_gates`, and ``outputs`` counts what is gated.
         norm: of each row of ``x`` before; the width is a multiple of :data:`BLOCK`.
-        residual: ``(..., outputs)``, bf16, added to ``scale`` times the outputs; nothing else may
-            follow.
+        residual: ``(..., outputs)``, bf16, added to ``scale`` times the outputs; there is no
+            activation then.
         scale: of the outputs.
     """
     width, out = x.shape[-1], empty_rows(x, outputs)
@@ -145,7 +145,7 @@ def tiled_linear(
         x_row,
         residual_row,
         -(-outputs // BLOCK) * BLOCK,
-        AFTER.index(after if residual is None else RESIDUAL),
+        ACTIVATIONS.index(activation) if residual is None else len(ACTIVATIONS),
         norm is not None and norm.centered,
         0.0 if norm is None else norm.epsilon,
         scale,

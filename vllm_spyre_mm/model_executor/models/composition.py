@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fms.distributed.strategy import DistributedStrategy, NoOpStrategy
 from fms.models.llava_next import LlavaNext
 from fms.utils import serialization
@@ -70,7 +69,7 @@ class TextEmbedding(nn.Embedding):
     """Looks token ids up and lets embeddings pass: some of FMS's decoders look up in any case."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if x.is_floating_point() else F.embedding(x, self.weight)
+        return x if x.is_floating_point() else super().forward(x)
 
 
 class Composition(nn.Module):
