@@ -24,6 +24,7 @@ constexpr int64_t DEPTH = 18;       // steps at most whose weights stay in the i
 constexpr int64_t ROW_BLOCKS = 12;  // of a task at most: twice DEPTH steps of them take 864 KiB
 constexpr int64_t SUM_BLOCKS = 432;  // that a task keeps at most: 1.7 MiB
 constexpr int64_t AHEAD = 6;        // rows between the prefetch of an output and its store
+constexpr int64_t NEAR = 4;         // steps between the prefetch of weights and their only use
 
 enum After { NONE, GELU_TANH, SILU_GATED, RESIDUAL };
 
@@ -118,7 +119,7 @@ static Element* pack(const Problem& of, const Task& task, int64_t step, int64_t 
   int64_t count = last - step, whole = std::min(last, of.width / 32) - step;
   uint32_t rest = (1u << of.width % 32) - 1;
   int64_t rows = task.last_row - task.row, blocks = divide_up(rows, BLOCK);
-  Element* to = memory.packed.of(blocks * std::min(of.steps(), 2 * DEPTH) * STEP);
+  Element* to = memory.packed.of(blocks * count * STEP);
   Moments* moments = memory.moments.of(rows);
   float *weight = memory.norm_weight.of(of.width), *bias = memory.norm_bias.of(of.width);
   if (of.norm_weight && step == 0) widen_norm(of, weight, bias);
@@ -218,9 +219,10 @@ struct Finish {
   }
 };
 
-// The numbers a product goes through before its sums lie elsewhere: [first, last) of the steps.
+// The numbers a product goes through before its sums lie elsewhere: [first, last) of the steps. A
+// single block of rows uses weights once, and has no cause to keep any.
 struct Depths {
-  int64_t steps, count = divide_up(steps, DEPTH);
+  int64_t steps, blocks, count = blocks == 1 ? 1 : divide_up(steps, DEPTH);
   int64_t first(int64_t depth) const { return steps * depth / count; }
 };
 
@@ -273,8 +275,8 @@ static inline void multiply(const Product& of, Finish<AFTER>& finish, int64_t ro
 // The rows are packed unless the task before had the same.
 template <After AFTER>
 static void compute(const Problem& of, const Task& task, bool packed, Workspace& memory) {
-  Depths depths{of.steps()};
   int64_t steps = of.steps(), blocks = divide_up(task.last_row - task.row, BLOCK);
+  Depths depths{steps, blocks};
   int64_t rows_a_step = divide_up(BLOCK, steps);  // to finish sums while others are made
   // Sums are finished by blocks of rows, by panels, or, if rows are packed in parts, at the end.
   bool in_parts = depths.count > 2;
@@ -292,11 +294,12 @@ static void compute(const Problem& of, const Task& task, bool packed, Workspace&
         for (int64_t d = depth; d < depth + at_once; ++d) {
           int64_t from = depths.first(d), count = depths.first(d + 1) - from;
           const Element* weights = of.weight + (panel * steps + from) * STEP;
+          int64_t to_next = blocks == 1 ? NEAR : in_parts ? steps : count;
           for (int64_t b = g; b < g + group; ++b) {
             float* sum = own + (b - g) * BLOCK * BLOCK;
             multiply({.rows = rows + (b * (end - start) + from - start) * STEP,
                       .weights = weights,
-                      .next_weights = weights + (in_parts ? steps : count) * STEP,
+                      .next_weights = weights + to_next * STEP,
                       .steps = count,
                       .sums = sum,
                       .next_sums = in_parts ? sum + BLOCK * BLOCK : nullptr,
