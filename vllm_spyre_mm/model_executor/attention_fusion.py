@@ -65,12 +65,12 @@ def _define_op() -> torch.library.Library:
         "Tensor(b!) value_cache, Tensor position_ids, Tensor table, Tensor slot_mapping, "
         "Tensor kv_blocks, Tensor kv_lengths, Tensor query_lengths, float scale) -> Tensor"
     )
-    library.impl("rotate_store_attend", _rotate_store_attend, "CPU")
+    library.impl("rotate_store_attend", rotate_store_attend, "CPU")
     library.impl("rotate_store_attend", lambda query, *_: query.new_empty(query.shape), "Meta")
     return library
 
 
-def _rotate_store_attend(
+def rotate_store_attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.experimental import _config as shape_config
 
 from vllm_spyre_mm.model_executor.linear_fusion import replace_norms
 from vllm_spyre_mm.model_executor.shared_graph import share_graph
@@ -28,8 +27,6 @@ def compile_encoder_blocks(blocks: nn.ModuleList) -> None:
 
     The number of positions is dynamic, and that of tiles, unless a mapping encodes one at a time.
     """
-    # Without this, dimensions that are equal at the first run are taken for one.
-    shape_config.use_duck_shape = False
     replace_norms(blocks)
     share_graph(blocks, _mark_positions_dynamic)
 

@@ -145,7 +145,7 @@ def _define_ops() -> torch.library.Library:
         "float epsilon, Tensor weight, Tensor? bias, SymInt out_features, str? activation, "
         "Tensor? residual, float scale) -> Tensor"
     )
-    library.impl("linear_in_block", _linear_in_block, "CPU")
+    library.impl("linear_in_block", linear_in_block, "CPU")
     library.impl("linear_in_block", _linear_in_block_shape, "Meta")
     return library
 
@@ -164,7 +164,7 @@ def _norm(
     return (result if bias is None else result + bias).to(x.dtype)
 
 
-def _linear_in_block(
+def linear_in_block(
     x: torch.Tensor,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,

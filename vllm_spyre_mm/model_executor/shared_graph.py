@@ -13,12 +13,14 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import fullgraph_capture
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 from torch._guards import TracingContext, tracing
 
 from vllm_spyre_mm.model_executor.attention_fusion import fuse_attention
+from vllm_spyre_mm.model_executor.direct_calls import call_directly
 from vllm_spyre_mm.model_executor.linear_fusion import fuse_linears
 
 
@@ -63,7 +65,9 @@ class SharedGraph:
         """
         if self._compiled is None:
             self._mark_dynamic(inputs)
-            self._compiled = _compile(self._forward, block, inputs)
+            # Else each call would make itself known to a profiler, even where there is none.
+            with dynamo_config.patch(record_runtime_overhead=False):
+                self._compiled = _compile(self._forward, block, inputs)
         run, guards = self._compiled
         arguments = inspect.signature(self._forward).bind(block, **inputs)
         arguments.apply_defaults()
@@ -92,7 +96,9 @@ def _compile(
         with tracing(context):
             fuse_attention(graph.graph_module)
             fuse_linears(graph.graph_module)
-            compiled: Any = compile_fx(graph.graph_module, graph.example_inputs)
+            compiled: Any = call_directly(graph.graph_module)
+            if compiled is None:
+                compiled = compile_fx(graph.graph_module, graph.example_inputs)
         guards = captured.graph_capture_output.build_guards(forward.__code__).guard_manager
     run = captured.forward_callable(compiled_fn=compiled, extra_globals=forward.__globals__)
     return run, guards

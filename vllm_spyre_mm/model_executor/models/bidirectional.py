@@ -59,7 +59,7 @@ def _attend_plainly(
     return attended.transpose(1, 2).contiguous()
 
 
-def _attend_compiled(
+def attend_compiled(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
 ) -> torch.Tensor:
     if blocked_attention.supports(query.shape[-1], query.dtype):
@@ -78,7 +78,7 @@ def _define_op() -> torch.library.Library:
     library.define(
         "bidirectional_attention(Tensor query, Tensor keys, Tensor values, float scale) -> Tensor"
     )
-    library.impl("bidirectional_attention", _attend_compiled, "CPU")
+    library.impl("bidirectional_attention", attend_compiled, "CPU")
     library.impl("bidirectional_attention", lambda query, *_: query.new_empty(query.shape), "Meta")
     return library
 
