@@ -73,9 +73,12 @@ def test_other_layouts_and_fp32_are_taken():
     assert relative_error(compiled_attend(*single), exact(*single)) < 1e-6
 
 
-def test_a_number_that_is_none_reaches_the_result():
-    query, keys, values = qkv(1, 40, 2, 64)
-    keys[0, 3, 1, 0] = torch.nan
+@pytest.mark.parametrize("position", [3, 70, 899])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_number_that_is_none_reaches_the_result(value: float, position: int):
+    query, keys, values = qkv(1, 900, 2, 64)
+    query[..., 0] = query[..., 0].abs() + 1
+    keys[0, position, 1, 0] = value
     attended = compiled_attend(query, keys, values)
     assert attended[:, :, 1].isnan().all()
     assert not attended[:, :, 0].isnan().any()

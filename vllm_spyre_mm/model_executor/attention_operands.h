@@ -21,8 +21,8 @@ struct Scratch {
   Operand query[RUN / ROWS][DEPTH][2];
   Operand keys[SPAN / TILE_DEPTH][DEPTH][2];
   Operand values[SPAN / BLOCK][(WIDTH + 1) / 2][PAIRS][2];
-  Sums scores[PAIRS][2][2];  // by keys, then by queries
-  Operand weights[PAIRS][2];
+  Sums scores[2][PAIRS][2][2];  // of two blocks; by keys, then by queries
+  Operand weights[2][PAIRS][2];
   Sums joined[RUN / ROWS][WIDTH][2];  // weighted values
   alignas(64) float weight_sums[RUN][LANES];
   float maxima[RUN], kept[ROWS];
@@ -59,6 +59,10 @@ struct Problem {
 static inline void prefetch(const Element* row) {
   for (int i = 0; i < HEAD_DIM; i += 64 / sizeof(Element)) __builtin_prefetch(row + i);
   __builtin_prefetch(row + HEAD_DIM - 1);
+}
+static inline void prefetch_to_write(const Element* row) {
+  for (int i = 0; i < HEAD_DIM; i += 64 / sizeof(Element)) __builtin_prefetch(row + i, 1);
+  __builtin_prefetch(row + HEAD_DIM - 1, 1);
 }
 // What of a row is in tile d of an operand, and zeros beyond; zeros for no row.
 static inline __m512i load_part(const Element* row, int d) {
@@ -97,8 +101,11 @@ static void pack(const Problem& of, int64_t batch, int64_t head, int64_t first, 
             _mm256_maskz_loadu_epi16(value[i] ? held : 0, value[i] + w * LANES));
       };
       Operand& tile = to.values[n / BLOCK][w / 2][n % BLOCK / TILE_DEPTH][w % 2];
-      for (int i = 0; i < TILE_ROWS; ++i)
-        store(tile.rows[i], _mm512_or_si512(part(2 * i), _mm512_slli_epi32(part(2 * i + 1), 16)));
+      for (int i = 0; i < TILE_ROWS; ++i) {
+        int pair = 8 * (i / 2 % 2) + i / 4 * 2 + i % 2;  // in the order in which weights lie
+        store(tile.rows[i],
+              _mm512_or_si512(part(2 * pair), _mm512_slli_epi32(part(2 * pair + 1), 16)));
+      }
     }
   }
 }

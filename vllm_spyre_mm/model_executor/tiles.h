@@ -67,27 +67,37 @@ static inline void clear_tile() {
   asm volatile("tilezero %%tmm%c0" : : "i"(REGISTER));
 }
 
+// What the vectors have to do beside products: nothing.
+struct NoWork {
+  void next() {}
+};
+
 // Products of tiles. The unit keeps no second copy of its registers: sums stay there after their last
-// product, and are stored one by one when the next products need their registers.
+// product, and are stored one by one when the next products need their registers. For the same
+// reason whatever comes after an instruction that has to wait for a register waits as well: work for
+// the vectors is done a little at a time between products, one next() for each at most.
 class Products {
  public:
   // sums[j][i] is, or has added, left[k][i] times right[k][j] for all steps k: 2 of i, COLUMNS of j.
-  template <int COLUMNS>
+  template <int COLUMNS, typename Work>
   __attribute__((always_inline)) void multiply(int steps, const Operand (*left)[2],
                                                const Operand (*right)[2], Sums (*sums)[2],
-                                               bool add) {
+                                               bool add, Work& work) {
     for (int k = 0; k < steps; ++k) {
       stream_tile<6>(right[k]);
       load_tile<4>(left[k]);
       if (k == 0) begin<0>(sums[0], add);
       _tile_dpbf16ps(0, 4, 6);
       load_tile<5>(left[k] + 1);
+      work.next();
       if (k == 0) begin<1>(sums[0] + 1, add);
       _tile_dpbf16ps(1, 5, 6);
       if constexpr (COLUMNS == 2) {
         stream_tile<7>(right[k] + 1);
+        work.next();
         if (k == 0) begin<2>(sums[1], add);
         _tile_dpbf16ps(2, 4, 7);
+        work.next();
         if (k == 0) begin<3>(sums[1] + 1, add);
         _tile_dpbf16ps(3, 5, 7);
       }
