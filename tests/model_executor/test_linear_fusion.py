@@ -15,6 +15,7 @@ from vllm_spyre_mm.model_executor import tiled_linear
 from vllm_spyre_mm.model_executor.kernels import has_matrix_unit
 from vllm_spyre_mm.model_executor.linear import replace_linears
 from vllm_spyre_mm.model_executor.linear_fusion import HostNorm, fuse_linears, replace_norms
+from vllm_spyre_mm.model_executor.shared_graph import share_graph
 
 needs_matrix_unit = pytest.mark.skipif(
     not has_matrix_unit(), reason="norms are computed with AMX's linear layers only"
@@ -97,6 +98,29 @@ def test_a_block_is_four_layers_and_computes_the_same(
     assert not any(node.target in (torch.add, torch.mul) for node in graph.nodes)
     expected = block.float()(x.float())
     torch.testing.assert_close(compiled(x).float(), expected, rtol=2**-5, atol=2**-5)
+
+
+@needs_matrix_unit
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_block_of_nothing_else_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
+    class Plain(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.dense(self.project(self.norm1(x))) * self.scale + x
+            return x + self.unit(self.norm2(x))
+
+    def compile_fx(*_: Any) -> None:
+        raise AssertionError("there is nothing to compile")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    block = Plain(64, 96, centered=False, gated=True).bfloat16()
+    blocks = nn.ModuleList([copy.deepcopy(block)])
+    replace_linears(blocks, compiled=True)
+    replace_norms(blocks)
+    share_graph(blocks, lambda inputs: torch._dynamo.mark_dynamic(inputs["x"], 1))
+    for rows in (33, 5, 100):
+        x = torch.randn(1, rows, 64, dtype=torch.bfloat16)
+        expected = copy.deepcopy(block).float()(x.float())
+        torch.testing.assert_close(blocks[0](x=x).float(), expected, rtol=2**-5, atol=2**-5)
 
 
 @needs_matrix_unit

@@ -3,8 +3,9 @@
 
 A function of ``torch.compile`` evaluates its guards at every call: for a block, some thirty on its
 modules and numbers, which never change, take as long as the block's own Python. Here they are
-evaluated once for each block, at its first call. What varies afterwards is the number of tokens;
-the compiled code itself checks the shapes and strides of all that it is given.
+evaluated once for each block, at its first call. What varies afterwards is the number of tokens.
+Inductor's code checks the shapes and strides of all that it is given; a graph that needs none
+(:mod:`direct_calls`) runs as the block itself would.
 """
 
 import inspect
