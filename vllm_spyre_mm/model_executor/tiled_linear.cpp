@@ -24,7 +24,8 @@ constexpr int64_t DEPTH = 18;       // steps at most whose weights stay in the i
 constexpr int64_t ROW_BLOCKS = 12;  // of a task at most: twice DEPTH steps of them take 864 KiB
 constexpr int64_t SUM_BLOCKS = 432;  // that a task keeps at most: 1.7 MiB
 constexpr int64_t AHEAD = 6;        // rows between the prefetch of an output and its store
-constexpr int64_t NEAR = 4;         // steps between the prefetch of weights and their only use
+constexpr int64_t FEW = 8;          // blocks of rows that wait for the memory more than for products
+constexpr int64_t NEAR = 4;         // steps between the prefetch of weights and their use by few rows
 
 enum After { NONE, GELU_TANH, SILU_GATED, RESIDUAL };
 
@@ -230,10 +231,10 @@ struct Depths {
 struct Product {
   const Element *rows, *weights, *next_weights;
   int64_t steps;
-  float *sums, *next_sums;  // the next are null where they come from near
-  bool fresh;               // the sums are made, not added to
-  bool half;                // there are 16 rows at most
-  int64_t share, shares;    // which part of the next weights to fetch, of how many
+  float *sums, *next_sums;    // the next are null where they come from near
+  bool fresh;                 // the sums are made, not added to
+  bool half;                  // there are 16 rows at most
+  int64_t fetch, fetch_step;  // of the next weights of a step: the first number, and how far apart
 };
 
 // Rows of sums are finished meanwhile.
@@ -252,7 +253,7 @@ static inline void multiply(const Product& of, Finish<AFTER>& finish, int64_t ro
   }
   for (int64_t k = 0; k < of.steps; ++k) {
     for (int64_t i = 0; i < rows_a_step; ++i) finish.next();
-    for (int64_t i = of.share * 32; i < STEP; i += of.shares * 32)
+    for (int64_t i = of.fetch; i < STEP; i += of.fetch_step)
       __builtin_prefetch(of.next_weights + k * STEP + i, 0, 2);
     if (of.next_sums)
       for (int64_t i = 0; i < 64; i += 16) __builtin_prefetch(of.next_sums + k * 64 + i, 1);
@@ -294,7 +295,9 @@ static void compute(const Problem& of, const Task& task, bool packed, Workspace&
         for (int64_t d = depth; d < depth + at_once; ++d) {
           int64_t from = depths.first(d), count = depths.first(d + 1) - from;
           const Element* weights = of.weight + (panel * steps + from) * STEP;
-          int64_t to_next = blocks == 1 ? NEAR : in_parts ? steps : count;
+          // Few rows: the first of them fetch weights as they come. Many: all fetch the next panel's.
+          bool few = blocks <= FEW;
+          int64_t to_next = few ? NEAR : in_parts ? steps : count;
           for (int64_t b = g; b < g + group; ++b) {
             float* sum = own + (b - g) * BLOCK * BLOCK;
             multiply({.rows = rows + (b * (end - start) + from - start) * STEP,
@@ -305,8 +308,8 @@ static void compute(const Problem& of, const Task& task, bool packed, Workspace&
                       .next_sums = in_parts ? sum + BLOCK * BLOCK : nullptr,
                       .fresh = d == 0,
                       .half = task.row + b * BLOCK + 16 >= task.last_row,
-                      .share = b,
-                      .shares = blocks},
+                      .fetch = !few ? b * 32 : b == g ? 0 : STEP,
+                      .fetch_step = few ? 32 : blocks * 32},
                      finish, rows_a_step);
           }
         }
