@@ -73,9 +73,9 @@ struct NoWork {
 };
 
 // Products of tiles. The unit keeps no second copy of its registers: sums stay there after their last
-// product, and are stored one by one when the next products need their registers. For the same
-// reason whatever comes after an instruction that has to wait for a register waits as well: work for
-// the vectors is done a little at a time between products, one next() for each at most.
+// product, and are stored one by one when the next products need their registers. Vector instructions
+// that come after a run of products hardly overlap with it: what there is for them to do is done a
+// little at a time between products, one next() for each at most.
 class Products {
  public:
   // sums[j][i] is, or has added, left[k][i] times right[k][j] for all steps k: 2 of i, COLUMNS of j.
