@@ -56,13 +56,10 @@ struct Problem {
 };
 
 // A row of a head before its use: heads lie a token's width apart, which hides them from hardware.
+template <int WRITTEN = 0>
 static inline void prefetch(const Element* row) {
-  for (int i = 0; i < HEAD_DIM; i += 64 / sizeof(Element)) __builtin_prefetch(row + i);
-  __builtin_prefetch(row + HEAD_DIM - 1);
-}
-static inline void prefetch_to_write(const Element* row) {
-  for (int i = 0; i < HEAD_DIM; i += 64 / sizeof(Element)) __builtin_prefetch(row + i, 1);
-  __builtin_prefetch(row + HEAD_DIM - 1, 1);
+  for (int i = 0; i < HEAD_DIM; i += 64 / sizeof(Element)) __builtin_prefetch(row + i, WRITTEN);
+  __builtin_prefetch(row + HEAD_DIM - 1, WRITTEN);
 }
 // What of a row is in tile d of an operand, and zeros beyond; zeros for no row.
 static inline __m512i load_part(const Element* row, int d) {

@@ -115,11 +115,12 @@ struct Run {
   Scratch& s;
   int64_t batch, head, first, last;
 
-  // visit(row of the block, token, offset of its head) for the rows of a block.
+  // visit(row of the block, token, offset of its head) for the rows [from, to) of a block.
   template <typename Visit>
-  void each_row(int64_t block, Visit visit) const {
-    int64_t row = first + block * ROWS, token = row / of.group, member = row % of.group;
-    for (int r = 0; r < std::min<int64_t>(ROWS, last - row); ++r) {
+  void each_row(int64_t block, Visit visit, int from = 0, int to = ROWS) const {
+    int64_t start = first + block * ROWS, row = start + from;
+    int64_t token = row / of.group, member = row % of.group;
+    for (int r = from; r < std::min<int64_t>(to, last - start); ++r) {
       visit(r, token, (head * of.group + member) * HEAD_DIM);
       if (++member == of.group) member = 0, ++token;
     }
@@ -156,9 +157,8 @@ struct Run {
   }
   // The rows of out will be written soon: they lie apart, which hides them from hardware.
   void prefetch_results(int64_t block, int from, int to) const {
-    each_row(block, [&](int r, int64_t token, int64_t offset) {
-      if (r >= from && r < to) prefetch_to_write(result(token, offset));
-    });
+    auto fetch = [&](int, int64_t token, int64_t offset) { prefetch<1>(result(token, offset)); };
+    each_row(block, fetch, from, to);
   }
   template <typename Work>
   void score(Products& products, int64_t block, int64_t key, int pairs, Work& work) const {

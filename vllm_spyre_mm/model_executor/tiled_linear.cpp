@@ -308,7 +308,7 @@ static void compute(const Problem& of, const Task& task, bool packed, Workspace&
                       .next_sums = in_parts ? sum + BLOCK * BLOCK : nullptr,
                       .fresh = d == 0,
                       .half = task.row + b * BLOCK + 16 >= task.last_row,
-                      .fetch = !few ? b * 32 : b == g ? 0 : STEP,
+                      .fetch = few && b > 0 ? STEP : b * 32,
                       .fetch_step = few ? 32 : blocks * 32},
                      finish, rows_a_step);
           }
