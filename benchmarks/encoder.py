@@ -14,7 +14,7 @@ from benchmarks.checkpoints import TOWER
 from benchmarks.measure import Row, Timing, constant, interleaved
 from vllm_spyre_mm.model_executor.compile import cpu_compile_context
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
-from vllm_spyre_mm.model_executor.memory import fill_holes, separate_large_blocks
+from vllm_spyre_mm.model_executor.memory import separate_large_blocks
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 
@@ -36,7 +36,6 @@ def encoder_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
     with separate_large_blocks():
         compiled = SpyreModel(load_model(mapping, checkpoint, options), mapping, "inductor")
     compiled.compile()
-    fill_holes()
     eager = load_model(mapping, checkpoint, options)
     product = CeilingProduct()
     with torch.inference_mode():

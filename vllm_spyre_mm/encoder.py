@@ -20,7 +20,7 @@ from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
 from vllm_spyre_mm.model_executor.compile import compile_encoder_blocks
 from vllm_spyre_mm.model_executor.linear import replace_linears
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
-from vllm_spyre_mm.model_executor.memory import fill_holes, separate_large_blocks
+from vllm_spyre_mm.model_executor.memory import separate_large_blocks
 from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, convert, pool
 from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError, get_mm_mapping
 from vllm_spyre_mm.platform import host_dtypes
@@ -63,7 +63,6 @@ class VisionEncoder:
             replace_linears(self.model, compiled=backend == "inductor")
         if backend == "inductor":
             compile_encoder_blocks(self.mapping.load_overrides().encoder_blocks(self.model))
-            fill_holes()
         self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)
 
     def process(self, picture: Image.Image) -> "MultiModalKwargsItem":

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import psutil
-import pytest
 import torch
 
 from vllm_spyre_mm.model_executor.memory import (
@@ -15,7 +14,6 @@ from vllm_spyre_mm.model_executor.memory import (
     HUGE_PAGE,
     REGION_BYTES,
     HugePages,
-    fill_holes,
     separate_large_blocks,
 )
 
@@ -60,40 +58,6 @@ def faults_again() -> int:
     return faults
 
 
-def bytes_for_layers() -> int:
-    """Taken for the activations of 64 layers, 20 MiB at a time, with small objects that stay."""
-    fill_holes()
-    with separate_large_blocks():
-        pass
-    stay: list[object] = []
-    before = resident()
-    for _ in range(64):
-        layer: list[torch.Tensor] = []
-        for mib in (3, 5, 3, 9, 3):
-            layer.append(block(mib))
-            stay.append((bytes(600), [torch.empty(2) for _ in range(4)]))
-            del layer[:-3]
-    return resident() - before
-
-
-def check_tensors() -> int:
-    """Of all sizes; tensors of before, and blocks that oneDNN asks for, by the way."""
-    earlier, rows = torch.ones(MIB), torch.randn(33, 77)
-    expected = torch.nn.functional.gelu(rows.bfloat16())
-    fill_holes()
-    for size in (1, 15, 16, 17, 63, 64, 65, 1000, MIB):
-        tensors = [torch.full((size,), i, dtype=torch.uint8) for i in range(4)]
-        assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
-        assert [tensor.unique().tolist() for tensor in tensors] == [[0], [1], [2], [3]]
-    assert torch.empty(0).data_ptr() == 0
-    assert torch.equal(torch.nn.functional.gelu(rows.bfloat16()), expected)
-    assert torch.equal(earlier.clone().resize_(2 * MIB)[:MIB], earlier)
-    del earlier
-    with pytest.raises(RuntimeError, match="can't allocate memory: you tried to allocate"):
-        torch.empty(1 << 60, dtype=torch.uint8)
-    return 0
-
-
 def test_a_large_block_between_others_goes_when_it_is_freed():
     """As a weight does that is replaced."""
     assert in_new_process(freed_bytes) > 40 * MIB
@@ -105,15 +69,6 @@ def test_blocks_after_the_weights_find_their_pages():
     Where the heap lies between others' pages it cannot grow in place, and half of them go back.
     """
     assert in_new_process(faults_again) < 0.75 * 128 * MIB / resource.getpagesize()
-
-
-def test_activations_take_the_places_of_those_before_them():
-    """PyTorch's own allocator takes more than 400 MiB."""
-    assert in_new_process(bytes_for_layers) < 48 * MIB
-
-
-def test_tensors_are_as_with_pytorchs_allocator():
-    assert in_new_process(check_tensors) == 0
 
 
 def test_pieces_of_huge_pages_follow_each_other():

@@ -3,7 +3,7 @@
 
 import ctypes
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
@@ -24,7 +24,6 @@ def compile_kernel(
     constants: Mapping[str, int],
     arguments: list[Any],
     returns: Any = None,
-    libraries: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """Compile a kernel, or find it in Inductor's cache.
 
@@ -33,7 +32,6 @@ def compile_kernel(
         constants: what the file wants defined.
         arguments: types of its arguments, of :mod:`ctypes`.
         returns: type of what it returns, None for nothing.
-        libraries: of PyTorch's, that it calls.
     """
     from torch._inductor.codecache import CppCodeCache
 
@@ -44,8 +42,7 @@ def compile_kernel(
         source = source.replace(f'#include "{header}"', files.joinpath(header).read_text())
     defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
     # Inductor keeps products and sums apart, to round as PyTorch does.
-    flags = ("-ffp-contract=fast", *(f"-l{library}" for library in libraries))
-    library = CppCodeCache.load(defines + source, extra_flags=flags)
+    library = CppCodeCache.load(defines + source, extra_flags=("-ffp-contract=fast",))
     function = getattr(library, name)
     function.argtypes, function.restype = arguments, returns
     return function

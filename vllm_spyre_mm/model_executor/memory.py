@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from vllm_spyre_mm.model_executor.kernels import compile_kernel
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt``."""
 
@@ -45,16 +43,6 @@ def separate_large_blocks() -> Iterator[None]:
     finally:
         mallopt(M_MMAP_THRESHOLD, HEAP_BYTES)
         mallopt(M_TRIM_THRESHOLD, 2 * HEAP_BYTES)
-
-
-@functools.cache
-def fill_holes() -> None:
-    """Let a tensor take the place that another of its size has left in glibc's heap.
-
-    PyTorch's tensors move on through it, and the activations of a chunk take up to twice their
-    memory; see ``malloc_allocator.cpp``. It lasts as long as the process.
-    """
-    compile_kernel("malloc_allocator", {}, [], libraries=("c10",))()
 
 
 def return_free_memory() -> None:

@@ -35,7 +35,6 @@ from vllm_spyre_mm.model_executor.compile import (
 )
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
 from vllm_spyre_mm.model_executor.linear import replace_linears
-from vllm_spyre_mm.model_executor.memory import fill_holes
 from vllm_spyre_mm.model_executor.rotary import replace_rotary
 from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, MMUtils
 
@@ -124,7 +123,6 @@ class SpyreModel:
         )
         token_bytes = kv_heads * head_dim * keys.itemsize
         kernels: list[Callable[[], object]] = [
-            fill_holes,
             largest.kernel,
             partial(paged_store.kernel, token_bytes),
         ]

@@ -23,11 +23,7 @@ from vllm_spyre_mm.model_executor.kv_cache import (
     kv_cache_spec,
 )
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
-from vllm_spyre_mm.model_executor.memory import (
-    fill_holes,
-    return_free_memory,
-    separate_large_blocks,
-)
+from vllm_spyre_mm.model_executor.memory import return_free_memory, separate_large_blocks
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 from vllm_spyre_mm.worker.encoding import ImageEncodingError
@@ -174,8 +170,6 @@ class SpyreWorker(WorkerBase):
         started = time.perf_counter()
         self.model.compile()
         warm_up(self.model_runner, self.vllm_config)
-        if self.settings.backend != "eager":
-            fill_holes()  # if it was not done beside the warmup
         return_free_memory()
         set_random_seed(self.model_config.seed)
         elapsed = time.perf_counter() - started
