@@ -10,7 +10,12 @@ import torch
 
 from tests.checkpoints import llava_next_config, save_random_checkpoint
 from tests.reference import Reference
+from tests.tiers import force_tier
+from vllm_spyre_mm.config import CPU_TIERS, CpuTier
 from vllm_spyre_mm.demo import checkpoint_path
+from vllm_spyre_mm.model_executor.cpu_tier import detect_tier
+
+COVERED_TIERS = pytest.StashKey[set[CpuTier]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,6 +62,33 @@ def demo_reference(demo_checkpoint: Path) -> Reference:
 def llava_next_reference(llava_next_checkpoint: Path) -> Reference:
     """Transformers on the random LLaVA-Next, fp32."""
     return Reference(llava_next_checkpoint)
+
+
+@pytest.fixture(params=CPU_TIERS)
+def tier(request: pytest.FixtureRequest) -> Iterator[CpuTier]:
+    """Each tier of CPUs in turn; one that this CPU lacks is skipped.
+
+    ``parametrize("tier", [...], indirect=True)`` takes some of them.
+    """
+    name: CpuTier = request.param
+    if CPU_TIERS.index(name) > CPU_TIERS.index(detect_tier()):
+        pytest.skip(f"this CPU has {detect_tier()} at most, not {name}")
+    with force_tier(name):
+        yield name
+    request.config.stash[COVERED_TIERS].add(name)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing is covered yet."""
+    config.stash[COVERED_TIERS] = set()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tiers were covered: a CPU has its own and those below."""
+    covered = terminalreporter.config.stash[COVERED_TIERS]
+    if covered:
+        named = ", ".join(name for name in CPU_TIERS if name in covered)
+        terminalreporter.write_line(f"CPU tiers covered: {named}; this CPU has {detect_tier()}")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 Backend = Literal["sendnn", "inductor", "eager"]
+
+CpuTier = Literal["generic", "avx2", "avx512", "avx512_bf16", "amx"]
+
+CPU_TIERS: tuple[CpuTier, ...] = get_args(CpuTier)
+"""Sets of a CPU's instructions, each with those before it; see ``model_executor.cpu_tier``."""
 
 BLOCK_SIZE = 64
 """Tokens in a block of the KV cache: what the card's compiler expects."""
@@ -222,6 +227,22 @@ def engine_runs_in_own_process() -> bool:
 def rust_frontend_requested() -> bool:
     """Whether vLLM's Rust front end is asked for, which bypasses every Python hook."""
     return os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
+
+
+def cpu_tier_limit() -> CpuTier | None:
+    """The CPU tier that ``SPYRE_MM_CPU_TIER`` asks for, None without it.
+
+    A variable like ``ATEN_CPU_CAPABILITY``: it describes the machine, to each process on it.
+
+    Raises:
+        ValueError: it names no tier.
+    """
+    name = os.environ.get("SPYRE_MM_CPU_TIER")
+    if not name:
+        return None
+    if name not in CPU_TIERS:
+        raise ValueError(f"SPYRE_MM_CPU_TIER={name!r} is none of {', '.join(CPU_TIERS)}")
+    return name
 
 
 def export_card_environment(

@@ -42,7 +42,9 @@ def host_dtypes() -> tuple[torch.dtype, ...]:
 
     fp16 is left out on purpose: on a CPU it is many times slower than either.
     """
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    from vllm_spyre_mm.model_executor.cpu_tier import computes_in_bf16
+
+    if computes_in_bf16():
         return (torch.bfloat16, torch.float32)
     return (torch.float32,)
 

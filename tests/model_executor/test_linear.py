@@ -11,7 +11,7 @@ from fms.modules.feedforward import FeedForwardBlock, GatedLinearUnit
 from torch import nn
 from torch._dynamo.utils import counters
 
-from vllm_spyre_mm.model_executor.kernels import has_matrix_unit
+from vllm_spyre_mm.config import CpuTier
 from vllm_spyre_mm.model_executor.linear import (
     HostGatedUnit,
     HostLinear,
@@ -22,6 +22,12 @@ from vllm_spyre_mm.model_executor.tiled_linear import is_tiled
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 SHAPES = [(7, 48), (1, 5, 48), (3, 1, 48), (1, 1, 48)]
+
+
+TILED = ("avx512", "avx512_bf16", "amx")
+"""Tiers with a linear kernel of their own; the others leave bf16 to PyTorch."""
+
+on_each_tier = pytest.mark.parametrize("tier", ["generic", *TILED], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +56,7 @@ def test_it_computes_what_the_layer_does(
     assert_close(HostLinear(linear, gelu)(x), expected)
 
 
+@on_each_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 33])
@@ -57,12 +64,12 @@ def test_it_computes_what_the_layer_does(
     ("width", "outputs"), [(64, 80), (96, 200), (1024, 70), (64, 47), (48, 64), (64, 16)]
 )
 def test_a_weight_that_stays_in_rows_computes_the_same(
-    dtype: torch.dtype, bias: bool, rows: int, width: int, outputs: int
+    tier: CpuTier, dtype: torch.dtype, bias: bool, rows: int, width: int, outputs: int
 ):
     """With the kernel of few rows, and with oneDNN beyond them or for another width."""
     linear = nn.Linear(width, outputs, bias=bias, dtype=dtype)
     kept = HostLinear(linear, compiled=True, tied=True)
-    if has_matrix_unit():
+    if tier in TILED and dtype == torch.bfloat16:
         assert kept.weight.data_ptr() == linear.weight.data_ptr()
     x = torch.randn(1, rows, width, dtype=dtype)
     assert_close(kept(x), linear(x))
@@ -74,11 +81,12 @@ WIDTHS = [30, 32, 576, 588, 1152, 1170]
 OUTPUTS = [7, 32, 80, 300]
 
 
+@on_each_tier
 @pytest.mark.parametrize("approximate", [None, "none", "tanh"])
 @pytest.mark.parametrize("rows", [1, 5, 32, 33, 300])
 @pytest.mark.parametrize(("width", "outputs"), [*product(WIDTHS, OUTPUTS), (4304, 1152)])
 def test_a_tiled_weight_computes_the_same(
-    width: int, outputs: int, rows: int, approximate: str | None
+    tier: CpuTier, width: int, outputs: int, rows: int, approximate: str | None
 ):
     """Sums are in fp32 and rounded once: nothing is further off than a rounding of the result."""
     linear = nn.Linear(width, outputs, bias=rows % 2 == 1, dtype=torch.bfloat16)
@@ -88,10 +96,12 @@ def test_a_tiled_weight_computes_the_same(
     tiled = HostLinear(
         linear.bfloat16(), gelu if isinstance(gelu, nn.GELU) else None, compiled=True
     )
-    assert is_tiled(tiled.weight) == has_matrix_unit()
+    assert is_tiled(tiled.weight) == (tier in TILED)
     torch.testing.assert_close(tiled(x).float(), expected, rtol=2**-7, atol=2**-8)
 
 
+@pytest.mark.usefixtures("tier")
+@pytest.mark.parametrize("tier", TILED, indirect=True)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 5, 33, 300])
 @pytest.mark.parametrize(("width", "hidden"), [(32, 16), (64, 100), (1184, 300)])
@@ -108,7 +118,7 @@ def test_the_gates_of_a_unit_are_computed_with_it(width: int, hidden: int, rows:
     expected = unit.w2.float()((F.silu(gates) * values).bfloat16().float())
     model = nn.Sequential(unit.bfloat16())
     replace_linears(model, compiled=True)
-    assert isinstance(model[0], HostGatedUnit) == has_matrix_unit()
+    assert isinstance(model[0], HostGatedUnit)
     torch.testing.assert_close(model(x).float(), expected, rtol=2**-6, atol=2**-6)
 
 
@@ -123,6 +133,8 @@ def test_a_gated_unit_without_kernels_computes_the_same(activation: nn.Module):
     assert_close(model(x), expected)
 
 
+@on_each_tier
+@pytest.mark.usefixtures("tier")
 def test_no_row_and_no_output_disturbs_another():
     """What lies beyond the ends of rows, outputs and inputs is not computed with."""
     linear = nn.Linear(50, 40, dtype=torch.bfloat16)
@@ -201,14 +213,14 @@ def test_the_weight_of_a_layer_is_held_once():
         assert parameter.is_mkldnn == wanted, name
 
 
-def test_kernels_hold_a_tied_head_once_and_other_weights_tiled():
-    if not has_matrix_unit():
-        pytest.skip("without AMX there are no kernels, and the head is held twice")
+@on_each_tier
+def test_kernels_hold_a_tied_head_once_and_other_weights_tiled(tier: CpuTier):
     model = Model(torch.bfloat16)
     replace_linears(model, compiled=True)
-    assert model.head.weight.data_ptr() == model.embedding.weight.data_ptr()
-    assert is_tiled(model.block.w1.weight)
-    assert is_tiled(model.block.w2.weight)
+    tied = model.head.weight
+    for weight in (model.block.w1.weight, model.block.w2.weight):
+        assert is_tiled(weight) == (tier in TILED)
+    assert (tied.data_ptr() == model.embedding.weight.data_ptr()) == (tier in TILED)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

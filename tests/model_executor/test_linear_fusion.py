@@ -12,14 +12,12 @@ from fms.modules.layernorm import LayerNormParameterized
 from torch import fx, nn
 
 from vllm_spyre_mm.model_executor import tiled_linear
-from vllm_spyre_mm.model_executor.kernels import has_matrix_unit
 from vllm_spyre_mm.model_executor.linear import replace_linears
 from vllm_spyre_mm.model_executor.linear_fusion import HostNorm, fuse_linears, replace_norms
 from vllm_spyre_mm.model_executor.shared_graph import share_graph
 
-needs_matrix_unit = pytest.mark.skipif(
-    not has_matrix_unit(), reason="norms are computed with AMX's linear layers only"
-)
+on_each_tier = pytest.mark.parametrize("tier", ["avx512", "avx512_bf16", "amx"], indirect=True)
+"""With a linear kernel, which computes norms; the tiers below leave them to Inductor."""
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +80,8 @@ def count(graph: fx.Graph, name: str) -> int:
     return sum(node.target is target for node in graph.nodes)
 
 
-@needs_matrix_unit
+@pytest.mark.usefixtures("tier")
+@on_each_tier
 @pytest.mark.parametrize("rows", [1, 16, 33, 300])
 @pytest.mark.parametrize(("width", "hidden"), [(64, 96), (1184, 200)])
 @pytest.mark.parametrize(("centered", "gated"), [(True, False), (False, True)])
@@ -100,7 +99,8 @@ def test_a_block_is_four_layers_and_computes_the_same(
     torch.testing.assert_close(compiled(x).float(), expected, rtol=2**-5, atol=2**-5)
 
 
-@needs_matrix_unit
+@pytest.mark.usefixtures("tier")
+@on_each_tier
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_block_of_nothing_else_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
     class Plain(Block):
@@ -123,7 +123,8 @@ def test_a_block_of_nothing_else_is_not_compiled(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(blocks[0](x=x).float(), expected, rtol=2**-5, atol=2**-5)
 
 
-@needs_matrix_unit
+@pytest.mark.usefixtures("tier")
+@on_each_tier
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize(("mean", "deviation"), [(0, 1), (1, 1), (300, 1), (5000, 5), (0, 1e-3)])
 def test_a_norm_is_exact_whatever_the_mean(mean: float, deviation: float, centered: bool):
@@ -137,7 +138,8 @@ def test_a_norm_is_exact_whatever_the_mean(mean: float, deviation: float, center
     torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=2**-7)
 
 
-@needs_matrix_unit
+@pytest.mark.usefixtures("tier")
+@on_each_tier
 @pytest.mark.parametrize("centered", [True, False])
 def test_a_norm_that_another_reads_too_is_computed_by_itself(centered: bool):
     class Shared(Block):
@@ -154,7 +156,8 @@ def test_a_norm_that_another_reads_too_is_computed_by_itself(centered: bool):
         torch.testing.assert_close(found.float(), expected, rtol=2**-6, atol=2**-5)
 
 
-@needs_matrix_unit
+@pytest.mark.usefixtures("tier")
+@on_each_tier
 def test_a_sum_that_is_no_residual_is_left_alone():
     """Another shape, and a layer whose result is wanted by itself as well."""
 

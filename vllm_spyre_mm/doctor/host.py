@@ -52,14 +52,15 @@ def cpu() -> Iterator[Finding]:
     """What the processor computes in."""
     found = probe("host")
     if found["bf16"]:
-        amx = "with AMX" if found["amx"] else "without AMX"
-        yield Finding("cpu", "ok", f"bfloat16 {amx}, vectors: {found['vectors']}")
+        said = f"kernels for {found['tier']}, bfloat16; PyTorch's vectors: {found['vectors']}"
+        yield Finding("cpu", "ok", said)
     else:
         yield Finding(
             "cpu",
             "warning",
-            f"no bfloat16 (vectors: {found['vectors']}): float32 is served, in twice the memory",
-            "nothing; a processor with AVX512_BF16 or AMX is several times as fast",
+            f"kernels for {found['tier']}, no bfloat16: float32 is served, in twice the memory",
+            "nothing, if SPYRE_MM_CPU_TIER is not set; a processor with AVX512_BF16 or AMX is "
+            "several times as fast",
         )
 
 

@@ -54,7 +54,7 @@ def host() -> dict[str, Any]:
     import torch
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    from vllm_spyre_mm.model_executor.kernels import has_matrix_unit
+    from vllm_spyre_mm.model_executor.cpu_tier import computes_in_bf16, cpu_tier
 
     try:
         compiler, fault = get_cpp_compiler(), ""
@@ -62,8 +62,8 @@ def host() -> dict[str, Any]:
     except Exception as error:  # Inductor raises several classes of its own
         compiler, fault = "", str(error).strip().splitlines()[0]
     return {
-        "bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-        "amx": has_matrix_unit(),
+        "bf16": computes_in_bf16(),
+        "tier": cpu_tier(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "compiler": compiler,

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // What blocked_attention multiplies, in tiles: queries, keys and values of heads of HEAD_DIM numbers.
 
+#ifndef ATTENTION_OPERANDS_H
+#define ATTENTION_OPERANDS_H
+
 #include <algorithm>
 
-#include "matrices.h"
 #include "tiles.h"
 
 constexpr int DEPTH = (HEAD_DIM + TILE_DEPTH - 1) / TILE_DEPTH;  // tiles of a head, as an operand
@@ -106,3 +108,5 @@ static void pack(const Problem& of, int64_t batch, int64_t head, int64_t first, 
     }
   }
 }
+
+#endif

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of many bf16 queries, block by block, on AMX.
+// Attention of many bf16 queries, block by block.
 //
 // Compiled with HEAD_DIM defined; see blocked_attention.py. A task is a run of query rows that share
 // a KV head. It packs SPAN keys and values at a time into tiles, goes through its rows ROWS at a
@@ -28,7 +28,7 @@ static inline __m512 exp2_of(__m512 x) {
 // The lower 8 bits of x are a fraction f, and 2^f is taken for 1 + f - 0.33 f (1 - f). Below 2^-127
 // it is 0; far above 2^127, and for no number, infinite. Fours of the one vector and of the other
 // come in turn.
-static inline __m512bh exp2_of_256ths(__m512 a, __m512 b) {
+static inline __m512i exp2_of_256ths(__m512 a, __m512 b) {
   constexpr int ONE = 256, BIAS = 127 * ONE, CURVE = 42;  // of 0.33 in 128ths
   __m512 most = _mm512_set1_ps(BIAS + ONE);
   __m512i x = _mm512_packs_epi32(_mm512_cvtps_epi32(_mm512_min_ps(a, most)),
@@ -37,7 +37,7 @@ static inline __m512bh exp2_of_256ths(__m512 a, __m512 b) {
   __m512i f = _mm512_and_si512(x, _mm512_set1_epi16(ONE - 1));
   __m512i parabola = _mm512_mullo_epi16(f, _mm512_sub_epi16(_mm512_set1_epi16(ONE), f));
   x = _mm512_sub_epi16(x, _mm512_mulhrs_epi16(parabola, _mm512_set1_epi16(CURVE)));
-  return (__m512bh)_mm512_srli_epi16(_mm512_add_epi16(x, _mm512_set1_epi16(BIAS + 1)), 1);
+  return _mm512_srli_epi16(_mm512_add_epi16(x, _mm512_set1_epi16(BIAS + 1)), 1);
 }
 
 // Turns a block of scores, of COUNT pairs of tiles of keys, into weights. They are relative to the
@@ -79,12 +79,12 @@ struct Softmax {
     __m512 sums = _mm512_setzero_ps();
 #pragma GCC unroll 2
     for (int p = 0; p < COUNT; ++p) {
-      __m512bh weights =
+      __m512i weights =
           exp2_of_256ths(_mm512_fmsub_ps(_mm512_load_ps(scores(r, 2 * p)), by, top),
                          _mm512_fmsub_ps(_mm512_load_ps(scores(r, 2 * p + 1)), by, top));
       store(s.weights[turn][p][r / TILE_ROWS].rows[r % TILE_ROWS], weights);
       // As rounded: errors cancel where few keys have most of the weight.
-      sums = _mm512_dpbf16_ps(sums, weights, (__m512bh)_mm512_set1_epi16(0x3f80));
+      sums = dot_pairs(sums, weights, _mm512_set1_epi16(BF16_ONE));
     }
     return sums;
   }
@@ -142,8 +142,9 @@ struct Run {
       __m512 factor = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sums));
       for (int w = 0; w < WIDTH; ++w) {
         __m512 part = _mm512_load_ps(s.joined[block][w][r / TILE_ROWS].rows[r % TILE_ROWS]);
+        __m512i rounded = round_to_bf16(part, _mm512_mul_ps(part, factor));
         _mm256_mask_storeu_epi16(out + w * LANES, first_bits(HEAD_DIM - w * LANES),
-                                 (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(part, factor)));
+                                 _mm512_castsi512_si256(rounded));
       }
     });
   }

@@ -2,12 +2,9 @@
 """The compiled attention of many queries: of a vision tower, and of a prompt's chunk.
 
 PyTorch's attention keeps a bf16 matrix unit waiting: with SigLIP's 729 keys of 72 it reaches a
-sixth of what a product of matrices does. The kernel pads heads and keys to whole tiles of AMX,
-packs them once for hundreds of queries, and multiplies a block at a time in the innermost cache.
+sixth of what a product of matrices does. The kernel pads heads and keys to whole tiles, packs them
+once for hundreds of queries, and multiplies a block at a time in the L1 cache.
 """
-
-import functools
-from collections.abc import Callable
 
 import torch
 
@@ -15,15 +12,21 @@ from vllm_spyre_mm.model_executor.kernels import (
     FLOAT,
     POINTER,
     SIZE,
-    compile_kernel,
-    has_matrix_unit,
+    Kernel,
     heads_side_by_side,
+)
+
+KERNEL = Kernel(
+    "blocked_attention",
+    ("avx512", "avx512_bf16", "amx"),
+    (torch.bfloat16,),
+    (*[POINTER] * 5, *[SIZE] * 12, FLOAT),
 )
 
 
 def supports(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel takes such heads on this machine: bf16 with a matrix unit (AMX)."""
-    return dtype == torch.bfloat16 and head_dim % 2 == 0 and has_matrix_unit()
+    """Whether the kernel takes such heads in this process's tier."""
+    return head_dim % 2 == 0 and KERNEL.takes(dtype)
 
 
 def attend_to_all(
@@ -79,7 +82,7 @@ def _run(
     batch, tokens, heads, head_dim = query.shape
     kv_heads = keys.shape[2]
     out = query.new_empty(query.shape)
-    kernel(head_dim)(
+    KERNEL.load(HEAD_DIM=head_dim)(
         *(part.data_ptr() for part in parts),
         out.data_ptr(),
         *(blocks, block_size, batch, tokens, num_keys, kv_heads, heads // kv_heads),
@@ -87,10 +90,3 @@ def _run(
         scale,
     )
     return out
-
-
-@functools.cache
-def kernel(head_dim: int) -> Callable[..., None]:
-    """Compile for heads of this width, or find it in Inductor's cache."""
-    arguments = [*[POINTER] * 5, *[SIZE] * 12, FLOAT]
-    return compile_kernel("blocked_attention", {"HEAD_DIM": head_dim}, arguments)

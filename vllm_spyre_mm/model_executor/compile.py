@@ -155,7 +155,7 @@ def _compiler_knows_cpu() -> bool:
 
     if platform.machine() != "x86_64":
         return False
-    flags = ["-march=native", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mavx512vnni"]
+    flags = ["-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mavx512vnni"]
     command = [get_cpp_compiler(), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 

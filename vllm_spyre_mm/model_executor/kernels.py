@@ -1,17 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""C++ that is compiled for the model at hand, by Inductor's tool chain and into its cache."""
+"""C++ kernels, compiled for the model and the CPU tier at hand by Inductor's tool chain."""
 
 import ctypes
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import torch
 
+from vllm_spyre_mm.config import CpuTier
+from vllm_spyre_mm.model_executor.cpu_tier import (
+    INSTRUCTIONS,
+    compiler_settings,
+    cpu_tier,
+    has_tier,
+    is_x86,
+)
+
 HEADERS = (
-    *("attend_tiles.h", "attend_vectors.h", "attention_operands.h"),
-    *("matrices.h", "rotation.h", "tiles.h", "vectors.h"),
+    *("decode_amx.h", "decode_simd.h", "attention_operands.h"),
+    *("linear_amx.h", "linear_avx512.h", "linear_product.h", "rows_amx.h", "rows_avx512.h"),
+    *("rotation.h", "tiles.h", "amx.h", "avx512.h", "bf16.h", "simd.h"),
 )
 """What kernels may include; a header may include those after it."""
 
@@ -19,39 +30,63 @@ POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 """Types of arguments."""
 
 
-def compile_kernel(
-    name: str,
-    constants: Mapping[str, int],
-    arguments: list[Any],
-    returns: Any = None,
-) -> Callable[..., Any]:
-    """Compile a kernel, or find it in Inductor's cache.
+@dataclass(frozen=True, eq=False, slots=True)  # one of a kind: hashed by identity, at each call
+class Kernel:
+    """A C++ function, in a file of its name beside this one.
 
-    Args:
-        name: of the C++ function, and of its file beside this one.
-        constants: what the file wants defined.
-        arguments: types of its arguments, of :mod:`ctypes`.
-        returns: type of what it returns, None for nothing.
+    Attributes:
+        name: of the function.
+        tiers: for which there is code of its own, lowest first. A tier between or above two of
+            them runs that of the lower one, compiled for itself.
+        dtypes: that it computes in.
+        arguments: their types, of :mod:`ctypes`.
+        returns: the type of what it returns, None for nothing.
     """
-    from torch._inductor.codecache import CppCodeCache
 
-    files = resources.files(__package__)
-    source = files.joinpath(f"{name}.cpp").read_text()
-    # In place: the cache goes by the text, and would not see another text of a header.
-    for header in HEADERS:
-        source = source.replace(f'#include "{header}"', files.joinpath(header).read_text())
-    defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
-    # Inductor keeps products and sums apart, to round as PyTorch does.
-    library = CppCodeCache.load(defines + source, extra_flags=("-ffp-contract=fast",))
-    function = getattr(library, name)
-    function.argtypes, function.restype = arguments, returns
-    return function
+    name: str
+    tiers: tuple[CpuTier, ...]
+    dtypes: tuple[torch.dtype, ...]
+    arguments: tuple[Any, ...]
+    returns: Any = None
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether there is code for such numbers in the process's tier."""
+        return dtype in self.dtypes and has_tier(self.tiers[0])
+
+    def load(self, **constants: int) -> Callable[..., Any]:
+        """The compiled function, for what the file wants defined; compiled once a process."""
+        return _load(self, cpu_tier(), tuple(constants.items()))
 
 
 @functools.cache
-def has_matrix_unit() -> bool:
-    """Whether this process may multiply bf16 matrices in hardware (AMX); asks for it."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and torch.cpu._init_amx()
+def _load(
+    kernel: Kernel, tier: CpuTier, constants: tuple[tuple[str, int], ...]
+) -> Callable[..., Any]:
+    """Compile a kernel for a tier, or find it in Inductor's cache."""
+    from torch._inductor.codecache import CppCodeCache
+
+    defines = "".join(f"#define {key} {value}\n" for key, value in constants)
+    if not is_x86():  # compiled for the machine at hand: no other may find it
+        defines += f"// {sorted(torch.cpu.get_capabilities().items())}\n"
+    # Inductor keeps products and sums apart, to round as PyTorch does.
+    flags = ("-ffp-contract=fast", *(INSTRUCTIONS[tier].flags if is_x86() else ()))
+    with compiler_settings():
+        library = CppCodeCache.load(defines + source(kernel.name), extra_flags=flags)
+    function = getattr(library, kernel.name)
+    function.argtypes, function.restype = kernel.arguments, kernel.returns
+    return function
+
+
+def source(name: str) -> str:
+    """The text of a kernel, with its headers in place.
+
+    The compile cache goes by the text, and would not see another text of a header.
+    """
+    files = resources.files(__package__)
+    text = files.joinpath(f"{name}.cpp").read_text()
+    for header in HEADERS:
+        text = text.replace(f'#include "{header}"', files.joinpath(header).read_text())
+    return text
 
 
 def heads_side_by_side(part: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "vectors.h"
+#include "simd.h"
 
 constexpr int64_t CHUNK = 64 * LANES;  // numbers of which only the largest is looked at
 constexpr float LEAST = -std::numeric_limits<float>::infinity();

@@ -4,12 +4,11 @@
 Each row by one thread; PyTorch's own goes through the numbers one by one, NumPy's has one thread.
 """
 
-import functools
-from collections.abc import Callable
-
 import torch
 
-from vllm_spyre_mm.model_executor.kernels import POINTER, SIZE, compile_kernel
+from vllm_spyre_mm.model_executor.kernels import POINTER, SIZE, Kernel
+
+KERNEL = Kernel("largest", ("generic",), (torch.float32,), (POINTER, POINTER, SIZE, SIZE))
 
 
 def largest(numbers: torch.Tensor) -> torch.Tensor:
@@ -23,11 +22,5 @@ def largest(numbers: torch.Tensor) -> torch.Tensor:
     """
     rows, width = numbers.shape
     out = torch.empty(rows, dtype=torch.int64)
-    kernel()(numbers.data_ptr(), out.data_ptr(), rows, width)
+    KERNEL.load()(numbers.data_ptr(), out.data_ptr(), rows, width)
     return out
-
-
-@functools.cache
-def kernel() -> Callable[..., None]:
-    """Compile, or find it in Inductor's cache."""
-    return compile_kernel("largest", {}, [POINTER, POINTER, SIZE, SIZE])

@@ -3,7 +3,8 @@
 
 oneDNN rearranges a bf16 weight in a checkpoint's row-major layout at every call, which for the few
 rows of a decode costs more than the arithmetic. Here it is rearranged once, and replaces the
-original: for the project's own kernel on AMX (:mod:`tiled_linear`), else for oneDNN. That of a tied
+original: for the project's own kernel where the CPU has AVX-512 (:mod:`tiled_linear`), else for
+oneDNN. That of a tied
 head stays in rows, for its embedding (:mod:`rows_linear`). For fp32 there is nothing to gain.
 
 The operation is opaque to the compiler, and the weight an input of its graph: one graph serves
@@ -20,6 +21,7 @@ from fms.modules.head import LinearClassificationHead
 from torch import nn
 
 from vllm_spyre_mm.model_executor import rows_linear, tiled_linear
+from vllm_spyre_mm.model_executor.cpu_tier import computes_in_bf16
 from vllm_spyre_mm.model_executor.memory import return_free_memory
 
 HOST_LINEARS = (nn.Linear, LinearClassificationHead)
@@ -35,7 +37,7 @@ class HostLinear(nn.Module):
     Args:
         linear: what it replaces; its weight is left to whoever else refers to it.
         activation: a GELU that follows it and is computed with it, if there is one.
-        compiled: take the project's kernels where the machine has AMX.
+        compiled: take the project's kernels where the CPU's tier has them.
         tied: an embedding has the same weight; the kernels leave it as it is.
     """
 
@@ -53,9 +55,9 @@ class HostLinear(nn.Module):
         self.activation = None if activation is None else names[activation.approximate]
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
-        if compiled and tiled_linear.takes(weight):
+        if compiled and tiled_linear.KERNEL.takes(weight.dtype):
             weight = weight if tied else tiled_linear.tile_weight(weight)
-        elif weight.dtype == torch.bfloat16:
+        elif weight.dtype == torch.bfloat16 and computes_in_bf16():
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias
@@ -107,7 +109,7 @@ def _takes_gates(part: nn.Module) -> TypeGuard[GatedLinearUnit]:
         and part.fused
         and type(part.wg1_fused) is nn.Linear
         and type(part.a) is nn.SiLU
-        and tiled_linear.takes(part.wg1_fused.weight)
+        and tiled_linear.KERNEL.takes(part.wg1_fused.weight.dtype)
     )
 
 
@@ -160,7 +162,7 @@ def replace_linears(module: nn.Module, *, compiled: bool = False) -> None:
 
     Args:
         module: what they are below.
-        compiled: take the project's kernels where the machine has AMX. Without them a bf16 head
+        compiled: take the project's kernels where the CPU's tier has them. Without them a bf16 head
             that is tied to the embedding is held twice: the embedding keeps its rows.
     """
     # Nothing here may keep a layer that was replaced: its weight has to go before the next comes.

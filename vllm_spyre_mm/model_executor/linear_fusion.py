@@ -55,7 +55,7 @@ def _takes_norm(norm: LayerNormParameterized) -> bool:
         type(norm).forward is LayerNormParameterized.forward
         and norm.elementwise_scale
         and norm.weight.numel() % tiled_linear.BLOCK == 0
-        and tiled_linear.takes(norm.weight)
+        and tiled_linear.KERNEL.takes(norm.weight.dtype)
     )
 
 

@@ -4,22 +4,13 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from vllm_spyre_mm.config import Backend
-from vllm_spyre_mm.model_executor import (
-    blocked_attention,
-    largest,
-    paged_decode,
-    paged_store,
-    rotary,
-    rows_linear,
-    tiled_linear,
-)
+from vllm_spyre_mm.model_executor import kernel_registry
 from vllm_spyre_mm.model_executor.attention import (
     CARD_ATTENTION,
     CPU_ATTENTION,
@@ -121,25 +112,11 @@ class SpyreModel:
             self.mapping.text_config.num_attention_heads
             // self.mapping.kv_cache_options().num_kv_heads
         )
-        token_bytes = kv_heads * head_dim * keys.itemsize
-        kernels: list[Callable[[], object]] = [
-            largest.kernel,
-            partial(paged_store.kernel, token_bytes),
-        ]
-        if tiled_linear.takes(keys):
-            kernels += [tiled_linear.kernel, rows_linear.kernel]
-        if blocked_attention.supports(head_dim, keys.dtype):
-            kernels.append(partial(blocked_attention.kernel, head_dim))
-            vision = getattr(self.mapping.hf_config, "vision_config", None)
-            if vision is not None:
-                width = vision.hidden_size // vision.num_attention_heads
-                kernels.append(partial(blocked_attention.kernel, width))
-        if paged_decode.supports(head_dim, keys.dtype):
-            kernels += [
-                partial(paged_decode.kernel, head_dim, group, kv_heads, block_size, keys.dtype),
-                partial(rotary.kernel, head_dim, keys.dtype),
-            ]
-        return kernels
+        vision = getattr(self.mapping.hf_config, "vision_config", None)
+        tower = None if vision is None else vision.hidden_size // vision.num_attention_heads
+        return kernel_registry.loaders(
+            kernel_registry.ModelShape(keys.dtype, head_dim, kv_heads, group, block_size, tower)
+        )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Text embeddings ``(batch, length, hidden_size)`` of int64 ``(batch, length)``."""

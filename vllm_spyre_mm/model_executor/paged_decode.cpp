@@ -99,9 +99,9 @@ static void softmax(float* row, int64_t count, int head, Partial& result) {
 }
 
 #if TILES
-#include "attend_tiles.h"
+#include "decode_amx.h"
 #else
-#include "attend_vectors.h"
+#include "decode_simd.h"
 #endif
 
 static void join(const Partial* partials, int64_t spans, int head, Element* out) {

@@ -6,29 +6,34 @@ cache costs as much as the attention of a single query. The kernel is C++ that I
 tool chain compiles, with its flags and into its cache, for the shape of one model.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
 
+from vllm_spyre_mm.model_executor.cpu_tier import has_tier
 from vllm_spyre_mm.model_executor.kernels import (
     FLOAT,
     POINTER,
     SIZE,
-    compile_kernel,
-    has_matrix_unit,
+    Kernel,
     heads_side_by_side,
 )
 
 LANES = 16
 """The kernel takes heads whose width is a multiple of this."""
 
-SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
+KERNEL = Kernel(
+    "paged_decode",
+    ("generic", "amx"),
+    (torch.bfloat16, torch.float32),
+    (*[POINTER] * 6, SIZE, SIZE, FLOAT, *[POINTER] * 5, *[SIZE] * 5),
+    SIZE,
+)
 
 
 def supports(head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the kernel takes such heads."""
-    return head_dim % LANES == 0 and dtype in SUPPORTED_DTYPES
+    return head_dim % LANES == 0 and KERNEL.takes(dtype)
 
 
 def paged_decode(
@@ -140,24 +145,21 @@ def place_and_decode(
     return out
 
 
-@functools.cache
 def kernel(
     head_dim: int, group: int, kv_heads: int, block_size: int, dtype: torch.dtype
 ) -> Callable[..., int]:
     """Compile the kernel, or find it in Inductor's cache."""
-    constants = {
-        "HEAD_DIM": head_dim,
-        "GROUP": group,
-        "KV_HEADS": kv_heads,
-        "BLOCK_SIZE": block_size,
-        "BF16": int(dtype == torch.bfloat16),
-        "TILES": int(_fits_tiles(head_dim, group, block_size, dtype)),
-    }
-    arguments = [*[POINTER] * 6, SIZE, SIZE, FLOAT, *[POINTER] * 5, *[SIZE] * 5]
-    return compile_kernel("paged_decode", constants, arguments, SIZE)
+    return KERNEL.load(
+        HEAD_DIM=head_dim,
+        GROUP=group,
+        KV_HEADS=kv_heads,
+        BLOCK_SIZE=block_size,
+        BF16=int(dtype == torch.bfloat16),
+        TILES=int(_fits_tiles(head_dim, group, block_size, dtype)),
+    )
 
 
 def _fits_tiles(head_dim: int, group: int, block_size: int, dtype: torch.dtype) -> bool:
     """Whether the matrix unit takes such heads and blocks."""
     fits = head_dim % 32 == 0 and group <= 16 and block_size % 64 == 0
-    return fits and dtype == torch.bfloat16 and has_matrix_unit()
+    return fits and dtype == torch.bfloat16 and has_tier("amx")

@@ -1,12 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled store of new keys and values: one call where PyTorch takes eight."""
 
-import functools
 from collections.abc import Callable
 
 import torch
 
-from vllm_spyre_mm.model_executor.kernels import POINTER, SIZE, compile_kernel, heads_side_by_side
+from vllm_spyre_mm.model_executor.kernels import POINTER, SIZE, Kernel, heads_side_by_side
+
+KERNEL = Kernel(
+    "paged_store",
+    ("generic",),
+    (torch.bfloat16, torch.float32),
+    (*[POINTER] * 5, *[SIZE] * 4),
+    SIZE,
+)
+"""Compiled with ``BYTES``, of the keys of a token."""
+
+
+def kernel(token_bytes: int) -> Callable[..., int]:
+    """Compile for tokens of this size, or find it in Inductor's cache."""
+    return KERNEL.load(BYTES=token_bytes)
 
 
 def paged_store(
@@ -45,11 +58,3 @@ def paged_store(
     )
     if beyond:
         raise IndexError(f"{beyond} slots are beyond the {num_slots} of the cache")
-
-
-@functools.cache
-def kernel(token_bytes: int) -> Callable[..., int]:
-    """Compile for tokens of this size, or find it in Inductor's cache."""
-    return compile_kernel(
-        "paged_store", {"BYTES": token_bytes}, [*[POINTER] * 5, *[SIZE] * 4], SIZE
-    )

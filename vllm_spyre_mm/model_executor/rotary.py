@@ -13,10 +13,14 @@ import torch
 from fms.modules.positions import PositionEncoder, RotaryEmbedding
 from torch import nn
 
-from vllm_spyre_mm.model_executor.kernels import POINTER, SIZE, compile_kernel, heads_side_by_side
+from vllm_spyre_mm.model_executor.kernels import POINTER, SIZE, Kernel, heads_side_by_side
 
 LANES = 16
 """The kernel takes heads whose width is a multiple of this."""
+
+KERNEL = Kernel(
+    "rotary", ("generic",), (torch.bfloat16, torch.float32), (*[POINTER] * 6, *[SIZE] * 6), SIZE
+)
 
 
 class HostRotary(PositionEncoder):
@@ -107,8 +111,6 @@ def rotate(
     return rotated_query, rotated_keys
 
 
-@functools.cache
 def kernel(head_dim: int, dtype: torch.dtype) -> Callable[..., int]:
     """Compile for heads of this width, or find it in Inductor's cache."""
-    constants = {"HEAD_DIM": head_dim, "BF16": int(dtype == torch.bfloat16)}
-    return compile_kernel("rotary", constants, [*[POINTER] * 6, *[SIZE] * 6], SIZE)
+    return KERNEL.load(HEAD_DIM=head_dim, BF16=int(dtype == torch.bfloat16))

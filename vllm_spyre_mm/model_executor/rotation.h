@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rotation of heads of HEAD_DIM numbers by a position, in neighbouring pairs of numbers.
 
+#ifndef ROTATION_H
+#define ROTATION_H
+
 #include <type_traits>
 
-#include "vectors.h"
+#include "simd.h"
 
 using Element = std::conditional_t<BF16, uint16_t, float>;
 static_assert(HEAD_DIM % LANES == 0);
@@ -24,3 +27,5 @@ static inline void rotate(const Element* from, Element* to, const float* angle, 
     }
   }
 }
+
+#endif

@@ -5,16 +5,15 @@ That of a head that is tied to the embedding: oneDNN would rearrange it at each 
 left to it.
 """
 
-import functools
-from collections.abc import Callable
-
 import torch
 
-from vllm_spyre_mm.model_executor.kernels import (
-    POINTER,
-    SIZE,
-    compile_kernel,
-    has_matrix_unit,
+from vllm_spyre_mm.model_executor.kernels import POINTER, SIZE, Kernel
+
+KERNEL = Kernel(
+    "rows_linear",
+    ("avx512", "avx512_bf16", "amx"),
+    (torch.bfloat16,),
+    (*[POINTER] * 4, *[SIZE] * 3),
 )
 
 MAX_ROWS = 32
@@ -27,7 +26,7 @@ BLOCK = 32
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel computes this, for a matrix ``x``, on this machine."""
     fits = len(x) <= MAX_ROWS and x.shape[1] % BLOCK == 0 and len(weight) >= BLOCK
-    return fits and weight.dtype == torch.bfloat16 and has_matrix_unit()
+    return fits and KERNEL.takes(weight.dtype)
 
 
 def rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -40,7 +39,7 @@ def rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """
     x = x.contiguous()
     out = x.new_empty(len(x), len(weight))
-    kernel()(
+    KERNEL.load()(
         x.data_ptr(),
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
@@ -50,9 +49,3 @@ def rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         len(weight),
     )
     return out
-
-
-@functools.cache
-def kernel() -> Callable[..., None]:
-    """Compile, or find it in Inductor's cache."""
-    return compile_kernel("rows_linear", {}, [*[POINTER] * 4, *[SIZE] * 3])

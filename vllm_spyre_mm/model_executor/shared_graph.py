@@ -21,6 +21,7 @@ from torch._dynamo.variables.torch_function import torch_function_mode_stack_sta
 from torch._guards import TracingContext, tracing
 
 from vllm_spyre_mm.model_executor.attention_fusion import fuse_attention
+from vllm_spyre_mm.model_executor.cpu_tier import compiler_settings
 from vllm_spyre_mm.model_executor.direct_calls import call_directly
 from vllm_spyre_mm.model_executor.linear_fusion import fuse_linears
 
@@ -99,7 +100,8 @@ def _compile(
             fuse_linears(graph.graph_module)
             compiled: Any = call_directly(graph.graph_module)
             if compiled is None:
-                compiled = compile_fx(graph.graph_module, graph.example_inputs)
+                with compiler_settings():
+                    compiled = compile_fx(graph.graph_module, graph.example_inputs)
         guards = captured.graph_capture_output.build_guards(forward.__code__).guard_manager
     run = captured.forward_callable(compiled_fn=compiled, extra_globals=forward.__globals__)
     return run, guards

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A linear layer of bf16 on AMX, whose weight lies in the order in which it is multiplied.
+// A linear layer of bf16 on AMX or AVX-512, whose weight lies in the order in which it is multiplied.
 //
 // 32 rows and 32 outputs are multiplied at a time, 32 numbers deep in a step. A task is some rows and
 // some outputs. It goes through its outputs 32 by 32, through as many steps as weights fit the
-// innermost cache, and then through its rows, which it has packed into the second cache. Sums lie in
+// L1 cache, and then through its rows, which it has packed into the L2 cache. Sums lie in
 // fp32 between; the products of 32 outputs run beside what is left to do for those before: a bias,
 // a GELU or the gates of a gated unit, whose 32 are 16 gates and the 16 values that they gate, or
 // the sum with a residual. A norm of the rows is computed where they are packed.
@@ -15,17 +15,15 @@
 
 #include <omp.h>
 
-#include "matrices.h"
 #include "tiles.h"
 
 constexpr int64_t BLOCK = 32;       // rows, and outputs, that are multiplied at a time
 constexpr int64_t STEP = 32 * 32;   // numbers of a block of either operand in a step
-constexpr int64_t DEPTH = 18;       // steps at most whose weights stay in the innermost cache
+constexpr int64_t DEPTH = 18;       // steps at most whose weights stay in the L1 cache: 36 KiB
 constexpr int64_t ROW_BLOCKS = 12;  // of a task at most: twice DEPTH steps of them take 864 KiB
 constexpr int64_t SUM_BLOCKS = 432;  // that a task keeps at most: 1.7 MiB
 constexpr int64_t AHEAD = 6;        // rows between the prefetch of an output and its store
-constexpr int64_t FEW = 8;          // blocks of rows that wait for the memory more than for products
-constexpr int64_t NEAR = 4;         // steps between the prefetch of weights and their use by few rows
+constexpr int64_t NEAR = 8;         // steps between the prefetch of weights and their use by few rows
 
 enum After { NONE, GELU_TANH, SILU_GATED, RESIDUAL };
 
@@ -88,9 +86,9 @@ static float variance_about(const Problem& of, const Element* row, float mean) {
 static Moments measure(const Problem& of, const Element* row) {
   __m512 sums = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
   for (int64_t i = 0; i < of.width; i += 32) {
-    __m512bh x = (__m512bh)_mm512_loadu_si512(row + i);
-    sums = _mm512_dpbf16_ps(sums, x, (__m512bh)_mm512_set1_epi16(0x3f80));
-    squares = _mm512_dpbf16_ps(squares, x, x);
+    __m512i x = _mm512_loadu_si512(row + i);
+    sums = dot_pairs(sums, x, _mm512_set1_epi16(BF16_ONE));
+    squares = dot_pairs(squares, x, x);
   }
   float mean = of.centered ? _mm512_reduce_add_ps(sums) / of.width : 0;
   float variance = _mm512_reduce_add_ps(squares) / of.width - mean * mean;
@@ -140,7 +138,7 @@ static Element* pack(const Problem& of, const Task& task, int64_t step, int64_t 
           x[half] = _mm512_fmadd_ps(deviations, _mm512_load_ps(weight + i),
                                     _mm512_load_ps(bias + i));
         }
-        store(packed + k * STEP, _mm512_cvtne2ps_pbh(x[1], x[0]));
+        store(packed + k * STEP, round_to_bf16(x[1], x[0]));
       }
       continue;
     }
@@ -212,7 +210,7 @@ struct Finish {
       low = _mm512_fmadd_ps(low, scale, added[0]);
       high = _mm512_fmadd_ps(high, scale, added[1]);
     }
-    _mm512_mask_storeu_epi16(to, held, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    _mm512_mask_storeu_epi16(to, held, round_to_bf16(high, low));
     ++row;
   }
   void rest() {
@@ -220,64 +218,25 @@ struct Finish {
   }
 };
 
-// The numbers a product goes through before its sums lie elsewhere: [first, last) of the steps. A
-// single block of rows uses weights once, and has no cause to keep any.
+// The numbers a product goes through before its sums lie elsewhere: [first, last) of the steps. Rows
+// that are multiplied at once use weights once, and have no cause to keep any.
 struct Depths {
-  int64_t steps, blocks, count = blocks == 1 ? 1 : divide_up(steps, DEPTH);
+  int64_t steps, passes, count = passes == 1 ? 1 : divide_up(steps, DEPTH);
   int64_t first(int64_t depth) const { return steps * depth / count; }
 };
 
-// Products of a block of rows and some steps of a panel of weights.
-struct Product {
-  const Element *rows, *weights, *next_weights;
-  int64_t steps;
-  float *sums, *next_sums;    // the next are null where they come from near
-  bool fresh;                 // the sums are made, not added to
-  bool half;                  // there are 16 rows at most
-  int64_t fetch, fetch_step;  // of the next weights of a step: the first number, and how far apart
-};
-
-// Rows of sums are finished meanwhile.
-template <After AFTER>
-static inline void multiply(const Product& of, Finish<AFTER>& finish, int64_t rows_a_step) {
-  if (of.fresh) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, of.sums, 128);
-    _tile_loadd(1, of.sums + 16, 128);
-    _tile_loadd(2, of.sums + 512, 128);
-    _tile_loadd(3, of.sums + 528, 128);
-  }
-  for (int64_t k = 0; k < of.steps; ++k) {
-    for (int64_t i = 0; i < rows_a_step; ++i) finish.next();
-    for (int64_t i = of.fetch; i < STEP; i += of.fetch_step)
-      __builtin_prefetch(of.next_weights + k * STEP + i, 0, 2);
-    if (of.next_sums)
-      for (int64_t i = 0; i < 64; i += 16) __builtin_prefetch(of.next_sums + k * 64 + i, 1);
-    _tile_loadd(6, of.weights + k * STEP, 64);
-    _tile_loadd(7, of.weights + k * STEP + 512, 64);
-    _tile_stream_loadd(4, of.rows + k * STEP, 64);  // and leave the cache to the weights
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if (of.half) continue;
-    _tile_stream_loadd(5, of.rows + k * STEP + 512, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, of.sums, 128);
-  _tile_stored(1, of.sums + 16, 128);
-  _tile_stored(2, of.sums + 512, 128);
-  _tile_stored(3, of.sums + 528, 128);
-}
+#ifdef __AMX_BF16__
+#include "linear_amx.h"
+#else
+#include "linear_avx512.h"
+#endif
 
 // The rows are packed unless the task before had the same.
 template <After AFTER>
 static void compute(const Problem& of, const Task& task, bool packed, Workspace& memory) {
   int64_t steps = of.steps(), blocks = divide_up(task.last_row - task.row, BLOCK);
-  Depths depths{steps, blocks};
+  int64_t passes = divide_up(task.last_row - task.row, ROWS_AT_ONCE);  // over a panel's weights
+  Depths depths{steps, passes};
   int64_t rows_a_step = divide_up(BLOCK, steps);  // to finish sums while others are made
   // Sums are finished by blocks of rows, by panels, or, if rows are packed in parts, at the end.
   bool in_parts = depths.count > 2;
@@ -296,7 +255,7 @@ static void compute(const Problem& of, const Task& task, bool packed, Workspace&
           int64_t from = depths.first(d), count = depths.first(d + 1) - from;
           const Element* weights = of.weight + (panel * steps + from) * STEP;
           // Few rows: the first of them fetch weights as they come. Many: all fetch the next panel's.
-          bool few = blocks <= FEW;
+          bool few = passes <= FEW;
           int64_t to_next = few ? NEAR : in_parts ? steps : count;
           for (int64_t b = g; b < g + group; ++b) {
             float* sum = own + (b - g) * BLOCK * BLOCK;
@@ -307,9 +266,9 @@ static void compute(const Problem& of, const Task& task, bool packed, Workspace&
                       .sums = sum,
                       .next_sums = in_parts ? sum + BLOCK * BLOCK : nullptr,
                       .fresh = d == 0,
-                      .half = task.row + b * BLOCK + 16 >= task.last_row,
-                      .fetch = few && b > 0 ? STEP : b * 32,
-                      .fetch_step = few ? 32 : blocks * 32},
+                      .count = std::min(BLOCK, task.last_row - task.row - b * BLOCK),
+                      .fetch = few && b > 0 ? STEP : b * (BLOCK / ROWS_AT_ONCE) * 32,
+                      .fetch_step = few ? 32 : passes * 32},
                      finish, rows_a_step);
           }
         }

@@ -1,26 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled linear layer of bf16 on AMX, for a weight that is rearranged once.
+"""The compiled linear layer of bf16 on AMX or AVX-512, for a weight that is rearranged once.
 
-The weight lies in the order in which the matrix unit takes it: a prompt's products and a tower's
-are faster than oneDNN's, and a decode reads it at the memory's pace. What follows the layer, a
+The weight lies in the order in which it is multiplied: a prompt's products and a tower's are faster
+than oneDNN's, and a decode reads it at the memory's pace. What follows the layer, a
 GELU, the gate of a gated unit or the sum with a residual, is computed beside the products, before
 anything is rounded; a norm before it, where rows are packed for the products.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from vllm_spyre_mm.model_executor.kernels import (
-    FLOAT,
-    POINTER,
-    SIZE,
-    compile_kernel,
-    has_matrix_unit,
-)
+from vllm_spyre_mm.model_executor.kernels import FLOAT, POINTER, SIZE, Kernel
 from vllm_spyre_mm.model_executor.memory import huge_pages
 
 BLOCK = 32
@@ -31,6 +23,14 @@ GELU_TANH, SILU_GATED = "gelu_tanh", "silu_gated"
 
 ACTIVATIONS = (None, GELU_TANH, SILU_GATED)
 """In the kernel's order, where the sum with a residual comes after them."""
+
+
+KERNEL = Kernel(
+    "tiled_linear",
+    ("avx512", "avx512_bf16", "amx"),
+    (torch.bfloat16,),
+    (*[POINTER] * 7, *[SIZE] * 8, *[FLOAT] * 2),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,6 @@ class Norm:
     bias: torch.Tensor | None
     centered: bool
     epsilon: float
-
-
-def takes(weight: torch.Tensor) -> bool:
-    """Whether the kernel multiplies with such a weight on this machine."""
-    return weight.dtype == torch.bfloat16 and has_matrix_unit()
 
 
 def tile_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -132,7 +127,7 @@ def tiled_linear(
     residual_row = 0
     if residual is not None:
         residual, _, residual_row = _in_rows(residual)
-    kernel()(
+    KERNEL.load()(
         x.data_ptr(),
         *(None if part is None else part.data_ptr() for part in _parts(norm)),
         weight.data_ptr(),
@@ -164,9 +159,3 @@ def _in_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
 
 def _parts(norm: Norm | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (None, None) if norm is None else (norm.weight, norm.bias)
-
-
-@functools.cache
-def kernel() -> Callable[..., None]:
-    """Compile, or find it in Inductor's cache."""
-    return compile_kernel("tiled_linear", {}, [*[POINTER] * 7, *[SIZE] * 8, *[FLOAT] * 2])

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of 16 lanes, and elements of bf16 and fp32 in memory as such. The arithmetic is in fp32.
+// SIMD vectors of 16 fp32 lanes for any CPU, loaded from and stored to bf16 or fp32 memory.
+
+#ifndef SIMD_H
+#define SIMD_H
 
 #include <cstdint>
 #include <cstring>
@@ -35,3 +38,5 @@ static inline void store(uint16_t* to, Floats values) {
   Halves rounded = round_to_bf16(values);
   std::memcpy(to, &rounded, sizeof(rounded));
 }
+
+#endif

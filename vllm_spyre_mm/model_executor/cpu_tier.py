@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the CPU can compute with: one tier for the process, which chooses every kernel.
+
+A tier is a set of instructions. Code is compiled for a tier, never for the machine at hand: what
+lies in a compile cache runs on every CPU of that tier, and its key names the tier's flags.
+"""
+
+import functools
+import platform
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from vllm_spyre_mm.config import CPU_TIERS, CpuTier, cpu_tier_limit
+
+
+@dataclass(frozen=True, slots=True)
+class Instructions:
+    """The instructions of a tier beside those of the tiers below it.
+
+    Attributes:
+        capabilities: names of ``torch.cpu.get_capabilities``.
+        march: of GCC and Clang.
+        flags: of the compiler, beside ``march``.
+        simdlen: bits of Inductor's vectors; 1 for none.
+    """
+
+    capabilities: tuple[str, ...]
+    march: str
+    flags: tuple[str, ...]
+    simdlen: int
+
+
+BF16 = ("-mavx512bf16",)
+
+INSTRUCTIONS: dict[CpuTier, Instructions] = {
+    "generic": Instructions((), "x86-64", (), 1),
+    "avx2": Instructions(("avx2", "bmi", "bmi2", "f16c", "fma3", "lzcnt"), "x86-64-v3", (), 256),
+    "avx512": Instructions(
+        ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl"), "x86-64-v4", (), 512
+    ),
+    "avx512_bf16": Instructions(("avx512_bf16",), "x86-64-v4", BF16, 512),
+    "amx": Instructions(
+        ("amx_tile", "amx_bf16"), "x86-64-v4", (*BF16, "-mamx-tile", "-mamx-bf16"), 512
+    ),
+}
+"""Of x86-64; elsewhere everything is ``generic``, and compiled for the machine at hand."""
+
+
+@functools.cache
+def cpu_tier() -> CpuTier:
+    """The tier of this process: the CPU's, or what ``SPYRE_MM_CPU_TIER`` lowers it to.
+
+    Raises:
+        ValueError: the variable names no tier, or one that the CPU lacks.
+    """
+    limit, detected = cpu_tier_limit(), detect_tier()
+    if limit is None:
+        return detected
+    if CPU_TIERS.index(limit) > CPU_TIERS.index(detected):
+        raise ValueError(f"SPYRE_MM_CPU_TIER={limit}: this CPU has {detected} at most")
+    return limit
+
+
+@functools.cache
+def detect_tier() -> CpuTier:
+    """The highest tier whose instructions, and those of all below it, the CPU has.
+
+    For AMX this process asks the operating system for the tile registers.
+    """
+    tier = CPU_TIERS[0]
+    if not is_x86():
+        return tier
+    has = torch.cpu.get_capabilities()
+    for higher in CPU_TIERS[1:]:
+        if not all(has.get(name, False) for name in INSTRUCTIONS[higher].capabilities):
+            return tier
+        if higher == "amx" and not torch.cpu._init_amx():
+            return tier
+        tier = higher
+    return tier
+
+
+def has_tier(tier: CpuTier) -> bool:
+    """Whether this process may use the instructions of a tier."""
+    return CPU_TIERS.index(cpu_tier()) >= CPU_TIERS.index(tier)
+
+
+def is_x86() -> bool:
+    """Whether the CPU is an x86-64 one."""
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+def computes_in_bf16() -> bool:
+    """Whether bf16 is at least as fast as fp32 here: with AVX-512, or where oneDNN says so."""
+    if is_x86():
+        return has_tier("avx512")
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def compiler_settings() -> AbstractContextManager[None]:
+    """A context in which Inductor compiles for the tier, its graphs and the project's kernels."""
+    from torch._inductor import config
+
+    instructions = INSTRUCTIONS[cpu_tier()]
+    if not is_x86():
+        return config.patch({})
+    return config.patch({"cpp.march": instructions.march, "cpp.simdlen": instructions.simdlen})

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// A linear layer of a few rows by AVX-512. Included by rows_linear.cpp.
+//
+// Dot products along the rows of the weight, of four outputs and up to four rows of inputs at a time:
+// the weight is read once from memory, and again from the L1 cache for more than four rows.
+
+constexpr int64_t OUTPUTS = 32;  // whose results are rounded together
+constexpr int GROUP = 4;         // outputs, and rows at most, of a step: 16 sums
+
+// The sums over the lanes of 16 vectors: lane 4 r + o is that of vectors[o][r].
+static inline __m512 sum_lanes(const __m512 vectors[GROUP][GROUP]) {
+  __m512 fours[GROUP];
+  for (int o = 0; o < GROUP; ++o) {
+    const __m512* v = vectors[o];
+    auto fold = [](__m512 a, __m512 b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    __m512 first = fold(v[0], v[1]), second = fold(v[2], v[3]);
+    fours[o] = _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88),
+                             _mm512_shuffle_f32x4(first, second, 0xdd));
+  }
+  auto fold = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  };
+  __m512 first = fold(fours[0], fours[1]), second = fold(fours[2], fours[3]);
+  return _mm512_add_ps(_mm512_shuffle_ps(first, second, 0x88),
+                       _mm512_shuffle_ps(first, second, 0xdd));
+}
+
+// Sums of GROUP outputs and ROWS rows to sums[row][output]. The first rows fetch the next weights.
+template <int ROWS>
+static void multiply(const Element* weight, const Element* x, int64_t width, bool fetch,
+                     float (*sums)[OUTPUTS]) {
+  __m512 products[GROUP][GROUP];
+  for (auto& output : products)
+    for (auto& part : output) part = _mm512_setzero_ps();
+  for (int64_t k = 0; k < width; k += TILE_DEPTH) {
+    __m512i inputs[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) inputs[r] = _mm512_loadu_si512(x + r * width + k);
+#pragma GCC unroll 4
+    for (int o = 0; o < GROUP; ++o) {
+      __m512i weights = _mm512_loadu_si512(weight + o * width + k);
+      if (fetch) __builtin_prefetch(weight + (o + GROUP) * width + k, 0, 2);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) products[o][r] = dot_pairs(products[o][r], weights, inputs[r]);
+    }
+  }
+  Floats total = (Floats)sum_lanes(products);
+  for (int r = 0; r < ROWS; ++r)
+    std::memcpy(sums[r], (float*)&total + r * GROUP, GROUP * sizeof(float));
+}
+
+static void compute(const Element* x, const Element* weight, const Element* bias, Element* out,
+                    int64_t rows, int64_t width, int64_t outputs) {
+  using Multiply = void (*)(const Element*, const Element*, int64_t, bool, float (*)[OUTPUTS]);
+  constexpr Multiply LAST[] = {multiply<4>, multiply<1>, multiply<2>, multiply<3>};
+#pragma omp parallel for
+  for (int64_t start = 0; start < outputs; start += OUTPUTS) {
+    int64_t first = std::min(start, outputs - OUTPUTS);  // the last take some of those before
+    alignas(64) float sums[2 * LANES][OUTPUTS];
+    for (int64_t o = 0; o < OUTPUTS; o += GROUP)
+      for (int64_t row = 0; row < rows; row += GROUP) {
+        auto multiply = LAST[rows - row < GROUP ? rows - row : 0];
+        float(*part)[OUTPUTS] = (float(*)[OUTPUTS])(&sums[row][o]);
+        multiply(weight + (first + o) * width, x + row * width, width, row == 0, part);
+      }
+    Floats low = bias ? load(bias + first) : Floats{};
+    Floats high = bias ? load(bias + first + LANES) : Floats{};
+    __mmask32 own = ~0u << (start - first);  // the others are written by the thread before
+    for (int64_t row = 0; row < rows; ++row)
+      _mm512_mask_storeu_epi16(out + row * outputs + first, own,
+                               round_to_bf16((__m512)(load(&sums[row][LANES]) + high),
+                                             (__m512)(load(&sums[row][0]) + low)));
+  }
+}
