@@ -117,7 +117,7 @@ class EmbeddingMiddleware:
             PENDING.reset(reset)
 
     async def _write(
-        self, pieces: Iterator[bytes], gone: "asyncio.Future[Message]", send: Send
+        self, pieces: Iterator[bytes], gone: "asyncio.Task[None]", send: Send
     ) -> None:
         """Send what ``pieces`` yields, until the client is gone."""
         while not gone.done():
@@ -130,9 +130,14 @@ class EmbeddingMiddleware:
 
 
 @asynccontextmanager
-async def _watching(receive: Receive) -> "AsyncIterator[asyncio.Future[Message]]":
-    """A future that is done when the client closes its connection."""
-    gone = asyncio.ensure_future(receive())  # the request has been read: nothing else comes
+async def _watching(receive: Receive) -> "AsyncIterator[asyncio.Task[None]]":
+    """A task that is done when the client closes its connection."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass  # what is left of the request
+
+    gone = asyncio.create_task(disconnected())
     try:
         yield gone
     finally:
