@@ -194,7 +194,9 @@ def test_a_body_in_parts_is_read_whole_and_handed_on(app: FastAPI) -> None:
     assert asyncio.run(ask({"return_mm_embedding": True})).status_code == 400
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b'\xff"return_mm_embedding"', b'["return_mm_embedding'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b'\xff"return_mm_embedding"', b'["return_mm_embedding']
+)
 def test_what_is_no_json_is_the_routes_to_refuse(body: bytes) -> None:
     assert not asks_for_embedding(body)
     assert not asks_for_embedding(b'{"return_mm_embedding":' + b"[" * 100_000)

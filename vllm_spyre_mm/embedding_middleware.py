@@ -116,9 +116,7 @@ class EmbeddingMiddleware:
         finally:
             PENDING.reset(reset)
 
-    async def _write(
-        self, pieces: Iterator[bytes], gone: "asyncio.Task[None]", send: Send
-    ) -> None:
+    async def _write(self, pieces: Iterator[bytes], gone: "asyncio.Task[None]", send: Send) -> None:
         """Send what ``pieces`` yields, until the client is gone."""
         while not gone.done():
             async with self._turn:

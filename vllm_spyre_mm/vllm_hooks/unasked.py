@@ -5,10 +5,10 @@ A request that says nothing of ``return_mm_embedding`` gets what the settings sa
 makes it. In a server nobody would see it: whatever route a request came in by, one that says
 nothing wants none. Nor do the requests of one token each that a beam search is made of.
 
-Leans on: a server's routes, of all kinds, get the one engine that ``init_app_state`` is called
-with; a server without routes makes its engine with a ``usage_context`` of its own; an engine has
-the ``input_processor`` that makes all its requests; ``LLM.beam_search`` makes its own before it
-returns.
+Leans on: servers make their engine with a ``usage_context`` of their own; ``init_app_state``, which
+joins an engine with vLLM's routes wherever it comes from, calls ``init_generate_state`` with it, by
+the name of its module; an engine has the ``input_processor`` that makes all its requests;
+``LLM.beam_search`` makes its own before it returns.
 """
 
 import copy
@@ -29,7 +29,7 @@ this says no: see ``input_processor``)."""
 def install() -> None:
     """Extend vLLM's front ends as soon as they exist."""
     when_loaded("vllm.v1.engine.async_llm", _extend_async_llm)
-    when_loaded("vllm.entrypoints.launchers.api_server.app_state", _extend_app_state)
+    when_loaded("vllm.entrypoints.generate.api_router", _extend_routes)
     when_loaded("vllm.entrypoints.generate.beam_search.offline", _extend_beam_search)
 
 
@@ -68,20 +68,20 @@ def _extend_async_llm(module: ModuleType) -> None:
     module.AsyncLLM.__init__ = __init__
 
 
-def _extend_app_state(module: ModuleType) -> None:
-    require_attributes(module, ("init_app_state",))
-    original = module.init_app_state
+def _extend_routes(module: ModuleType) -> None:
+    require_attributes(module, ("init_generate_state",))
+    original = module.init_generate_state
     if hasattr(original, ATTRIBUTE):
         return
     require_parameters(original, ("engine_client", "state"))
 
     @functools.wraps(original)
-    async def init_app_state(engine_client: Any, *args: Any, **kwargs: Any) -> None:
+    async def init_generate_state(engine_client: Any, *args: Any, **kwargs: Any) -> None:
         setattr(engine_client.input_processor, ATTRIBUTE, False)
         await original(engine_client, *args, **kwargs)
 
-    setattr(init_app_state, ATTRIBUTE, False)
-    module.init_app_state = init_app_state  # type: ignore[attr-defined]
+    setattr(init_generate_state, ATTRIBUTE, False)
+    module.init_generate_state = init_generate_state  # type: ignore[attr-defined]
 
 
 def _extend_beam_search(module: ModuleType) -> None:
