@@ -114,9 +114,11 @@ def starting_server(
 
 
 @contextlib.contextmanager
-def running_server(checkpoint: Path, log: Path, *more: str) -> Iterator[str]:
+def running_server(
+    checkpoint: Path, log: Path, *more: str, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """The address of a server that runs inside the context; see :func:`starting_server`."""
-    with starting_server(checkpoint, log, *more) as server:
+    with starting_server(checkpoint, log, *more, environment=environment) as server:
         server.wait_until_healthy()
         yield server.address
 
