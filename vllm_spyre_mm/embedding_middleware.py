@@ -108,7 +108,7 @@ class EmbeddingMiddleware:
             else:
                 async with _watching(receive) as gone:
                     await self._write(pending.fill(message.get("body", b"")), gone, send)
-                await send(message | {"body": b""})
+                await send({**message, "body": b""})
 
         reset = PENDING.set(pending)
         try:

@@ -113,10 +113,10 @@ def _text(tensor: torch.Tensor, encoding_format: EncodingFormat) -> Iterator[byt
     if encoding_format == "float":
         yield from _nested_text(tensor)
         return
-    octets = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    octets = tensor.contiguous().flatten().view(torch.uint8)
     yield b'"'
-    for start in range(0, len(octets), PIECE_BYTES):
-        yield base64.b64encode(octets[start : start + PIECE_BYTES])
+    for part in octets.split(PIECE_BYTES):
+        yield base64.b64encode(part.numpy().tobytes())
     yield b'"'
 
 

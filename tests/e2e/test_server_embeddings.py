@@ -461,12 +461,13 @@ def test_a_batch_returns_the_embedding_of_each_conversation(
     assert returned(server) == before
 
     body["messages"].append([{"role": "user", "content": "Hello"}])
-    status, answer = post(server, {**body, "return_mm_embedding": True}, path)
+    asked = {"return_mm_embedding": {"dtype": "float16"}}
+    status, answer = post(server, {**body, **asked}, path)
     assert status == 200, answer
     *seen, text_only = (choice["mm_embedding"] for choice in answer["choices"])
     assert text_only is None
     for embedding, seed in zip(seen, (44, 45), strict=True):
-        alone = ask(client, drawn(seed)).choices[0].mm_embedding
+        alone = ask(client, drawn(seed), extra_body=asked).choices[0].mm_embedding
         assert torch.equal(decode_mm_embedding(embedding), decode_mm_embedding(alone))
 
     too_many = of_chats(44, 45, 44, 45)  # each conversation has a share of the limit
@@ -478,38 +479,22 @@ def test_a_batch_returns_the_embedding_of_each_conversation(
     assert status == 400
 
 
-def test_a_picture_of_a_request_that_found_the_queue_full(
-    server: str, client: openai.OpenAI
-) -> None:
-    """The engine never got the picture: it comes with the next request that shows it."""
-    long: dict[str, Any] = {"ignore_eos": True, "return_mm_embedding": False}
-    streams = [
-        client.chat.completions.create(
-            model="demo",
-            messages=[{"role": "user", "content": "Hi"}],
-            max_tokens=1000,
-            stream=True,
-            extra_body=long,
-        )
-        for _ in range(MAX_QUEUED)
-    ]
-    for stream in streams:
-        next(iter(stream))
-    image = drawn(46)
-    with pytest.raises(openai.InternalServerError) as refusal:
-        ask(client, image)
-    assert refusal.value.status_code == 503
-    for stream in streams:
-        stream.close()
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            assert ask(client, image).choices[0].mm_embedding is not None
-            return
-        except openai.InternalServerError as error:
-            if error.status_code != 503 or time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)  # the streams have not ended yet
+def test_a_picture_of_a_request_that_found_no_place_in_the_queue(server: str) -> None:
+    """The engine never got the picture: it comes with the next request that shows it.
+
+    vLLM looks for one place before it processes the pictures of a batch, and then for one for each
+    conversation.
+    """
+    seeds = range(60, 61 + MAX_QUEUED)
+    status, answer = post(server, of_chats(*seeds), "/v1/chat/completions/batch")
+    assert status == 503, answer
+    for seed in seeds:
+        body = {"messages": messages(drawn(seed)), "max_tokens": 4}
+        deadline = time.monotonic() + 60
+        while (status := post(server, body, "/v1/chat/completions")[0]) == 503:
+            assert time.monotonic() < deadline  # the others of the batch have not ended yet
+            time.sleep(0.1)
+        assert status == 200
 
 
 @pytest.mark.parametrize(
