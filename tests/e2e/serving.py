@@ -120,10 +120,16 @@ def starting_server(
 
 @contextlib.contextmanager
 def running_server(
-    checkpoint: Path, log: Path, *more: str, defaults: bool = False
+    checkpoint: Path,
+    log: Path,
+    *more: str,
+    environment: Mapping[str, str] | None = None,
+    defaults: bool = False,
 ) -> Iterator[str]:
     """The address of a server that runs inside the context; see :func:`starting_server`."""
-    with starting_server(checkpoint, log, *more, defaults=defaults) as server:
+    with starting_server(
+        checkpoint, log, *more, environment=environment, defaults=defaults
+    ) as server:
         server.wait_until_healthy()
         yield server.address
 

@@ -13,6 +13,7 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput
+from vllm.sampling_params import BeamSearchParams
 
 from tests.e2e.engines import engine
 from vllm_spyre_mm.demo import pictures
@@ -80,6 +81,21 @@ def test_each_request_of_a_batch_has_its_own_choice(llm: LLM) -> None:
     scales = small.mm_embedding_info.scales.unsqueeze(1)
     error = (small.mm_embedding * scales - raw.mm_embedding).abs()
     assert (error <= scales / 2 * 1.001).all()
+
+
+def test_a_beam_search_is_made_of_requests_that_want_none(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    returned: list[int] = []
+    accounts = llm.llm_engine.engine_core.engine_core.scheduler._accounts  # type: ignore[attr-defined]
+    monkeypatch.setattr(accounts, "record_returned", returned.append)
+    prompt: Any = {"prompt": ONE, "multi_modal_data": {"image": drawn(30)}}
+    (found,) = llm.beam_search([prompt], BeamSearchParams(beam_width=3, max_tokens=4))
+    assert len(found.sequences) == 3
+    assert len(returned) >= 4
+    assert set(returned) == {0}
+    assert ask(llm, [drawn(30)]).mm_embedding is not None  # the default is back
+    assert sum(returned) == 1
 
 
 def test_items_say_where_each_image_is(llm: LLM) -> None:

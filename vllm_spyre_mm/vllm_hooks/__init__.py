@@ -32,6 +32,8 @@ def install() -> None:
         sender_cache,
         server_end,
         shutdown,
+        unasked,
+        worker_operations,
     )
 
     engine_output.install()
@@ -47,3 +49,5 @@ def install() -> None:
     server_end.install()
     shutdown.install()
     orphans.install()
+    unasked.install()
+    worker_operations.install()
