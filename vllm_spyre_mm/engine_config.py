@@ -16,7 +16,7 @@ from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 logger = get_logger(__name__)
 
@@ -50,6 +50,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     if vllm_config.model_config is None:
         return  # vLLM builds partial configurations for its own tools
     _refuse_unsupported(vllm_config)
+    _leave_head_to_loader(vllm_config.model_config)
     mapping = get_mm_mapping(vllm_config.model_config.hf_config)
     model_config, scheduler_config = vllm_config.model_config, vllm_config.scheduler_config
     dtype = decoder_dtype_of(vllm_config)
@@ -136,6 +137,15 @@ def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
     for refused, what in refusals:
         if refused:
             raise ValueError(f"not supported on Spyre: {what}")
+
+
+def _leave_head_to_loader(model_config: "ModelConfig") -> None:
+    """Undo what vLLM does where a tied head is stored: the loader compares it with the embedding.
+
+    vLLM unties them in the configuration, and ties equal ones again in a loader of its own.
+    """
+    if model_config.word_embeddings_untied_by_checkpoint:
+        model_config.hf_config.tie_word_embeddings = True
 
 
 def _check_divisible(vllm_config: "VllmConfig", mapping: MMUtils, settings: SpyreSettings) -> None:
