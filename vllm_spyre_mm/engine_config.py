@@ -23,6 +23,9 @@ logger = get_logger(__name__)
 SCHEDULER_CLASS = "vllm_spyre_mm.scheduler.SpyreScheduler"
 WORKER_CLASS = "vllm_spyre_mm.worker.worker.SpyreWorker"
 
+LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
+"""Those that mean safetensors in the format of Hugging Face; the worker refuses the last one."""
+
 
 def geometry_of(vllm_config: "VllmConfig") -> Geometry:
     """The geometry of a resolved configuration."""
@@ -66,6 +69,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     _check_backend(settings, dtype, scheduler_config.max_num_batched_tokens, host_dtypes)
     _check_divisible(vllm_config, mapping, settings)
     _check_embeddings(vllm_config, mapping)
+    _check_tokenizer(vllm_config, mapping)
     vllm_config.additional_config = settings.model_dump()
 
     _take_over_execution(vllm_config)
@@ -116,6 +120,12 @@ def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
         (vllm_config.ec_transfer_config is not None, "encoder cache transfer"),
         (model.runner_type != "generate", f"runner={model.runner_type!r} (only 'generate')"),
         (model.quantization is not None, f"quantization={model.quantization!r}"),
+        (model.config_format == "mistral", "config-format='mistral': use 'hf'"),
+        (
+            vllm_config.load_config.load_format not in LOAD_FORMATS,
+            f"load-format={vllm_config.load_config.load_format!r} (safetensors of Hugging Face's "
+            "format are read: use 'auto')",
+        ),
         (model.enable_sleep_mode, "sleep mode (--enable-sleep-mode)"),
         (model.enable_prompt_embeds, "prompt embeddings (--enable-prompt-embeds)"),
         (
@@ -170,6 +180,19 @@ def _check_embeddings(vllm_config: "VllmConfig", mapping: MMUtils) -> None:
         raise ValueError(
             "image embeddings as input (--enable-mm-embeds) are not supported for "
             f"{type(mapping).__name__}: vLLM cannot tell the rows of an image from its features"
+        )
+
+
+def _check_tokenizer(vllm_config: "VllmConfig", mapping: MMUtils) -> None:
+    """Raise ValueError if the model's processor would be given a tokenizer without image tags."""
+    from vllm_spyre_mm.vllm_hooks.mistral_format import uses_own_tokenizer
+
+    if mapping.image_token_id is not None and uses_own_tokenizer(vllm_config.model_config):
+        raise ValueError(
+            "Mistral's own tokenizer (--tokenizer-mode mistral, or a repository without "
+            "tokenizer.json) does not go with the processor of Hugging Face, which the images "
+            "need: name a repository that has a tokenizer.json with --tokenizer, and use "
+            "--tokenizer-mode hf"
         )
 
 

@@ -24,6 +24,7 @@ def install() -> None:
         input_processor,
         media,
         metrics,
+        mistral_format,
         mixed_images,
         openai_api,
         orphans,
@@ -41,6 +42,7 @@ def install() -> None:
     media.install()
     chat_parts.install()
     metrics.install()
+    mistral_format.install()
     mixed_images.install()
     openai_api.install()
     request_errors.install()
