@@ -19,6 +19,7 @@ def install() -> None:
             checked the versions when it was loaded.)
     """
     from vllm_spyre_mm.vllm_hooks import (
+        array_pictures,
         chat_parts,
         engine_output,
         input_processor,
@@ -44,6 +45,7 @@ def install() -> None:
     metrics.install()
     mistral_format.install()
     mixed_images.install()
+    array_pictures.install()
     openai_api.install()
     request_errors.install()
     server_end.install()
