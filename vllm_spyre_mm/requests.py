@@ -263,8 +263,8 @@ def validate_engine_request(request: "EngineCoreRequest", model_config: "ModelCo
         return  # every token of a text model is text
     stray = np.asarray(request.prompt_token_ids) == image_token_id
     for feature in request.mm_features or ():
-        position = feature.mm_position
-        stray[position.offset : position.offset + position.length] = False
+        place = feature.mm_position
+        stray[place.offset : place.offset + place.length] = False
     num_stray = int(stray.sum())
     if num_stray:
         raise VLLMValidationError(

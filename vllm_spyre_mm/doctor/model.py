@@ -66,10 +66,10 @@ def files(folder: Path) -> Iterator[Finding]:
         yield Finding("files", "error", str(error), CONVERT if pickled else FETCH)
         return
     faults = []
-    for file in found.absent:
+    for name in found.absent:
         assert found.indexed is not None, "the index names what is absent"
-        count, total = len(found.indexed[file]), sum(map(len, found.indexed.values()))
-        faults.append(f"{file}, with {count} of {total} tensors, is missing")
+        count, total = len(found.indexed[name]), sum(map(len, found.indexed.values()))
+        faults.append(f"{name}, with {count} of {total} tensors, is missing")
     stored = [folder / name for name in found.read]
     for file in stored:
         try:
