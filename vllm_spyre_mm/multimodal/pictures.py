@@ -46,8 +46,8 @@ def as_picture(image: Any) -> Any:
             image = np.asarray(image)
         except (ValueError, OverflowError):  # rows of different lengths, numbers of any size
             return image
-    if isinstance(image, torch.Tensor) and not image.is_floating_point() and _is_plain(image):
-        image = image.detach().cpu().numpy()
+    if isinstance(image, torch.Tensor) and image.ndim == 3 and _is_plain(image):
+        image = image if image.is_floating_point() else image.detach().cpu().numpy()
     if not isinstance(image, (np.ndarray, torch.Tensor)) or fault_of_picture(image) is not None:
         return image
     if isinstance(image, torch.Tensor) or image.dtype.kind == "f":
