@@ -17,12 +17,15 @@ from vllm_spyre_mm.model_executor.cpu_tier import cpu_tier
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 logger = get_logger(__name__)
 
 SCHEDULER_CLASS = "vllm_spyre_mm.scheduler.SpyreScheduler"
 WORKER_CLASS = "vllm_spyre_mm.worker.worker.SpyreWorker"
+
+LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
+"""Those that mean safetensors in the format of Hugging Face; the worker refuses the last one."""
 
 
 def geometry_of(vllm_config: "VllmConfig") -> Geometry:
@@ -51,6 +54,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     if vllm_config.model_config is None:
         return  # vLLM builds partial configurations for its own tools
     _refuse_unsupported(vllm_config)
+    _leave_head_to_loader(vllm_config.model_config)
     mapping = get_mm_mapping(vllm_config.model_config.hf_config)
     model_config, scheduler_config = vllm_config.model_config, vllm_config.scheduler_config
     dtype = decoder_dtype_of(vllm_config)
@@ -66,6 +70,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     _check_backend(settings, dtype, scheduler_config.max_num_batched_tokens, host_dtypes)
     _check_divisible(vllm_config, mapping, settings)
     _check_embeddings(vllm_config, mapping)
+    _check_tokenizer(vllm_config, mapping)
     vllm_config.additional_config = settings.model_dump()
 
     _take_over_execution(vllm_config)
@@ -117,6 +122,12 @@ def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
         (vllm_config.ec_transfer_config is not None, "encoder cache transfer"),
         (model.runner_type != "generate", f"runner={model.runner_type!r} (only 'generate')"),
         (model.quantization is not None, f"quantization={model.quantization!r}"),
+        (model.config_format == "mistral", "config-format='mistral': use 'hf'"),
+        (
+            vllm_config.load_config.load_format not in LOAD_FORMATS,
+            f"load-format={vllm_config.load_config.load_format!r} (safetensors of Hugging Face's "
+            "format are read: use 'auto')",
+        ),
         (model.enable_sleep_mode, "sleep mode (--enable-sleep-mode)"),
         (model.enable_prompt_embeds, "prompt embeddings (--enable-prompt-embeds)"),
         (
@@ -138,6 +149,15 @@ def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
     for refused, what in refusals:
         if refused:
             raise ValueError(f"not supported on Spyre: {what}")
+
+
+def _leave_head_to_loader(model_config: "ModelConfig") -> None:
+    """Undo what vLLM does where a tied head is stored: the loader compares it with the embedding.
+
+    vLLM unties them in the configuration, and ties equal ones again in a loader of its own.
+    """
+    if model_config.word_embeddings_untied_by_checkpoint:
+        model_config.hf_config.tie_word_embeddings = True
 
 
 def _check_divisible(vllm_config: "VllmConfig", mapping: MMUtils, settings: SpyreSettings) -> None:
@@ -162,6 +182,19 @@ def _check_embeddings(vllm_config: "VllmConfig", mapping: MMUtils) -> None:
         raise ValueError(
             "image embeddings as input (--enable-mm-embeds) are not supported for "
             f"{type(mapping).__name__}: vLLM cannot tell the rows of an image from its features"
+        )
+
+
+def _check_tokenizer(vllm_config: "VllmConfig", mapping: MMUtils) -> None:
+    """Raise ValueError if the model's processor would be given a tokenizer without image tags."""
+    from vllm_spyre_mm.vllm_hooks.mistral_format import uses_own_tokenizer
+
+    if mapping.image_token_id is not None and uses_own_tokenizer(vllm_config.model_config):
+        raise ValueError(
+            "Mistral's own tokenizer (--tokenizer-mode mistral, or a repository without "
+            "tokenizer.json) does not go with the processor of Hugging Face, which the images "
+            "need: name a repository that has a tokenizer.json with --tokenizer, and use "
+            "--tokenizer-mode hf"
         )
 
 

@@ -89,3 +89,31 @@ def plan_merge(
         num_rows += count
         slices.append(FeatureSlice(item, row_start, row_end))
     return slices, index
+
+
+def first_without_row(
+    token_ids: Sequence[int], mm_features: Sequence["MultiModalFeatureSpec"], num_rows: int
+) -> int | None:
+    """First position of a prompt whose token is looked up and has no row in the embedding.
+
+    A tokenizer may know tokens that the model was never given rows for, the image token among them:
+    where a feature goes, nothing is looked up.
+
+    Args:
+        token_ids: of the whole prompt, placeholders expanded.
+        mm_features: its images in prompt order.
+        num_rows: of the text embedding.
+    """
+    _, index = plan_merge(mm_features, 0, len(token_ids))
+    without = (np.asarray(token_ids) >= num_rows) & (index == TEXT)
+    return int(without.argmax()) if without.any() else None
+
+
+def looked_up(token_ids: torch.Tensor, feature_index: torch.Tensor) -> torch.Tensor:
+    """Token ids with 0 where a feature goes: an image token may have no row of its own.
+
+    Args:
+        token_ids: int64 ``(batch, length)``.
+        feature_index: as in :func:`merge_embeddings`.
+    """
+    return token_ids.masked_fill(feature_index != TEXT, 0)

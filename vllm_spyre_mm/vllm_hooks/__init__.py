@@ -19,11 +19,13 @@ def install() -> None:
             checked the versions when it was loaded.)
     """
     from vllm_spyre_mm.vllm_hooks import (
+        array_pictures,
         chat_parts,
         engine_output,
         input_processor,
         media,
         metrics,
+        mistral_format,
         mixed_images,
         openai_api,
         orphans,
@@ -43,7 +45,9 @@ def install() -> None:
     media.install()
     chat_parts.install()
     metrics.install()
+    mistral_format.install()
     mixed_images.install()
+    array_pictures.install()
     openai_api.install()
     request_errors.install()
     server_end.install()

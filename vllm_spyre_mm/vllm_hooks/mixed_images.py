@@ -74,7 +74,7 @@ def _extend_parser(module: ModuleType) -> None:
     parser = module.MultiModalDataParser
     require_attributes(parser, ("_parse_image_data",))
     original = parser._parse_image_data
-    if hasattr(original, "__wrapped__"):
+    if hasattr(parser, "mixed_items"):
         return
     require_parameters(original, ("data",))
 

@@ -17,7 +17,7 @@ from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo, assemble
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
-from vllm_spyre_mm.multimodal.merge import plan_merge
+from vllm_spyre_mm.multimodal.merge import looked_up, plan_merge
 from vllm_spyre_mm.worker.batch import SamplingBatch
 from vllm_spyre_mm.worker.encoding import ImageEncodingError, encode_images
 from vllm_spyre_mm.worker.prefill import prefill_chunk
@@ -212,7 +212,7 @@ class SpyreModelRunner:
             geometry=self.geometry,
             padded=self.steps.padded,
         )
-        embeds = self.spyre_model.embed(chunk.token_ids)
+        embeds = self.spyre_model.embed(looked_up(chunk.token_ids, chunk.feature_index))
         if slices:
             rows = torch.cat(self.encoder_cache.gather(state.mm_features, slices))
             embeds = self.spyre_model.mapping.merge(embeds, rows, chunk.feature_index)
