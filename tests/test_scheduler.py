@@ -478,6 +478,23 @@ def test_while_paused_no_step_is_spent_on_requests_that_wait(
     assert simulation.outputs == {"runs": 30, "waits": 4}
 
 
+def test_the_watermark_keeps_blocks_free_for_those_that_run(vllm_config: VllmConfig) -> None:
+    """Of 40 blocks 10 are kept; a request that would take some of them waits unless it is alone."""
+    vllm_config.scheduler_config.watermark = 0.25
+    try:
+        scheduler = make_scheduler(vllm_config, num_blocks=40)
+    finally:
+        vllm_config.scheduler_config.watermark = 0.0
+    scheduler.add_request(make_request("alone", 1000, max_tokens=20, fill=5))
+    scheduler.add_request(make_request("waits", 1000, max_tokens=20, fill=6))
+    simulation = Simulation(scheduler)
+    for _ in range(20):
+        simulation.step()
+    assert [request.request_id for request in scheduler.running] == ["alone"]
+    simulation.run()
+    assert not simulation.preempted
+
+
 def test_a_step_that_can_admit_nobody_decodes(make: Callable[..., SpyreScheduler]) -> None:
     """The cache has no room for ``waits`` until ``runs`` is done. Its end is told to the worker."""
     scheduler = make(num_blocks=18, bound=2048)

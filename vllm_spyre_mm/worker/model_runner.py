@@ -79,7 +79,10 @@ class SpyreModelRunner:
         self.decodes = SamplingBatch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
         self.prefilled = SamplingBatch(vllm_config, 1)
         sampler = CompiledSampler if model.backend == "inductor" else HostSampler
-        self.sampler = sampler(logprobs_mode=vllm_config.model_config.logprobs_mode)
+        self.sampler = sampler(
+            logprobs_mode=vllm_config.model_config.logprobs_mode,
+            use_fp64_gumbel=vllm_config.model_config.use_fp64_gumbel,
+        )
         self.vocab_size = vllm_config.model_config.get_vocab_size()
         self.steps = steps_for(model.backend, geometry, vllm_config)
         self._pending: PendingSample | None = None
