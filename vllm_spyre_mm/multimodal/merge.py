@@ -9,10 +9,23 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from vllm.multimodal.inputs import MultiModalFeatureSpec
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 TEXT = -1
 """Marks, in a feature index, a position that keeps its text embedding."""
+
+
+def first_feature(position: "PlaceholderRange") -> int:
+    """The position in the prompt to which the first feature of an image goes.
+
+    A placeholder may begin with tokens that are no features; vLLM has an image encoded for the
+    chunk that reaches this position, not for one that only reaches the placeholder.
+
+    Args:
+        position: of an image that has features.
+    """
+    mask = position.is_embed
+    return position.offset if mask is None else position.offset + int(mask.int().argmax())
 
 
 def merge_embeddings(

@@ -17,7 +17,7 @@ from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo, assemble
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
-from vllm_spyre_mm.multimodal.merge import looked_up, plan_merge
+from vllm_spyre_mm.multimodal.merge import first_feature, looked_up, plan_merge
 from vllm_spyre_mm.worker.batch import SamplingBatch
 from vllm_spyre_mm.worker.encoding import ImageEncodingError, encode_images
 from vllm_spyre_mm.worker.prefill import prefill_chunk
@@ -79,7 +79,10 @@ class SpyreModelRunner:
         self.decodes = SamplingBatch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
         self.prefilled = SamplingBatch(vllm_config, 1)
         sampler = CompiledSampler if model.backend == "inductor" else HostSampler
-        self.sampler = sampler(logprobs_mode=vllm_config.model_config.logprobs_mode)
+        self.sampler = sampler(
+            logprobs_mode=vllm_config.model_config.logprobs_mode,
+            use_fp64_gumbel=vllm_config.model_config.use_fp64_gumbel,
+        )
         self.vocab_size = vllm_config.model_config.get_vocab_size()
         self.steps = steps_for(model.backend, geometry, vllm_config)
         self._pending: PendingSample | None = None
@@ -225,7 +228,7 @@ class SpyreModelRunner:
         return self.steps.chunk_logits(logits, chunk)
 
     def _collect(self, state: RequestState, end: int) -> None:
-        """Take what the merge consumed: the images that begin before ``end``, in prompt order.
+        """Take what the merge consumed: the images with features before ``end``, in prompt order.
 
         The scheduler has had every image from the prompt's start encoded at the request's
         admission, whatever the prefix cache covers.
@@ -233,7 +236,7 @@ class SpyreModelRunner:
         if state.output_token_ids:
             return  # resumed after its first token, with which the embedding went out
         for feature in state.mm_features[len(state.mm_parts) :]:
-            if feature.mm_position.offset >= end:
+            if first_feature(feature.mm_position) >= end:
                 break
             state.mm_parts.append(self.encoder_cache.get(feature))
         if end == state.num_tokens and state.mm_parts:

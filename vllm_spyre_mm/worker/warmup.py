@@ -60,7 +60,7 @@ def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
 def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[WarmupRequest]:
     """Text alone, then a picture of each size that the mapping names."""
     model_config = vllm_config.model_config
-    longest = min(2 * runner.geometry.chunk_size, model_config.max_model_len - 4)
+    longest = max(1, min(2 * runner.geometry.chunk_size, model_config.max_model_len - 4))
     yield WarmupRequest(f"text of {longest} tokens", [0] * longest, [])
     mapping = runner.spyre_model.mapping
     image_token_id = mapping.image_token_id
