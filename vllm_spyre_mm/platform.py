@@ -149,9 +149,13 @@ class SpyrePlatform(Platform):
 
         Raises:
             ValueError: with a sentence that says what is not supported and what to do.
+            UnsupportedVllmError: one of vLLM's classes is not as the hooks expect.
         """
         from vllm_spyre_mm.engine_config import check_and_resolve
+        from vllm_spyre_mm.vllm_hooks import install
 
+        # vLLM loads its plugins once, and goes on without one whose failure somebody caught.
+        install()
         check_and_resolve(vllm_config, host_dtypes())
 
     @classmethod

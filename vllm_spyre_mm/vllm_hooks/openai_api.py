@@ -8,7 +8,6 @@ the field is vLLM's, byte for byte: nothing of it is touched.
 """
 
 import contextlib
-import functools
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import ModuleType
@@ -18,6 +17,7 @@ from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG, EmbeddingChoice, parse_choice
 from vllm_spyre_mm.payload import encode_mm_embedding
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 FIELD = "mm_embedding"
@@ -71,7 +71,7 @@ def _choice_of(request: Any) -> EmbeddingChoice | None:
 
 
 def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         read_field(request, SpyreSettings.from_vllm_config(self.engine_client.vllm_config))
         return await original(self, request, *args, **kwargs)
@@ -118,7 +118,7 @@ def _add_to_response(response: Any, noted: Noted) -> Any:
 def _extend_chat(module: ModuleType) -> None:
     require_attributes(module, ("OpenAIServingChat",))
     serving = module.OpenAIServingChat
-    if hasattr(serving.chat_completion_full_generator, "__wrapped__"):
+    if is_extended(serving.chat_completion_full_generator, __name__):
         return
     require_parameters(serving.create_chat_completion, ("request", "raw_request"))
     for name in ("chat_completion_full_generator", "chat_completion_stream_generator"):
@@ -131,7 +131,7 @@ def _extend_chat(module: ModuleType) -> None:
             _note(noted, output.outputs, choice)
             yield output
 
-    @functools.wraps(full)
+    @extending(full, __name__)
     async def chat_completion_full_generator(
         self: Any, request: Any, result_generator: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -141,7 +141,7 @@ def _extend_chat(module: ModuleType) -> None:
         outputs = noting(result_generator, noted, choice)
         return _add_to_response(await full(self, request, outputs, *args, **kwargs), noted)
 
-    @functools.wraps(stream)
+    @extending(stream, __name__)
     async def chat_completion_stream_generator(
         self: Any, request: Any, result_generator: Any, *args: Any, **kwargs: Any
     ) -> AsyncIterator[str]:
@@ -160,7 +160,7 @@ def _extend_chat(module: ModuleType) -> None:
 def _extend_completion(module: ModuleType) -> None:
     require_attributes(module, ("OpenAIServingCompletion",))
     serving = module.OpenAIServingCompletion
-    if hasattr(serving.completion_stream_generator, "__wrapped__"):
+    if is_extended(serving.completion_stream_generator, __name__):
         return
     require_parameters(serving.create_completion, ("request", "raw_request"))
     require_parameters(
@@ -180,7 +180,7 @@ def _extend_completion(module: ModuleType) -> None:
             _note(noted, output.outputs, choice, first=prompt * per_prompt)
             yield prompt, output
 
-    @functools.wraps(full)
+    @extending(full, __name__)
     def request_output_to_completion_response(
         self: Any, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -192,7 +192,7 @@ def _extend_completion(module: ModuleType) -> None:
             _note(noted, output.outputs, choice, first=prompt * (request.n or 1))
         return _add_to_response(response, noted)
 
-    @functools.wraps(stream)
+    @extending(stream, __name__)
     async def completion_stream_generator(
         self: Any,
         request: Any,
@@ -216,11 +216,11 @@ def _extend_completion(module: ModuleType) -> None:
 def _extend_models(module: ModuleType) -> None:
     require_attributes(module, ("OpenAIServingModels",))
     serving = module.OpenAIServingModels
-    if hasattr(serving.show_available_models, "__wrapped__"):
+    if is_extended(serving.show_available_models, __name__):
         return
     original = serving.show_available_models
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     async def show_available_models(self: Any) -> Any:
         models = await original(self)
         config = self.engine_client.vllm_config
@@ -239,12 +239,12 @@ def _extend_models(module: ModuleType) -> None:
 
 def _add_routes(module: ModuleType) -> None:
     require_attributes(module, ("attach_endpoint_plugins",))
-    if hasattr(module.attach_endpoint_plugins, "__wrapped__"):
+    if is_extended(module.attach_endpoint_plugins, __name__):
         return
     original = module.attach_endpoint_plugins
     require_parameters(original, ("app",))
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def attach_endpoint_plugins(app: Any, *args: Any, **kwargs: Any) -> None:
         from vllm_spyre_mm.mm_embeddings_api import router
 
