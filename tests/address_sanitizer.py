@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plugin of pytest's under which every C++ kernel is compiled with AddressSanitizer: ``make asan``.
+"""A plugin of pytest: every C++ kernel is compiled with AddressSanitizer. ``make asan`` uses it.
 
 An access outside of a tensor, or to one that was freed, ends the run with a report. The sanitizer's
 runtime has to be loaded before Python, which the target of the Makefile does.
