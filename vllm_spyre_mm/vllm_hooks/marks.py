@@ -25,7 +25,8 @@ def extending(original: Callable[..., Any], hook: str) -> Callable[[Function], F
     """
 
     def decorate(extension: Function) -> Function:
-        return mark(functools.wraps(original)(extension), hook)
+        functools.update_wrapper(extension, original)
+        return mark(extension, hook)
 
     return decorate
 

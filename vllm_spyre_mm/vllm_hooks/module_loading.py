@@ -80,7 +80,7 @@ def _act_on_first_use(module: ModuleType, action: Action) -> None:
             try:
                 action(self)
             except BaseException:
-                self.__class__ = Pending  # type: ignore[assignment]
+                self.__class__ = Pending
                 raise
             return getattr(self, attribute)
 
