@@ -86,6 +86,12 @@ TARGETS = {
 """What each action replaces."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> None:
+    """What a test replaces, and puts back, is what the platform's entry point leaves."""
+    vllm_hooks.install()
+
+
 def owner_of(module: Any, target: str) -> tuple[Any, str]:
     *classes, name = target.split(".")
     return functools.reduce(getattr, classes, module), name
