@@ -9,7 +9,7 @@ export VLLM_TARGET_DEVICE := empty
 VLLM_VERSION := $(shell sed -n 's/^vllm==//p' constraints.txt)
 export VLLM_VERSION_OVERRIDE := $(VLLM_VERSION)
 
-.PHONY: setup demo test soak hostile lint wheel clean bench bench-reference upstream
+.PHONY: setup demo test asan soak hostile lint wheel clean bench bench-reference upstream
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,14 @@ soak: setup
 # Every hostile request over HTTP, for several seeds: ARGS="--seeds 20".
 hostile: setup
 	$(BIN)/python -m tests.hostile $(ARGS)
+
+# The tests of the C++ kernels once more, compiled with AddressSanitizer; needs g++. What is left out
+# measures memory, or compiles none. PyTorch leaks a little at its end, on purpose.
+asan: setup
+	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/python -m pytest -p tests.address_sanitizer tests/model_executor $(NO_KERNELS) $(ARGS)
+
+NO_KERNELS := $(addprefix --ignore=tests/model_executor/test_,memory.py loader.py kv_cache.py)
 
 lint: setup
 	$(BIN)/ruff check .

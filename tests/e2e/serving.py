@@ -20,6 +20,9 @@ import openai
 import pytest
 from PIL import Image
 
+from tests.e2e.exits import check_end
+from vllm_spyre_mm.vllm_hooks.server_end import INTERRUPTED
+
 VLLM = str(Path(sys.executable).parent / "vllm")
 START_SECONDS = 240
 
@@ -88,7 +91,7 @@ def starting_server(
     environment: Mapping[str, str] | None = None,
     defaults: bool = False,
 ) -> Iterator[Served]:
-    """A server that has been started, and is ended when the context is left.
+    """A server that has been started, and is ended when the context is left, with status 0.
 
     Args:
         checkpoint: folder of the model.
@@ -108,14 +111,22 @@ def starting_server(
             serve_command(checkpoint, port, *more, defaults=defaults),
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **(environment or {})},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path),
+                "PYTHONFAULTHANDLER": "1",
+                **(environment or {}),
+            },
         ) as process,
     ):
         try:
             yield Served(f"http://127.0.0.1:{port}", process, log)
         finally:
+            ended_by_the_test = process.poll() is not None
             process.terminate()
             process.wait(60)
+    if not ended_by_the_test and INTERRUPTED not in (printed := log.read_text()):
+        check_end(process.returncode, printed)
 
 
 @contextlib.contextmanager

@@ -160,6 +160,31 @@ def test_a_request_without_the_decoder_leaves_nothing_in_the_prefix_cache(llm: L
     assert len(after) > 10
 
 
+def test_a_dtype_that_would_overflow_fails_its_request_alone(llm: LLM) -> None:
+    huge = ask(llm, [drawn(8)]).mm_embedding * 1e6
+    prompts: Any = [{"prompt": ONE, "multi_modal_data": {"image": [huge]}}] * 3
+    choices: list[Any] = [{"dtype": "float16"}, {"dtype": "bfloat16"}, {"dtype": "float16"}]
+    choices[2]["generate"] = False
+    parameters = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=3 if choice.get("generate", True) else 1,
+            extra_args={"return_mm_embedding": choice},
+        )
+        for choice in choices
+    ]
+    first, second, third = (each.outputs[0] for each in llm.generate(prompts, parameters))
+    for failed in (first, third):
+        assert failed.finish_reason == "error"
+        assert "which float16 cannot hold (65504 at most): choose dtype 'bfloat16'" in str(
+            failed.stop_reason
+        )
+        assert failed.mm_embedding is None
+    assert second.mm_embedding.isfinite().all()
+    assert len(second.token_ids) == 3
+    assert ask(llm, [huge], max_tokens=3).token_ids == second.token_ids  # prefix and image: whole
+
+
 # -- back in ---------------------------------------------------------------------------------------
 
 

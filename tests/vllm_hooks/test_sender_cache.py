@@ -15,6 +15,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError, sender_cache
+from vllm_spyre_mm.vllm_hooks.marks import is_extended
 from vllm_spyre_mm.vllm_hooks.sender_cache import SenderCache
 
 GIB = 1 << 30
@@ -181,7 +182,7 @@ def test_other_caches_hold_the_pictures_themselves(cache: Any):
 def test_every_engine_of_vllms_is_joined_with_its_cache():
     sender_cache.install()
     for engine in (AsyncLLM, LLMEngine):
-        assert hasattr(engine.__init__, sender_cache.ATTRIBUTE)
+        assert is_extended(engine.__init__, sender_cache.__name__)
     assert OutputProcessor.mm_sender_cache is None
     # Nothing is awaited between the admission and the hand-over, so that no other task renders.
     source = inspect.getsource(AsyncLLM._add_request)

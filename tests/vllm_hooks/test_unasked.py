@@ -14,6 +14,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError, install, unasked
+from vllm_spyre_mm.vllm_hooks.marks import is_extended
 from vllm_spyre_mm.vllm_hooks.unasked import decline_unless_asked
 
 
@@ -119,7 +120,7 @@ def test_a_beam_search(fails: bool) -> None:
 def test_vllm_has_all_of_it() -> None:
     install()
     for extended in (AsyncLLM.__init__, api_router.init_generate_state, LLM.beam_search):
-        assert hasattr(extended, "returns_unasked")
+        assert is_extended(extended, unasked.__name__)
     # It is imported where it is called: whoever has init_app_state already calls the extended one.
     assert not hasattr(app_state, "init_generate_state")
 

@@ -92,8 +92,9 @@ def weights(folder: Path) -> Iterator[Finding]:
     from vllm.config import CacheConfig
 
     from vllm_spyre_mm.config import DEFAULT_MAX_MODEL_LEN
+    from vllm_spyre_mm.host_memory import host_memory
     from vllm_spyre_mm.model_executor.checkpoint import CheckpointError
-    from vllm_spyre_mm.model_executor.kv_cache import ACTIVATION_RESERVE, host_memory
+    from vllm_spyre_mm.model_executor.kv_cache import ACTIVATION_RESERVE
     from vllm_spyre_mm.model_executor.loader import LoadOptions, check_checkpoint
 
     mapping = _mapping(folder)
@@ -107,7 +108,7 @@ def weights(folder: Path) -> Iterator[Finding]:
     length = min(mapping.text_config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
     sequence_bytes = options.token_bytes(dtype) * length
     needed = elements * dtype.itemsize + sequence_bytes + ACTIVATION_RESERVE
-    free = host_memory(CacheConfig.gpu_memory_utilization).free
+    free = host_memory().free(CacheConfig.gpu_memory_utilization)
     said = (
         f"{elements / 1e6:.0f} M elements, every one accounted for; {gib(needed)} GiB for the "
         f"model, one sequence of {length} tokens and activations, of {gib(free)} GiB free"

@@ -2,17 +2,21 @@
 """Everything that is added to vLLM's own classes.
 
 Each module here adds one thing, says which upstream behaviour it leans on, and checks that it is
-there (:mod:`.contract`). ``engine_args`` acts when the platform is loaded, because the keyword has
+there (:mod:`.contract`); by a mark of its own it knows whether it is installed (:mod:`.marks`).
+``engine_args`` acts when the platform is loaded, because the keyword has
 to be known before vLLM's general plugins run; the rest is added by :func:`install`.
 """
+
+import functools
 
 from vllm_spyre_mm.vllm_hooks.contract import UnsupportedVllmError
 
 __all__ = ["UnsupportedVllmError", "install"]
 
 
+@functools.cache  # what succeeded; a failure is one again
 def install() -> None:
-    """Add the embedding to vLLM's outputs, and the checks to its inputs; repeatable.
+    """Add the embedding to vLLM's outputs, and the checks to its inputs; once for each process.
 
     Raises:
         UnsupportedVllmError: one of vLLM's classes is not as the hooks expect. (The platform has

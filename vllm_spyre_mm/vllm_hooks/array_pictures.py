@@ -6,14 +6,12 @@ array for a picture as it is. The processors then guess which axis holds the cha
 own way, and print the pixels where they cannot.
 """
 
-import functools
 from types import ModuleType
 from typing import Any
 
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
-
-MARK = "takes_arrays"
 
 
 def install() -> None:
@@ -26,15 +24,14 @@ def _extend_parser(module: ModuleType) -> None:
     parser = module.MultiModalDataParser
     require_attributes(parser, ("_parse_image_data",))
     original = parser._parse_image_data
-    if hasattr(original, MARK):
+    if is_extended(original, __name__):
         return
     require_parameters(original, ("data",))
 
     from vllm_spyre_mm.multimodal.pictures import as_pictures
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def _parse_image_data(self: Any, data: Any) -> Any:
         return original(self, as_pictures(data))
 
-    setattr(_parse_image_data, MARK, True)
     parser._parse_image_data = _parse_image_data

@@ -9,12 +9,12 @@ Leans on: ``EngineArgs.create_model_config`` makes the model's configuration of 
 ``config_format`` and ``tokenizer_mode``, whose ``auto`` is decided by ``is_mistral_model_repo``.
 """
 
-import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 OWN_TOKENIZERS = ("tekken.json", "tokenizer.model.v*")
 """Files of Mistral's own tokenizers."""
-
-MARK = "takes_hugging_face_format"
 
 
 def install() -> None:
@@ -36,17 +34,16 @@ def _extend_engine_args(module: ModuleType) -> None:
     arguments = module.EngineArgs
     require_attributes(arguments, ("create_model_config",))
     require_parameters(arguments.__init__, ("config_format", "tokenizer_mode", "hf_config_path"))
-    if not hasattr(arguments.create_model_config, MARK):
+    if not is_extended(arguments.create_model_config, __name__):
         arguments.create_model_config = _resolving(arguments.create_model_config)
 
 
 def _resolving(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     def create_model_config(self: Any) -> Any:
         resolve_formats(self)
         return original(self)
 
-    setattr(create_model_config, MARK, True)
     return create_model_config
 
 

@@ -12,7 +12,6 @@ What other routes answer to a request that asks is said by
 """
 
 import contextlib
-import functools
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import ModuleType
@@ -24,6 +23,7 @@ from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG, EmbeddingChoice, parse
 from vllm_spyre_mm.payload import encode_mm_embedding, mm_embedding_text
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
 from vllm_spyre_mm.vllm_hooks.engine_args import KEYWORD
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 from vllm_spyre_mm.vllm_hooks.openai_requests import ask_of, read_field
 
@@ -53,7 +53,7 @@ def _choice_of(request: Any) -> EmbeddingChoice | None:
 
 
 def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         read_field(request, SpyreSettings.from_vllm_config(self.engine_client.vllm_config))
         return await original(self, request, *args, **kwargs)
@@ -104,7 +104,7 @@ def _add_to_response(response: Any, noted: Noted) -> Any:
 def _extend_chat(module: ModuleType) -> None:
     require_attributes(module, ("OpenAIServingChat",))
     serving = module.OpenAIServingChat
-    if hasattr(serving.chat_completion_full_generator, "__wrapped__"):
+    if is_extended(serving.chat_completion_full_generator, __name__):
         return
     require_parameters(serving.create_chat_completion, ("request", "raw_request"))
     for name in ("chat_completion_full_generator", "chat_completion_stream_generator"):
@@ -117,7 +117,7 @@ def _extend_chat(module: ModuleType) -> None:
             _note(noted, output.outputs, choice)
             yield output
 
-    @functools.wraps(full)
+    @extending(full, __name__)
     async def chat_completion_full_generator(
         self: Any, request: Any, result_generator: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -127,7 +127,7 @@ def _extend_chat(module: ModuleType) -> None:
         outputs = noting(result_generator, noted, choice)
         return _add_to_response(await full(self, request, outputs, *args, **kwargs), noted)
 
-    @functools.wraps(stream)
+    @extending(stream, __name__)
     async def chat_completion_stream_generator(
         self: Any, request: Any, result_generator: Any, *args: Any, **kwargs: Any
     ) -> AsyncIterator[str]:
@@ -146,7 +146,7 @@ def _extend_chat(module: ModuleType) -> None:
 def _extend_batch(module: ModuleType) -> None:
     require_attributes(module, ("OpenAIServingChatBatch",))
     serving = module.OpenAIServingChatBatch
-    if hasattr(serving.create_batch_chat_completion, "__wrapped__"):
+    if is_extended(serving.create_batch_chat_completion, __name__):
         return
     require_parameters(serving.create_batch_chat_completion, ("request", "raw_request"))
     require_parameters(serving.render_batch_chat_request, ("request",))
@@ -154,12 +154,12 @@ def _extend_batch(module: ModuleType) -> None:
     create, render = serving.create_batch_chat_completion, serving.render_batch_chat_request
     full = serving.chat_completion_full_generator_batch
 
-    @functools.wraps(create)
+    @extending(create, __name__)
     async def create_batch_chat_completion(self: Any, request: Any, *rest: Any, **more: Any) -> Any:
         ask_of(request)  # refused before any picture is processed
         return await create(self, request, *rest, **more)
 
-    @functools.wraps(render)
+    @extending(render, __name__)
     async def render_batch_chat_request(self: Any, request: Any) -> Any:
         result = await render(self, request)
         if isinstance(result, tuple):  # and no error
@@ -175,7 +175,7 @@ def _extend_batch(module: ModuleType) -> None:
             _note(noted, output.outputs, choice, first=place)
             yield output
 
-    @functools.wraps(full)
+    @extending(full, __name__)
     async def chat_completion_full_generator_batch(
         self: Any, request: Any, generators: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -193,7 +193,7 @@ def _extend_batch(module: ModuleType) -> None:
 def _extend_completion(module: ModuleType) -> None:
     require_attributes(module, ("OpenAIServingCompletion",))
     serving = module.OpenAIServingCompletion
-    if hasattr(serving.completion_stream_generator, "__wrapped__"):
+    if is_extended(serving.completion_stream_generator, __name__):
         return
     require_parameters(serving.create_completion, ("request", "raw_request"))
     require_parameters(
@@ -213,7 +213,7 @@ def _extend_completion(module: ModuleType) -> None:
             _note(noted, output.outputs, choice, first=prompt * per_prompt)
             yield prompt, output
 
-    @functools.wraps(full)
+    @extending(full, __name__)
     def request_output_to_completion_response(
         self: Any, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -225,7 +225,7 @@ def _extend_completion(module: ModuleType) -> None:
             _note(noted, output.outputs, choice, first=prompt * (request.n or 1))
         return _add_to_response(response, noted)
 
-    @functools.wraps(stream)
+    @extending(stream, __name__)
     async def completion_stream_generator(
         self: Any,
         request: Any,
@@ -249,11 +249,11 @@ def _extend_completion(module: ModuleType) -> None:
 def _extend_models(module: ModuleType) -> None:
     require_attributes(module, ("OpenAIServingModels",))
     serving = module.OpenAIServingModels
-    if hasattr(serving.show_available_models, "__wrapped__"):
+    if is_extended(serving.show_available_models, __name__):
         return
     original = serving.show_available_models
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     async def show_available_models(self: Any) -> Any:
         models = await original(self)
         config = self.engine_client.vllm_config
@@ -279,12 +279,12 @@ def settings_of(args: Any) -> SpyreSettings:
 
 def _add_routes(module: ModuleType) -> None:
     require_attributes(module, ("attach_endpoint_plugins",))
-    if hasattr(module.attach_endpoint_plugins, "__wrapped__"):
+    if is_extended(module.attach_endpoint_plugins, __name__):
         return
     original = module.attach_endpoint_plugins
     require_parameters(original, ("app", "supported_tasks"))
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def attach_endpoint_plugins(app: Any, supported_tasks: Any) -> None:
         from vllm_spyre_mm.mm_embeddings_api import router
 

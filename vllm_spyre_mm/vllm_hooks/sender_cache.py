@@ -28,6 +28,7 @@ from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
 from vllm.multimodal.inputs import MultiModalKwargsItem
 
 from vllm_spyre_mm.vllm_hooks.contract import require, require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 if TYPE_CHECKING:
@@ -102,11 +103,11 @@ def _extend_output_processor(module: ModuleType) -> None:
     require_attributes(module, ("OutputProcessor",))
     processor = module.OutputProcessor
     original = processor.add_request
-    if hasattr(processor, ATTRIBUTE):
+    if is_extended(original, __name__):
         return
     require_parameters(original, ("request",))
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def add_request(self: Any, request: "EngineCoreRequest", *args: Any, **kwargs: Any) -> None:
         original(self, request, *args, **kwargs)
         if self.mm_sender_cache is not None:
@@ -121,15 +122,14 @@ def _extend_engine(module: ModuleType, name: str) -> None:
     require_attributes(module, (name,))
     engine = getattr(module, name)
     original = engine.__init__
-    if hasattr(original, ATTRIBUTE):
+    if is_extended(original, __name__):
         return
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         cache = self.renderer.mm_processor_cache
         if isinstance(cache, SenderCache):
             setattr(self.output_processor, ATTRIBUTE, cache)
 
-    setattr(__init__, ATTRIBUTE, True)
     engine.__init__ = __init__

@@ -12,13 +12,13 @@ the name of its module; an engine has the ``input_processor`` that makes all its
 """
 
 import copy
-import functools
 import inspect
 from types import ModuleType
 from typing import Any
 
 from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 ATTRIBUTE = "returns_unasked"
@@ -52,35 +52,33 @@ def _extend_async_llm(module: ModuleType) -> None:
 
     require_attributes(module, ("AsyncLLM",))
     original = module.AsyncLLM.__init__
-    if hasattr(original, ATTRIBUTE):
+    if is_extended(original, __name__):
         return
     require_parameters(original, ("usage_context",))
     in_python = (UsageContext.ENGINE_CONTEXT, UsageContext.LLM_CLASS)
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         given = inspect.signature(original).bind(self, *args, **kwargs)
         if given.arguments.get("usage_context", in_python[0]) not in in_python:
             setattr(self.input_processor, ATTRIBUTE, False)
 
-    setattr(__init__, ATTRIBUTE, False)
     module.AsyncLLM.__init__ = __init__
 
 
 def _extend_routes(module: ModuleType) -> None:
     require_attributes(module, ("init_generate_state",))
     original = module.init_generate_state
-    if hasattr(original, ATTRIBUTE):
+    if is_extended(original, __name__):
         return
     require_parameters(original, ("engine_client", "state"))
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     async def init_generate_state(engine_client: Any, *args: Any, **kwargs: Any) -> None:
         setattr(engine_client.input_processor, ATTRIBUTE, False)
         await original(engine_client, *args, **kwargs)
 
-    setattr(init_generate_state, ATTRIBUTE, False)
     module.init_generate_state = init_generate_state  # type: ignore[attr-defined]
 
 
@@ -88,10 +86,10 @@ def _extend_beam_search(module: ModuleType) -> None:
     require_attributes(module, ("BeamSearchOfflineMixin",))
     mixin = module.BeamSearchOfflineMixin
     original = mixin.beam_search
-    if hasattr(original, ATTRIBUTE):
+    if is_extended(original, __name__):
         return
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
         processor = self.llm_engine.input_processor
         before = getattr(processor, ATTRIBUTE)
@@ -101,5 +99,4 @@ def _extend_beam_search(module: ModuleType) -> None:
         finally:
             setattr(processor, ATTRIBUTE, before)
 
-    setattr(beam_search, ATTRIBUTE, False)
     mixin.beam_search = beam_search

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 WEIGHTS = "other weights in a running engine: start one with them"
@@ -60,12 +61,11 @@ def install() -> None:
 def _extend(module: ModuleType, name: str) -> None:
     require_attributes(module, (name,))
     engine = getattr(module, name)
-    if getattr(engine, "refuses_operations", False):
-        return
     require_attributes(engine, ("sleep", "release_kv_cache_memory", "collective_rpc"))
+    if is_extended(engine.collective_rpc, __name__):
+        return
     require_parameters(engine.sleep, ("level",))
     require_parameters(engine.collective_rpc, ("method",))
-    engine.refuses_operations = True
     for operation in (*OPERATIONS, "collective_rpc"):
         original = vars(engine).get(operation)
         if original is not None:
@@ -97,12 +97,12 @@ def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
         if what is not None:
             raise NotImplementedError(f"not supported on Spyre: {what}")
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     async def operate_later(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
         return await original(*args, **kwargs)
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def operate(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
         return original(*args, **kwargs)
