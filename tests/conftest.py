@@ -2,7 +2,7 @@
 """Fixtures that several tests share: checkpoints and their Transformers references."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=15,
         help="scenarios for each backend in tests/worker/test_numbers.py (default: 15)",
     )
+
+
+COVERS = "covers"
+
+
+@pytest.fixture
+def covers(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Called by a test with what it covers; the end of a run names what passing tests covered."""
+    return lambda what: record_property(COVERS, what)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what was covered. Reports bring it from the process in which a test ran."""
+    covered = {
+        str(value)
+        for report in terminalreporter.stats.get("passed", [])
+        for name, value in report.user_properties
+        if name == COVERS
+    }
+    if covered:
+        terminalreporter.write_sep("=", f"covered: {', '.join(sorted(covered))}")
 
 
 @pytest.fixture(scope="session", autouse=True)
