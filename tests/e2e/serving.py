@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 VLLM = str(Path(sys.executable).parent / "vllm")
-START_SECONDS = 240
+START_SECONDS = 480
 
 
 def serve_command(checkpoint: Path, port: int, *more: str) -> list[str]:
