@@ -24,7 +24,7 @@ from tests.e2e.exits import check_end
 from vllm_spyre_mm.vllm_hooks.server_end import INTERRUPTED
 
 VLLM = str(Path(sys.executable).parent / "vllm")
-START_SECONDS = 240
+START_SECONDS = 480
 
 
 EXACT = ("--dtype", "float32", "--enforce-eager")

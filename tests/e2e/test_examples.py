@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.e2e.exits import PERTURBED, check_end
-from tests.e2e.serving import running_server
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -104,11 +103,3 @@ def test_a_picture_that_is_encoded_once_is_asked_about(tmp_path: Path) -> None:
     assert after(lines, "What is in the picture?") == [whole]
     assert after(lines, "Where is the red circle?") == ["at the top left"]
     assert after(lines, "What colour is the square?") == ["blue"]
-
-
-def test_the_streaming_client(demo_checkpoint: Path, tmp_path: Path) -> None:
-    client = str(EXAMPLES / "online_serving" / "streaming_client.py")
-    with running_server(demo_checkpoint, tmp_path / "log.txt") as address:
-        lines = run(client, "--address", address, folder=tmp_path)
-    # 120 x 120 pixels: 6 x 6 base features; 3 x 3 tiles of 6 x 6, a newline after each row.
-    assert lines == ["a red circle at the top left", f"mm_embedding: ({36 + 18 * 19}, 256)"]

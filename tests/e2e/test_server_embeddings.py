@@ -359,7 +359,7 @@ def test_a_prompt_is_answered_rightly_after_its_images_were_embedded_alone(
         ({"input": parts_of(Image.new("RGB", (9, 9))), "dimensions": 5}, "dimensions"),
         (
             {"input": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]},
-            "",
+            "Failed to load image",
         ),
         ({"input": parts_of(Image.new("RGB", (9, 9))), "model": "other"}, "other"),
     ],

@@ -16,7 +16,7 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.embedding_middleware import EmbeddingMiddleware
-from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError, openai_api
+from vllm_spyre_mm.vllm_hooks import openai_api
 from vllm_spyre_mm.vllm_hooks.openai_api import add_to_event, read_field
 
 KEY, KEY_OF_SETTING = "return_mm_embedding", "enable_return_mm_embedding"
@@ -155,19 +155,3 @@ def test_wrapped_once(extend: Any, module: ModuleType):
     before = {name: dict(vars(getattr(module, name))) for name in names}
     extend(module)
     assert {name: dict(vars(getattr(module, name))) for name in names} == before
-
-
-@pytest.mark.parametrize(
-    ("extend", "name"),
-    [
-        (openai_api._extend_chat, "OpenAIServingChat"),
-        (openai_api._extend_batch, "OpenAIServingChatBatch"),
-        (openai_api._extend_completion, "OpenAIServingCompletion"),
-        (openai_api._extend_models, "OpenAIServingModels"),
-        (openai_api._add_routes, "attach_endpoint_plugins"),
-    ],
-)
-def test_a_vllm_without_what_is_extended_is_refused(extend: Any, name: str):
-    module: Any = SimpleNamespace(__name__="vllm.somewhere")
-    with pytest.raises(UnsupportedVllmError, match=name):
-        extend(module)

@@ -153,20 +153,6 @@ def test_extended_once(extend: Any, module: ModuleType) -> None:
     assert async_llm.AsyncLLM.shutdown is shutdown
 
 
-@pytest.mark.parametrize(
-    ("extend", "name"),
-    [
-        (server_end._extend_async_llm, "AsyncLLM"),
-        (server_end._extend_entry, "build_and_serve"),
-        (server_end._let_interrupts_through, "launch_core_engines"),
-    ],
-)
-def test_a_vllm_without_what_is_extended_is_refused(extend: Any, name: str) -> None:
-    module: Any = SimpleNamespace(__name__="vllm.somewhere")
-    with pytest.raises(UnsupportedVllmError, match=name):
-        extend(module)
-
-
 def test_an_engine_without_what_waits_is_refused() -> None:
     """It is looked for with a default: without it nobody would be told, and no error said so."""
 
