@@ -25,6 +25,9 @@ MAX_TOKENS = 16
 BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 DEFAULTS: dict[str, Any] = {"dtype": "auto", "enforce_eager": False}
 
+on_classes_of_cpus = pytest.mark.parametrize("tier", ["avx2", "avx512_bf16", "amx"], indirect=True)
+"""What needs processes of its own is asked once with PyTorch's kernels and once with each unit."""
+
 
 @pytest.fixture(scope="module")
 def asks() -> list[Ask]:
@@ -54,12 +57,15 @@ def test_the_answers_lead_by_far(demo_reference: Reference, asks: list[Ask]) -> 
 
 @pytest.fixture
 def llm(tier: CpuTier, demo_checkpoint: Path) -> Iterator[LLM]:
-    """Chunks of two blocks; all logits of the first token can be asked for."""
+    """Chunks of two blocks, and too few blocks for all requests at once."""
     torch._dynamo.reset()
     with engine(
         demo_checkpoint,
         **DEFAULTS,
+        max_model_len=1024,
         max_num_batched_tokens=128,
+        num_gpu_blocks_override=24,
+        disable_log_stats=False,
         max_logprobs=-1,
         logprobs_mode="raw_logits",
     ) as llm:
@@ -78,20 +84,26 @@ def check(outputs: Sequence[RequestOutput], references: Sequence[tuple[list[int]
             assert relative_error(found, features) < BOUND[found.dtype]
 
 
-def test_batches_chunks_prefix_hits_and_logits(
+def test_batches_chunks_preemption_prefix_hits_and_logits(
     tier: CpuTier,
     llm: LLM,
     asks: list[Ask],
     references: list[tuple[list[int], Any]],
     demo_reference: Reference,
 ) -> None:
+    """Requests go on after the end of their answers, so that some lose their blocks meanwhile."""
     prompts = [ask.prompt for ask in asks]
     dtype = llm.llm_engine.model_config.dtype
     assert (dtype == torch.float32) == (tier in ("generic", "avx2"))
-    check(llm.generate(prompts, greedy(MAX_TOKENS), use_tqdm=False), references)
-    again = llm.generate(prompts, greedy(MAX_TOKENS), use_tqdm=False)
-    assert sum(output.num_cached_tokens > 0 for output in again) > len(again) // 3
-    check(again, references)
+    check(llm.generate(prompts, greedy(150, ignore_eos=True), use_tqdm=False), references)
+    counted = {metric.name: metric for metric in llm.get_metrics()}
+    assert counted["vllm:num_preemptions"].value > 0
+    for number in range(6):
+        for hit in (False, True):
+            outputs = llm.generate([prompts[number]], greedy(MAX_TOKENS), use_tqdm=False)
+            check(outputs, [references[number]])
+            long_enough = len(outputs[0].prompt_token_ids) > 64
+            assert not hit or (outputs[0].num_cached_tokens > 0) == long_enough
     for ask, output in zip(
         asks[:3], llm.generate(prompts[:3], greedy(1, logprobs=-1), use_tqdm=False), strict=True
     ):
@@ -101,29 +113,8 @@ def test_batches_chunks_prefix_hits_and_logits(
         assert relative_error(logits, expected) < BOUND[dtype]
 
 
-def test_preempted_requests_answer_as_transformers(
-    demo_checkpoint: Path, asks: list[Ask], references: list[tuple[list[int], Any]]
-) -> None:
-    """Too few blocks for all: some lose their cache in the middle and start again.
-
-    They go on after the end of their answers, so that they take more blocks.
-    """
-    torch._dynamo.reset()
-    parameters = greedy(150, ignore_eos=True)
-    with engine(
-        demo_checkpoint,
-        **DEFAULTS,
-        max_model_len=1024,
-        max_num_batched_tokens=128,
-        num_gpu_blocks_override=24,
-        disable_log_stats=False,
-    ) as llm:
-        found = llm.generate([ask.prompt for ask in asks], parameters, use_tqdm=False)
-        counted = {metric.name: metric for metric in llm.get_metrics()}
-        assert counted["vllm:num_preemptions"].value > 0
-    check(found, references)
-
-
+@on_classes_of_cpus
+@pytest.mark.usefixtures("tier")
 def test_two_ranks(
     demo_checkpoint: Path, asks: list[Ask], references: list[tuple[list[int], Any]]
 ) -> None:
@@ -132,6 +123,8 @@ def test_two_ranks(
     check(outputs, references)
 
 
+@on_classes_of_cpus
+@pytest.mark.usefixtures("tier")
 def test_over_http(
     demo_checkpoint: Path, demo_reference: Reference, tmp_path: Path, asks: list[Ask]
 ) -> None:
