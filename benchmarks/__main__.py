@@ -2,6 +2,7 @@
 """Run the benchmark: `python -m benchmarks [--quick]`."""
 
 import argparse
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,9 @@ from benchmarks.results import Part, read_results, replace_parts, write_results 
 from benchmarks.serving import again_row, embedding_row, evicted_rows, serving_rows  # noqa: E402
 from benchmarks.start import memory_row, start_rows  # noqa: E402
 
+BUSY = 0.5
+"""Processes that run beside this one, in the mean of a minute."""
+
 QUICK_OUT = Path("out/benchmarks")
 """Where the quick form writes, unless told otherwise: its figures never take the others' place."""
 
@@ -40,6 +44,8 @@ def main() -> None:
     out = arguments.out or (QUICK_OUT if arguments.quick else Path("benchmarks"))
     started, machine = time.perf_counter(), this_machine()
     print(machine.title, flush=True)
+    if os.getloadavg()[0] > BUSY:
+        print("the machine is busy with something else: the figures will say more of that")
     ceilings = measure_ceilings(5 if arguments.quick else 15)
     parts = _parts(arguments)
     for name in arguments.only:

@@ -51,6 +51,7 @@ class Case:
     checked: bool = field(default=True)
 
 
+@torch.no_grad()  # without it Inductor freezes nothing
 def kernel_rows(vllm_cpu: str | None, quick: bool) -> Iterator[Row]:
     """Linear layers, attention, argmax, rope and the store to the cache, each where it is used."""
     with contextlib.ExitStack() as stack:
@@ -58,8 +59,7 @@ def kernel_rows(vllm_cpu: str | None, quick: bool) -> Iterator[Row]:
         if vllm_cpu is not None:
             vllm = stack.enter_context(Driver(Path(), kind="vllm operators", python=vllm_cpu))
         for case in _cases():
-            with torch.no_grad():
-                yield from _rows(case, vllm, 2 if quick else 7)
+            yield from _rows(case, vllm, 2 if quick else 7)
 
 
 def _rows(case: Case, vllm: Driver | None, repeats: int) -> Iterator[Row]:
