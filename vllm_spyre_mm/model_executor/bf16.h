@@ -51,6 +51,26 @@ static inline __m512i round_to_bf16(__m512 high, __m512 low) {
 #endif
 }
 
+// The sums over the lanes of 16 vectors: lane 4 r + o is that of vectors[o][r].
+static inline __m512 sum_lanes(const __m512 vectors[4][4]) {
+  __m512 fours[4];
+  for (int o = 0; o < 4; ++o) {
+    const __m512* v = vectors[o];
+    auto fold = [](__m512 a, __m512 b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    __m512 first = fold(v[0], v[1]), second = fold(v[2], v[3]);
+    fours[o] = _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88),
+                             _mm512_shuffle_f32x4(first, second, 0xdd));
+  }
+  auto fold = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  };
+  __m512 first = fold(fours[0], fours[1]), second = fold(fours[2], fours[3]);
+  return _mm512_add_ps(_mm512_shuffle_ps(first, second, 0x88),
+                       _mm512_shuffle_ps(first, second, 0xdd));
+}
+
 static inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
@@ -65,6 +85,14 @@ static inline Floats exp2_bounded(Floats x) {
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.0f;
   return (Floats)((Bits)p + ((Bits)shifted << 23));
+}
+
+// 32 sums whose numbers unpacking has put into fours of the one vector and of the other in turn.
+static inline void store_unpacked(Floats low, Floats high, float* to) {
+  store(to, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22,
+                                    23));
+  store(to + LANES, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15,
+                                            28, 29, 30, 31));
 }
 
 // A transpose of 16 rows of 16 pairs of numbers.

@@ -130,14 +130,8 @@ class Attention {
     _tile_stored(3, block[3], 64);
     for (int g = 0; g < GROUP; ++g) {
       float* out = &result.values[head * GROUP + g][first];
-      for (int part = 0; part < WIDTH / TILE_DEPTH; ++part, out += TILE_DEPTH) {
-        // In the order in which unpacking leaves them: fours of the one and of the other in turn.
-        Floats low = load(block[2 * part][g]), high = load(block[2 * part + 1][g]);
-        store(out, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20,
-                                           21, 22, 23));
-        store(out + LANES, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12,
-                                                   13, 14, 15, 28, 29, 30, 31));
-      }
+      for (int part = 0; part < WIDTH / TILE_DEPTH; ++part, out += TILE_DEPTH)
+        store_unpacked(load(block[2 * part][g]), load(block[2 * part + 1][g]), out);
     }
   }
 

@@ -20,7 +20,7 @@ from vllm_spyre_mm.model_executor.cpu_tier import (
 )
 
 HEADERS = (
-    *("decode_amx.h", "decode_simd.h", "attention_operands.h"),
+    *("decode_amx.h", "decode_avx512.h", "decode_simd.h", "attention_operands.h"),
     *("linear_amx.h", "linear_avx512.h", "linear_product.h", "rows_amx.h", "rows_avx512.h"),
     *("rotation.h", "tiles.h", "amx.h", "avx512.h", "bf16.h", "simd.h"),
 )
@@ -71,7 +71,8 @@ def _load(
     # Inductor keeps products and sums apart, to round as PyTorch does.
     flags = ("-ffp-contract=fast", *(INSTRUCTIONS[tier].flags if is_x86() else ()))
     with compiler_settings():
-        library = CppCodeCache.load(defines + source(kernel.name), extra_flags=flags)
+        text = defines + source(kernel.name)
+        library = CppCodeCache.load(text, extra_flags=flags, needs_vec_isa=False)
     function = getattr(library, kernel.name)
     function.argtypes, function.restype = kernel.arguments, kernel.returns
     return function

@@ -4,7 +4,7 @@
 // The queries may have to be rotated first, and the keys and values of their tokens to be stored.
 //
 // Compiled with HEAD_DIM, GROUP (query heads that share a KV head), KV_HEADS, BLOCK_SIZE, BF16 and
-// TILES (take the matrix unit) defined; see paged_decode.py. A sequence is cut into spans of
+// BF16_PAIRS (take products of pairs of bf16 numbers) defined; see paged_decode.py. A sequence is cut into spans of
 // blocks, which the threads share. Each span leaves a partial softmax (maximum, sum, weighted
 // values); whoever computes the last of a sequence joins them.
 
@@ -98,10 +98,12 @@ static void softmax(float* row, int64_t count, int head, Partial& result) {
   result.sum[head] = sum_of(sum);
 }
 
-#if TILES
+#if !BF16_PAIRS
+#include "decode_simd.h"
+#elif defined(__AMX_BF16__)
 #include "decode_amx.h"
 #else
-#include "decode_simd.h"
+#include "decode_avx512.h"
 #endif
 
 static void join(const Partial* partials, int64_t spans, int head, Element* out) {

@@ -24,7 +24,7 @@ LANES = 16
 
 KERNEL = Kernel(
     "paged_decode",
-    ("generic", "amx"),
+    ("generic", "avx512", "avx512_bf16", "amx"),
     (torch.bfloat16, torch.float32),
     (*[POINTER] * 6, SIZE, SIZE, FLOAT, *[POINTER] * 5, *[SIZE] * 5),
     SIZE,
@@ -155,11 +155,11 @@ def kernel(
         KV_HEADS=kv_heads,
         BLOCK_SIZE=block_size,
         BF16=int(dtype == torch.bfloat16),
-        TILES=int(_fits_tiles(head_dim, group, block_size, dtype)),
+        BF16_PAIRS=int(_takes_pairs(head_dim, group, block_size, dtype)),
     )
 
 
-def _fits_tiles(head_dim: int, group: int, block_size: int, dtype: torch.dtype) -> bool:
-    """Whether the matrix unit takes such heads and blocks."""
+def _takes_pairs(head_dim: int, group: int, block_size: int, dtype: torch.dtype) -> bool:
+    """Whether such heads and blocks are multiplied by pairs of bf16 numbers, AMX's or AVX-512's."""
     fits = head_dim % 32 == 0 and group <= 16 and block_size % 64 == 0
-    return fits and dtype == torch.bfloat16 and has_tier("amx")
+    return fits and dtype == torch.bfloat16 and has_tier("avx512")

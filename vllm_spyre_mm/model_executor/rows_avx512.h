@@ -7,26 +7,6 @@
 constexpr int64_t OUTPUTS = 32;  // whose results are rounded together
 constexpr int GROUP = 4;         // outputs, and rows at most, of a step: 16 sums
 
-// The sums over the lanes of 16 vectors: lane 4 r + o is that of vectors[o][r].
-static inline __m512 sum_lanes(const __m512 vectors[GROUP][GROUP]) {
-  __m512 fours[GROUP];
-  for (int o = 0; o < GROUP; ++o) {
-    const __m512* v = vectors[o];
-    auto fold = [](__m512 a, __m512 b) {
-      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-    };
-    __m512 first = fold(v[0], v[1]), second = fold(v[2], v[3]);
-    fours[o] = _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88),
-                             _mm512_shuffle_f32x4(first, second, 0xdd));
-  }
-  auto fold = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-  };
-  __m512 first = fold(fours[0], fours[1]), second = fold(fours[2], fours[3]);
-  return _mm512_add_ps(_mm512_shuffle_ps(first, second, 0x88),
-                       _mm512_shuffle_ps(first, second, 0xdd));
-}
-
 // Sums of GROUP outputs and ROWS rows to sums[row][output]. The first rows fetch the next weights.
 template <int ROWS>
 static void multiply(const Element* weight, const Element* x, int64_t width, bool fetch,
