@@ -4,10 +4,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.measure import Row, Timing, compare
+from benchmarks.measure import Figure, Row, Timing, compare
 from benchmarks.process import Driver
 from benchmarks.serving import ENGINE
 
+SECTION = "host work"
 CONTEXT = 256
 REFERENCE = "vLLM's scheduler and sampler alone"
 
@@ -21,5 +22,15 @@ def host_work_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
             answer = driver.ask(
                 "host_work", batch=batch, context=CONTEXT, steps=32 if quick else 128
             )
-            ours, theirs = (Timing(tuple(answer[name])) for name in ("ours", "reference"))
-            yield compare("host work", f"a step of {batch}", ours, theirs, REFERENCE)
+            ours, theirs = answer["ours"], answer["reference"]
+            total = _timing(ours, "total"), _timing(theirs, "total")
+            yield compare(SECTION, f"a step of {batch}", *total, REFERENCE)
+    for part in ("schedule", "sampler", "bookkeeping"):
+        parts = _timing(ours, part), _timing(theirs, part)
+        yield compare(SECTION, f"of it, {part} of {batch}", *parts, f"vLLM's {part}")
+    runner = _timing(ours, "runner")
+    yield Row(SECTION, f"of it, the runner's of {batch}", runner, figure=Figure.VALUE)
+
+
+def _timing(steps: list[dict[str, float]], part: str) -> Timing:
+    return Timing(tuple(step[part] for step in steps))

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+PARTS = ("schedule", "sampler", "bookkeeping")
+"""Of a step, in order: ``schedule``, the sampler, ``update_from_output``."""
+
 EVICTED = 1 << 26
 """Bytes that are read in place of the model, between schedule and sampler: caches are as cold."""
 
@@ -47,17 +50,19 @@ class Reference:
             scheduled = self._scheduler.schedule()
             self._update(scheduled, [7] * batch)
 
-    def step(self) -> float:
-        """Schedule a decode of all, sample, and enter the tokens; returns seconds of these."""
+    def step(self) -> dict[str, float]:
+        """Schedule a decode of all, sample, and enter the tokens; returns seconds of each part."""
         started = time.perf_counter()
         scheduled = self._scheduler.schedule()
-        seconds = time.perf_counter() - started
+        taken = {"schedule": time.perf_counter() - started}
         assert len(scheduled.num_scheduled_tokens) == len(self._logits), "all decode"
         self._memory.sum()
         started = time.perf_counter()
         sampled = self._sampler(logits=self._logits, sampling_metadata=self._metadata)
-        seconds += time.perf_counter() - started
-        return seconds + self._update(scheduled, sampled.sampled_token_ids.flatten().tolist())
+        taken["sampler"] = time.perf_counter() - started
+        tokens = sampled.sampled_token_ids.flatten().tolist()
+        taken["bookkeeping"] = self._update(scheduled, tokens)
+        return taken | {"total": sum(taken.values())}
 
     def _update(self, scheduled: Any, tokens: list[int]) -> float:
         from vllm.v1.outputs import ModelRunnerOutput

@@ -93,23 +93,36 @@ class Vllm:
 
         A step is the engine core's: the schedule, the runner, the sampler and the bookkeeping. What
         the front end does is not counted: it has a process of its own otherwise.
-        """
-        from host_work import Reference
 
-        core, model = self._core, self._core_runner.spyre_model
-        forward, step = model.forward, core.step_fn
-        inside = Stopwatch(forward)
-        whole = Stopwatch(step)
-        model.forward, core.step_fn = inside, whole
+        Returns:
+            ``ours`` and ``reference``: seconds of each step, by part; ``total`` is the sum.
+        """
+        from host_work import PARTS, Reference
+
+        core, runner = self._core, self._core_runner
+        watched = {
+            "step": (core, "step_fn"),
+            "model": (runner.spyre_model, "forward"),
+            "schedule": (core.scheduler, "schedule"),
+            "sampler": (runner, "sampler"),
+            "bookkeeping": (core.scheduler, "update_from_output"),
+        }
+        watches = {part: Stopwatch(getattr(*place)) for part, place in watched.items()}
+        for part, (owner, name) in watched.items():
+            setattr(owner, name, watches[part])
         reference = Reference(core, batch, context, steps)
         ours, theirs = [], []
         self._add(batch, context, steps)
         while self.llm.llm_engine.has_unfinished_requests():
             self.llm.llm_engine.step()
             if self._all_decode(batch):
-                ours.append(whole.seconds - inside.seconds)
+                taken = {part: watches[part].seconds for part in PARTS}
+                total = watches["step"].seconds - watches["model"].seconds
+                taken["runner"] = total - sum(taken.values())
+                ours.append(taken | {"total": total})
                 theirs.append(reference.step())
-        model.forward, core.step_fn = forward, step
+        for part, (owner, name) in watched.items():
+            setattr(owner, name, watches[part].function)
         return {"ours": ours[2:-4], "reference": theirs[2:-4]}
 
     def tower(self, tiles: int, repeats: int) -> dict[str, Any]:
@@ -167,15 +180,16 @@ class Stopwatch:
     """Calls a function and keeps how long it took.
 
     Attributes:
+        function: that is called.
         seconds: of the last call.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+        self.function = function
         self.seconds = 0.0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        result = self._function(*args, **kwargs)
+        result = self.function(*args, **kwargs)
         self.seconds = time.perf_counter() - started
         return result

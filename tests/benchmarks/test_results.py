@@ -140,7 +140,7 @@ def test_the_committed_table_is_of_the_committed_results(tmp_path: Path) -> None
     assert (tmp_path / "results.md").read_text() == (folder / "results.md").read_text()
 
 
-def test_this_machine_has_a_tier_and_no_host_name() -> None:
+def test_this_machine_has_a_tier() -> None:
     machine = this_machine()
     assert machine.tier in CPU_TIERS
     assert machine.cores >= 1
