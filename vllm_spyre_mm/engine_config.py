@@ -13,6 +13,7 @@ from vllm_spyre_mm.config import (
 )
 from vllm_spyre_mm.geometry import Geometry
 from vllm_spyre_mm.log import get_logger
+from vllm_spyre_mm.model_executor.cpu_tier import cpu_tier
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
         "Spyre platform: %s",
         settings_summary(
             settings,
+            cpu_tier=cpu_tier(),
             mapping=type(mapping).__name__,
             dtype=_name(dtype),
             chunk_size=scheduler_config.max_num_batched_tokens,

@@ -24,7 +24,12 @@ VLLM = str(Path(sys.executable).parent / "vllm")
 START_SECONDS = 240
 
 
-def serve_command(checkpoint: Path, port: int, *more: str) -> list[str]:
+EXACT = ("--dtype", "float32", "--enforce-eager")
+"""Answers equal Transformers' to the last digit that is shown, and nothing is compiled."""
+
+
+def serve_command(checkpoint: Path, port: int, *more: str, defaults: bool = False) -> list[str]:
+    """Of a small server: exact, unless it is to have the dtype and the compiler of the defaults."""
     return [
         VLLM,
         "serve",
@@ -40,13 +45,11 @@ def serve_command(checkpoint: Path, port: int, *more: str) -> list[str]:
         str(port),
         "--served-model-name",
         "demo",
-        "--dtype",
-        "float32",
-        "--enforce-eager",
         "--max-model-len",
         "1024",
         "--kv-cache-memory-bytes",
         "128M",
+        *(() if defaults else EXACT),
         *more,
     ]
 
@@ -83,6 +86,7 @@ def starting_server(
     *more: str,
     plugins: Sequence[Path] = (),
     environment: Mapping[str, str] | None = None,
+    defaults: bool = False,
 ) -> Iterator[Served]:
     """A server that has been started, and is ended when the context is left.
 
@@ -92,6 +96,7 @@ def starting_server(
         more: flags besides those of :func:`serve_command`.
         plugins: folders with plugins of vLLM's for its processes.
         environment: more of it.
+        defaults: as for :func:`serve_command`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -100,7 +105,7 @@ def starting_server(
     with (
         log.open("w") as output,
         subprocess.Popen(
-            serve_command(checkpoint, port, *more),
+            serve_command(checkpoint, port, *more, defaults=defaults),
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **(environment or {})},
@@ -114,9 +119,11 @@ def starting_server(
 
 
 @contextlib.contextmanager
-def running_server(checkpoint: Path, log: Path, *more: str) -> Iterator[str]:
+def running_server(
+    checkpoint: Path, log: Path, *more: str, defaults: bool = False
+) -> Iterator[str]:
     """The address of a server that runs inside the context; see :func:`starting_server`."""
-    with starting_server(checkpoint, log, *more) as server:
+    with starting_server(checkpoint, log, *more, defaults=defaults) as server:
         server.wait_until_healthy()
         yield server.address
 

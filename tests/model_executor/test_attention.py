@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.tiers import on_distinct_tiers
 from vllm_spyre_mm.model_executor.attention import (
     CARD_ATTENTION,
     CPU_ATTENTION,
@@ -216,6 +217,8 @@ def test_the_queries_of_a_step_may_lie_in_one_row(algorithm: str, shape: Shape):
     assert all(torch.equal(*pair) for pair in zip(flat_caches, caches, strict=True))
 
 
+@on_distinct_tiers
+@pytest.mark.usefixtures("tier")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     ("kv_heads", "group", "head_dim"),
@@ -359,6 +362,8 @@ def test_nothing_but_a_requests_own_tokens_is_read(
     assert_reads_its_own(algorithm, make_step(shape, dtype))
 
 
+@on_distinct_tiers
+@pytest.mark.usefixtures("tier")
 @pytest.mark.parametrize("lengths", [[70, 33, 1], [257, 64, 500]])
 def test_nothing_but_a_requests_own_tokens_is_read_in_whole_registers(lengths: list[int]):
     """Of shapes that a matrix unit takes, some tokens at a time."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled attention of many queries computes what attention in float64 does.
 
-On a machine without bf16 matrix units PyTorch's attention stands in, and is what is tested.
+On a CPU below AVX-512 PyTorch's attention stands in.
 """
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from fms.modules.attention import get_attention_type
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.tiers import on_distinct_tiers, on_vector_tiers
 from vllm_spyre_mm.model_executor import blocked_attention
 from vllm_spyre_mm.model_executor.models.bidirectional import BIDIRECTIONAL
 
@@ -53,6 +54,14 @@ def test_every_position_attends_to_every_other(shape: tuple[int, int, int, int])
     assert attended.is_contiguous()
     assert attended.dtype == torch.bfloat16
     assert relative_error(attended, exact(*parts)) < 4e-3
+
+
+@on_distinct_tiers
+@pytest.mark.usefixtures("tier")
+@pytest.mark.parametrize("shape", TOWERS[:2], ids=str)
+def test_every_position_attends_to_every_other_in_each_tier(shape: tuple[int, int, int, int]):
+    parts = qkv(*shape)
+    assert relative_error(compiled_attend(*parts), exact(*parts)) < 4e-3
 
 
 def test_scores_of_any_size_are_weighed():
@@ -102,6 +111,8 @@ def test_nothing_is_compiled_where_nothing_is_asked_to_be(monkeypatch: pytest.Mo
     assert relative_error(attend(*parts), exact(*parts)) < 4e-3
 
 
+@on_vector_tiers
+@pytest.mark.usefixtures("tier")
 @pytest.mark.parametrize("context", [0, 64, 1000])
 @pytest.mark.parametrize("tokens", [2, 500])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 64), (4, 1, 128), (3, 3, 72)])
@@ -109,8 +120,6 @@ def test_tokens_of_a_chunk_attend_to_earlier_ones(
     context: int, tokens: int, heads: int, kv_heads: int, head_dim: int
 ):
     """Through blocks in any order; what is in no block of the sequence is not read."""
-    if not blocked_attention.supports(head_dim, torch.bfloat16):
-        pytest.skip("this machine has no bf16 matrix units")
     block_size = 16
     num_keys = context + tokens
     query, keys, values = (part[0] for part in qkv(1, num_keys, heads, head_dim))

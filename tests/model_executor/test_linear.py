@@ -11,6 +11,7 @@ from fms.modules.feedforward import FeedForwardBlock, GatedLinearUnit
 from torch import nn
 from torch._dynamo.utils import counters
 
+from tests.tiers import VECTOR_TIERS, on_distinct_tiers, on_vector_tiers
 from vllm_spyre_mm.config import CpuTier
 from vllm_spyre_mm.model_executor.linear import (
     HostGatedUnit,
@@ -22,12 +23,6 @@ from vllm_spyre_mm.model_executor.tiled_linear import is_tiled
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 SHAPES = [(7, 48), (1, 5, 48), (3, 1, 48), (1, 1, 48)]
-
-
-TILED = ("avx512", "avx512_bf16", "amx")
-"""Tiers with a linear kernel of their own; the others leave bf16 to PyTorch."""
-
-on_each_tier = pytest.mark.parametrize("tier", ["generic", *TILED], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +51,7 @@ def test_it_computes_what_the_layer_does(
     assert_close(HostLinear(linear, gelu)(x), expected)
 
 
-@on_each_tier
+@on_distinct_tiers
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 33])
@@ -69,7 +64,7 @@ def test_a_weight_that_stays_in_rows_computes_the_same(
     """With the kernel of few rows, and with oneDNN beyond them or for another width."""
     linear = nn.Linear(width, outputs, bias=bias, dtype=dtype)
     kept = HostLinear(linear, compiled=True, tied=True)
-    if tier in TILED and dtype == torch.bfloat16:
+    if tier in VECTOR_TIERS and dtype == torch.bfloat16:
         assert kept.weight.data_ptr() == linear.weight.data_ptr()
     x = torch.randn(1, rows, width, dtype=dtype)
     assert_close(kept(x), linear(x))
@@ -81,7 +76,7 @@ WIDTHS = [30, 32, 576, 588, 1152, 1170]
 OUTPUTS = [7, 32, 80, 300]
 
 
-@on_each_tier
+@on_distinct_tiers
 @pytest.mark.parametrize("approximate", [None, "none", "tanh"])
 @pytest.mark.parametrize("rows", [1, 5, 32, 33, 300])
 @pytest.mark.parametrize(("width", "outputs"), [*product(WIDTHS, OUTPUTS), (4304, 1152)])
@@ -96,12 +91,12 @@ def test_a_tiled_weight_computes_the_same(
     tiled = HostLinear(
         linear.bfloat16(), gelu if isinstance(gelu, nn.GELU) else None, compiled=True
     )
-    assert is_tiled(tiled.weight) == (tier in TILED)
+    assert is_tiled(tiled.weight) == (tier in VECTOR_TIERS)
     torch.testing.assert_close(tiled(x).float(), expected, rtol=2**-7, atol=2**-8)
 
 
 @pytest.mark.usefixtures("tier")
-@pytest.mark.parametrize("tier", TILED, indirect=True)
+@on_vector_tiers
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 5, 33, 300])
 @pytest.mark.parametrize(("width", "hidden"), [(32, 16), (64, 100), (1184, 300)])
@@ -133,7 +128,7 @@ def test_a_gated_unit_without_kernels_computes_the_same(activation: nn.Module):
     assert_close(model(x), expected)
 
 
-@on_each_tier
+@on_distinct_tiers
 @pytest.mark.usefixtures("tier")
 def test_no_row_and_no_output_disturbs_another():
     """What lies beyond the ends of rows, outputs and inputs is not computed with."""
@@ -213,14 +208,14 @@ def test_the_weight_of_a_layer_is_held_once():
         assert parameter.is_mkldnn == wanted, name
 
 
-@on_each_tier
-def test_kernels_hold_a_tied_head_once_and_other_weights_tiled(tier: CpuTier):
+@on_vector_tiers
+@pytest.mark.usefixtures("tier")
+def test_kernels_hold_a_tied_head_once_and_other_weights_tiled():
     model = Model(torch.bfloat16)
     replace_linears(model, compiled=True)
-    tied = model.head.weight
-    for weight in (model.block.w1.weight, model.block.w2.weight):
-        assert is_tiled(weight) == (tier in TILED)
-    assert (tied.data_ptr() == model.embedding.weight.data_ptr()) == (tier in TILED)
+    assert model.head.weight.data_ptr() == model.embedding.weight.data_ptr()
+    assert is_tiled(model.block.w1.weight)
+    assert is_tiled(model.block.w2.weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

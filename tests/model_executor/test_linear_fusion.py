@@ -11,13 +11,11 @@ from fms.modules.feedforward import FeedForwardBlock, GatedLinearUnit
 from fms.modules.layernorm import LayerNormParameterized
 from torch import fx, nn
 
+from tests.tiers import on_vector_tiers
 from vllm_spyre_mm.model_executor import tiled_linear
 from vllm_spyre_mm.model_executor.linear import replace_linears
 from vllm_spyre_mm.model_executor.linear_fusion import HostNorm, fuse_linears, replace_norms
 from vllm_spyre_mm.model_executor.shared_graph import share_graph
-
-on_each_tier = pytest.mark.parametrize("tier", ["avx512", "avx512_bf16", "amx"], indirect=True)
-"""With a linear kernel, which computes norms; the tiers below leave them to Inductor."""
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +79,7 @@ def count(graph: fx.Graph, name: str) -> int:
 
 
 @pytest.mark.usefixtures("tier")
-@on_each_tier
+@on_vector_tiers
 @pytest.mark.parametrize("rows", [1, 16, 33, 300])
 @pytest.mark.parametrize(("width", "hidden"), [(64, 96), (1184, 200)])
 @pytest.mark.parametrize(("centered", "gated"), [(True, False), (False, True)])
@@ -100,7 +98,7 @@ def test_a_block_is_four_layers_and_computes_the_same(
 
 
 @pytest.mark.usefixtures("tier")
-@on_each_tier
+@on_vector_tiers
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_block_of_nothing_else_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
     class Plain(Block):
@@ -124,7 +122,7 @@ def test_a_block_of_nothing_else_is_not_compiled(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("tier")
-@on_each_tier
+@on_vector_tiers
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize(("mean", "deviation"), [(0, 1), (1, 1), (300, 1), (5000, 5), (0, 1e-3)])
 def test_a_norm_is_exact_whatever_the_mean(mean: float, deviation: float, centered: bool):
@@ -139,7 +137,7 @@ def test_a_norm_is_exact_whatever_the_mean(mean: float, deviation: float, center
 
 
 @pytest.mark.usefixtures("tier")
-@on_each_tier
+@on_vector_tiers
 @pytest.mark.parametrize("centered", [True, False])
 def test_a_norm_that_another_reads_too_is_computed_by_itself(centered: bool):
     class Shared(Block):
@@ -157,7 +155,7 @@ def test_a_norm_that_another_reads_too_is_computed_by_itself(centered: bool):
 
 
 @pytest.mark.usefixtures("tier")
-@on_each_tier
+@on_vector_tiers
 def test_a_sum_that_is_no_residual_is_left_alone():
     """Another shape, and a layer whose result is wanted by itself as well."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import psutil
+import pytest
 import torch
 
 from vllm_spyre_mm.model_executor.memory import (
@@ -14,6 +15,7 @@ from vllm_spyre_mm.model_executor.memory import (
     HUGE_PAGE,
     REGION_BYTES,
     HugePages,
+    empty_result,
     separate_large_blocks,
 )
 
@@ -58,6 +60,22 @@ def faults_again() -> int:
     return faults
 
 
+def bytes_for_layers() -> int:
+    """Taken for the activations of 64 layers, 20 MiB at a time, with small objects that stay."""
+    with separate_large_blocks():
+        pass
+    stay: list[object] = []
+    like = torch.empty(0, dtype=torch.uint8)
+    before = resident()
+    for _ in range(64):
+        layer: list[torch.Tensor] = []
+        for mib in (3, 5, 3, 9, 3):
+            layer.append(empty_result(like, (mib * MIB,)).fill_(1))
+            stay.append((bytes(600), [torch.empty(2) for _ in range(4)]))
+            del layer[:-3]
+    return resident() - before
+
+
 def test_a_large_block_between_others_goes_when_it_is_freed():
     """As a weight does that is replaced."""
     assert in_new_process(freed_bytes) > 40 * MIB
@@ -69,6 +87,21 @@ def test_blocks_after_the_weights_find_their_pages():
     Where the heap lies between others' pages it cannot grow in place, and half of them go back.
     """
     assert in_new_process(faults_again) < 0.75 * 128 * MIB / resource.getpagesize()
+
+
+def test_activations_take_the_places_of_those_before_them():
+    """PyTorch's own tensors take more than 400 MiB."""
+    assert in_new_process(bytes_for_layers) < 48 * MIB
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 7), (1, 600, 1024), (2, 1 << 19)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_result_is_a_tensor_like_any(shape: tuple[int, ...], dtype: torch.dtype):
+    result = empty_result(torch.empty(0, dtype=dtype), shape)
+    assert (result.shape, result.dtype) == (shape, dtype)
+    assert result.is_contiguous()
+    assert result.data_ptr() % 64 == 0
+    assert torch.equal(result.fill_(3), torch.full(shape, 3, dtype=dtype))
 
 
 def test_pieces_of_huge_pages_follow_each_other():

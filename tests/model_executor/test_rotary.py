@@ -30,6 +30,7 @@ class Attention(nn.Module):
         self.position_encoder = position_encoder
 
 
+@pytest.mark.usefixtures("tier")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [16, 80, 128])
 @pytest.mark.parametrize("scaling", [{}, LLAMA3], ids=["default", "llama3"])

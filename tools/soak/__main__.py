@@ -24,11 +24,14 @@ def main() -> int:
     parser.add_argument("--pool", type=int, default=defaults.pool, help="distinct requests")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--log", type=Path, help="what the server prints (default: forgotten)")
+    parser.add_argument(
+        "--defaults", action="store_true", help="the default dtype, compiled (default: fp32, eager)"
+    )
     arguments = vars(parser.parse_args())
-    log = arguments.pop("log")
+    log, defaults = arguments.pop("log"), arguments.pop("defaults")
     with (
         tempfile.TemporaryDirectory() as folder,
-        soaked_server(log or Path(folder) / "log.txt") as server,
+        soaked_server(log or Path(folder) / "log.txt", defaults=defaults) as server,
     ):
         server.wait_until_healthy()
         soak = Soak(server.address, server.process.pid, SoakOptions(**arguments))

@@ -92,8 +92,13 @@ def _mean(samples: list[tuple[int, dict[str, int]]], name: str, first: float, la
     return sum(chosen) / len(chosen)
 
 
-def soaked_server(log: Path) -> AbstractContextManager[Served]:
-    """A server of the embedded checkpoint with the inspector, which is starting."""
+def soaked_server(log: Path, *, defaults: bool = False) -> AbstractContextManager[Served]:
+    """A server of the embedded checkpoint with the inspector, which is starting.
+
+    Args:
+        log: file for what it prints.
+        defaults: with the default dtype and compiled, instead of fp32 and eager.
+    """
     return starting_server(
         checkpoint_path(),
         log,
@@ -101,6 +106,7 @@ def soaked_server(log: Path) -> AbstractContextManager[Served]:
         plugins=[INSPECTOR],
         # The model is tiny: threads would only wait for each other.
         environment={"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"},
+        defaults=defaults,
     )
 
 

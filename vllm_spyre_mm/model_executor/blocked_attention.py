@@ -15,6 +15,7 @@ from vllm_spyre_mm.model_executor.kernels import (
     Kernel,
     heads_side_by_side,
 )
+from vllm_spyre_mm.model_executor.memory import empty_result
 
 KERNEL = Kernel(
     "blocked_attention",
@@ -81,7 +82,7 @@ def _run(
     query, keys, _ = parts
     batch, tokens, heads, head_dim = query.shape
     kv_heads = keys.shape[2]
-    out = query.new_empty(query.shape)
+    out = empty_result(query, query.shape)
     KERNEL.load(HEAD_DIM=head_dim)(
         *(part.data_ptr() for part in parts),
         out.data_ptr(),

@@ -55,11 +55,11 @@ class Kernel:
 
     def load(self, **constants: int) -> Callable[..., Any]:
         """The compiled function, for what the file wants defined; compiled once a process."""
-        return _load(self, cpu_tier(), tuple(constants.items()))
+        return compile_kernel(self, cpu_tier(), tuple(constants.items()))
 
 
 @functools.cache
-def _load(
+def compile_kernel(
     kernel: Kernel, tier: CpuTier, constants: tuple[tuple[str, int], ...]
 ) -> Callable[..., Any]:
     """Compile a kernel for a tier, or find it in Inductor's cache."""

@@ -8,6 +8,7 @@ import math
 import mmap
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -43,6 +44,22 @@ def separate_large_blocks() -> Iterator[None]:
     finally:
         mallopt(M_MMAP_THRESHOLD, HEAP_BYTES)
         mallopt(M_TRIM_THRESHOLD, 2 * HEAP_BYTES)
+
+
+def empty_result(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """As ``x.new_empty(shape)``, and a large one takes the place that another of its size has left.
+
+    PyTorch asks glibc for blocks aligned to 64 bytes. glibc takes a larger block for that and gives
+    what is too much at both ends to small objects; the hole that is left when the block is freed is
+    then too small for the next of its size, and the activations of a chunk take up to twice their
+    memory. NumPy asks for a plain block; the room for the alignment stays with it.
+    """
+    if x.is_meta or math.prod(shape) * x.itemsize < SEPARATE_BYTES:
+        return x.new_empty(shape)
+    num_bytes = math.prod(shape) * x.itemsize
+    block = torch.from_numpy(np.empty(num_bytes + CACHE_LINE, dtype=np.uint8))
+    start = -block.data_ptr() % CACHE_LINE
+    return block[start : start + num_bytes].view(x.dtype).view(*shape)
 
 
 def return_free_memory() -> None:

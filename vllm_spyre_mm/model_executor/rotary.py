@@ -14,6 +14,7 @@ from fms.modules.positions import PositionEncoder, RotaryEmbedding
 from torch import nn
 
 from vllm_spyre_mm.model_executor.kernels import POINTER, SIZE, Kernel, heads_side_by_side
+from vllm_spyre_mm.model_executor.memory import empty_result
 
 LANES = 16
 """The kernel takes heads whose width is a multiple of this."""
@@ -91,7 +92,7 @@ def rotate(
     """
     _, length, heads, head_dim = query.shape
     query, keys = heads_side_by_side(query), heads_side_by_side(keys)
-    rotated_query, rotated_keys = query.new_empty(query.shape), keys.new_empty(keys.shape)
+    rotated_query, rotated_keys = (empty_result(part, part.shape) for part in (query, keys))
     beyond = kernel(head_dim, query.dtype)(
         query.data_ptr(),
         keys.data_ptr(),

@@ -5,13 +5,13 @@
 // the weight is read once from memory, and again from the L1 cache for more than four rows.
 
 constexpr int64_t OUTPUTS = 32;  // whose results are rounded together
-constexpr int GROUP = 4;         // outputs, and rows at most, of a step: 16 sums
+constexpr int AT_ONCE = 4;         // outputs, and rows at most, of a step: 16 sums
 
-// Sums of GROUP outputs and ROWS rows to sums[row][output]. The first rows fetch the next weights.
+// Sums of AT_ONCE outputs and ROWS rows to sums[row][output]. The first rows fetch the next weights.
 template <int ROWS>
 static void multiply(const Element* weight, const Element* x, int64_t width, bool fetch,
                      float (*sums)[OUTPUTS]) {
-  __m512 products[GROUP][GROUP];
+  __m512 products[AT_ONCE][AT_ONCE];
   for (auto& output : products)
     for (auto& part : output) part = _mm512_setzero_ps();
   for (int64_t k = 0; k < width; k += TILE_DEPTH) {
@@ -19,16 +19,16 @@ static void multiply(const Element* weight, const Element* x, int64_t width, boo
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) inputs[r] = _mm512_loadu_si512(x + r * width + k);
 #pragma GCC unroll 4
-    for (int o = 0; o < GROUP; ++o) {
+    for (int o = 0; o < AT_ONCE; ++o) {
       __m512i weights = _mm512_loadu_si512(weight + o * width + k);
-      if (fetch) __builtin_prefetch(weight + (o + GROUP) * width + k, 0, 2);
+      if (fetch) __builtin_prefetch(weight + (o + AT_ONCE) * width + k, 0, 2);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) products[o][r] = dot_pairs(products[o][r], weights, inputs[r]);
     }
   }
   Floats total = (Floats)sum_lanes(products);
   for (int r = 0; r < ROWS; ++r)
-    std::memcpy(sums[r], (float*)&total + r * GROUP, GROUP * sizeof(float));
+    std::memcpy(sums[r], (float*)&total + r * AT_ONCE, AT_ONCE * sizeof(float));
 }
 
 static void compute(const Element* x, const Element* weight, const Element* bias, Element* out,
@@ -39,9 +39,9 @@ static void compute(const Element* x, const Element* weight, const Element* bias
   for (int64_t start = 0; start < outputs; start += OUTPUTS) {
     int64_t first = std::min(start, outputs - OUTPUTS);  // the last take some of those before
     alignas(64) float sums[2 * LANES][OUTPUTS];
-    for (int64_t o = 0; o < OUTPUTS; o += GROUP)
-      for (int64_t row = 0; row < rows; row += GROUP) {
-        auto multiply = LAST[rows - row < GROUP ? rows - row : 0];
+    for (int64_t o = 0; o < OUTPUTS; o += AT_ONCE)
+      for (int64_t row = 0; row < rows; row += AT_ONCE) {
+        auto multiply = LAST[rows - row < AT_ONCE ? rows - row : 0];
         float(*part)[OUTPUTS] = (float(*)[OUTPUTS])(&sums[row][o]);
         multiply(weight + (first + o) * width, x + row * width, width, row == 0, part);
       }

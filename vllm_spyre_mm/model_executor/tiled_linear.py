@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_spyre_mm.model_executor.kernels import FLOAT, POINTER, SIZE, Kernel
-from vllm_spyre_mm.model_executor.memory import huge_pages
+from vllm_spyre_mm.model_executor.memory import empty_result, huge_pages
 
 BLOCK = 32
 """Outputs of a panel, and inputs of a step."""
@@ -93,7 +93,7 @@ def empty_rows(x: torch.Tensor, outputs: int) -> torch.Tensor:
     A kernel that writes 32 outputs of a row would else write to two lines, and come back to each.
     """
     room = -(-outputs // BLOCK) * BLOCK
-    rows = x.new_empty((*x.shape[:-1], room))
+    rows = empty_result(x, (*x.shape[:-1], room))
     return rows if room == outputs else rows[..., :outputs]
 
 
