@@ -9,7 +9,7 @@ export VLLM_TARGET_DEVICE := empty
 VLLM_VERSION := $(shell sed -n 's/^vllm==//p' constraints.txt)
 export VLLM_VERSION_OVERRIDE := $(VLLM_VERSION)
 
-.PHONY: setup demo test soak hostile lint wheel clean bench bench-reference bench-openvino upstream
+.PHONY: setup demo test asan soak hostile lint wheel clean bench bench-reference bench-openvino upstream
 
 setup: $(VENV)/.ready
 
@@ -21,13 +21,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m vllm_spyre_mm.demo
 
-# A process for each file of end-to-end tests: an engine that ran in the test's own process leaves
-# threads and process groups behind.
+# Two processes on two cores: one's imports and waits overlap the other's work. Each runs file after
+# file, so that it imports vLLM once; an engine that ran in it leaves threads behind, but no state
+# that the next file sees. ARGS="-n 0 FILE" for one file in one process.
+PROCESSES := -p tests.processes -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest --ignore=tests/e2e $(ARGS)
-	@for file in tests/e2e/test_*.py; do \
-		echo "== $$file"; $(BIN)/python -m pytest $$file $(ARGS) || exit 1; \
-	done
+	$(BIN)/python -m pytest $(PROCESSES) --durations 40 $(ARGS)
 
 # Thousands of requests above capacity, a third of them aborted; ARGS="--seconds 3600" for an hour.
 soak: setup
@@ -36,6 +36,14 @@ soak: setup
 # Every hostile request over HTTP, for several seeds: ARGS="--seeds 20".
 hostile: setup
 	$(BIN)/python -m tests.hostile $(ARGS)
+
+# The tests of the C++ kernels once more, compiled with AddressSanitizer; needs g++. What is left out
+# measures memory, or compiles none. PyTorch leaks a little at its end, on purpose.
+asan: setup
+	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/python -m pytest -p tests.address_sanitizer tests/model_executor $(NO_KERNELS) $(ARGS)
+
+NO_KERNELS := $(addprefix --ignore=tests/model_executor/test_,memory.py loader.py kv_cache.py)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -50,7 +58,7 @@ upstream:
 	$(PYTHON) tools/upstream_matrix.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(REFERENCE) $(OPENVINO) .venv-upstream build dist *.egg-info
+	rm -rf $(VENV) $(REFERENCE) $(OPENVINO) .venv-upstream .reference_cache build dist *.egg-info
 
 # What this project is measured beside has environments of its own: two builds of vLLM do not share
 # one, and OpenVINO's converter wants an older Transformers. What is not there is left out.

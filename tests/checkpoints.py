@@ -7,6 +7,7 @@ above rounding; the tokenizer, the processor and the chat template are the demo 
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -137,6 +138,27 @@ def edit_tensors(path: Path, changes: dict[str, torch.Tensor | None]) -> None:
         else:
             tensors[name] = tensor
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def shard(path: Path, num_files: int) -> list[Path]:
+    """Split a checkpoint's weights over several files with an index, as large models are stored."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    names, files = sorted(tensors), []
+    size = math.ceil(len(names) / num_files)
+    for i in range(num_files):
+        part = {name: tensors[name] for name in names[i * size : (i + 1) * size]}
+        file = path / f"model-{i + 1:05}-of-{num_files:05}.safetensors"
+        save_file(part, file, metadata={"format": "pt"})
+        files.append(file)
+    write_index(path, {name: files[i // size].name for i, name in enumerate(names)})
+    return files
+
+
+def write_index(path: Path, weight_map: Mapping[str, str]) -> None:
+    """Say which tensor of a checkpoint is in which file."""
+    index = {"metadata": {}, "weight_map": dict(weight_map)}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def edit_config(path: Path, **changes: Any) -> None:

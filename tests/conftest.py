@@ -2,7 +2,7 @@
 """Fixtures that several tests share: checkpoints and their Transformers references."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,6 @@ from vllm_spyre_mm.config import CPU_TIERS, CpuTier
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.model_executor.cpu_tier import detect_tier
 
-COVERED_TIERS = pytest.StashKey[set[CpuTier]]()
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much is drawn by the tests that draw: a quick share of it by default."""
@@ -26,6 +24,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=15,
         help="scenarios for each backend in tests/worker/test_numbers.py (default: 15)",
     )
+
+
+COVERS = "covers"
+
+
+@pytest.fixture
+def covers(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Called by a test with what it covers; the end of a run names what passing tests covered."""
+    return lambda what: record_property(COVERS, what)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what was covered. Reports bring it from the process in which a test ran."""
+    covered = {
+        str(value)
+        for report in terminalreporter.stats.get("passed", [])
+        for name, value in report.user_properties
+        if name == COVERS
+    }
+    if covered:
+        terminalreporter.write_sep("=", f"covered: {', '.join(sorted(covered))}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,7 +84,7 @@ def llava_next_reference(llava_next_checkpoint: Path) -> Reference:
 
 
 @pytest.fixture(params=CPU_TIERS)
-def tier(request: pytest.FixtureRequest) -> Iterator[CpuTier]:
+def tier(request: pytest.FixtureRequest, covers: Callable[[str], None]) -> Iterator[CpuTier]:
     """Each tier of CPUs in turn; one that this CPU lacks is skipped.
 
     ``parametrize("tier", [...], indirect=True)`` takes some of them.
@@ -75,20 +94,7 @@ def tier(request: pytest.FixtureRequest) -> Iterator[CpuTier]:
         pytest.skip(f"this CPU has {detect_tier()} at most, not {name}")
     with force_tier(name):
         yield name
-    request.config.stash[COVERED_TIERS].add(name)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Nothing is covered yet."""
-    config.stash[COVERED_TIERS] = set()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which tiers were covered: a CPU has its own and those below."""
-    covered = terminalreporter.config.stash[COVERED_TIERS]
-    if covered:
-        named = ", ".join(name for name in CPU_TIERS if name in covered)
-        terminalreporter.write_line(f"CPU tiers covered: {named}; this CPU has {detect_tier()}")
+    covers(f"CPU tier {name}")
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import VllmConfig
+from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.request import RequestStatus
 
 from tests.test_scheduler import Simulation, make_request, make_scheduler, run, vllm_config
@@ -104,13 +106,9 @@ def test_an_aborted_request_gives_its_room_back(vllm_config: VllmConfig) -> None
     simulation.run()
 
 
-def test_each_image_is_a_run_or_a_hit_once(vllm_config: VllmConfig) -> None:
-    """Also where it spans chunks, or where the prefix cache covers it."""
-    scheduler = bounded(vllm_config, 1 << 30)
-    images = {"x": (10, 200), "y": (260, 30)}
-    simulation = Simulation(scheduler)
-    scheduler.add_request(make_request("a", 300, images=images))
-    counts = []
+def note_counts(scheduler: SpyreScheduler) -> list[tuple[int, int]]:
+    """Runs of the encoder and hits of its cache, of each step from now on."""
+    counts: list[tuple[int, int]] = []
     extend = scheduler._accounts.extend
 
     def note(*args: Any) -> Any:
@@ -119,6 +117,16 @@ def test_each_image_is_a_run_or_a_hit_once(vllm_config: VllmConfig) -> None:
         return stats
 
     scheduler._accounts.extend = note  # type: ignore[method-assign]
+    return counts
+
+
+def test_each_image_is_a_run_or_a_hit_once(vllm_config: VllmConfig) -> None:
+    """Also where it spans chunks, or where the prefix cache covers it."""
+    scheduler = bounded(vllm_config, 1 << 30)
+    images = {"x": (10, 200), "y": (260, 30)}
+    simulation = Simulation(scheduler)
+    scheduler.add_request(make_request("a", 300, images=images))
+    counts = note_counts(scheduler)
 
     def total() -> tuple[int, int]:
         sums = (sum(runs for runs, _ in counts), sum(hits for _, hits in counts))
@@ -139,3 +147,17 @@ def test_each_image_is_a_run_or_a_hit_once(vllm_config: VllmConfig) -> None:
     run(scheduler, unwanted)
     # The prefix cache has four whole blocks, and x lies within them; y reaches beyond.
     assert total() == (0, 1)
+
+
+def test_an_image_is_counted_where_its_first_feature_is(vllm_config: VllmConfig) -> None:
+    """Its placeholder begins in the first chunk, its features in the second: one run, no hit."""
+    scheduler = bounded(vllm_config, 1 << 30)
+    request = make_request("a", 256, images={"x": (100, 60)})
+    (feature,) = request.mm_features
+    mask = torch.tensor([False] * 40 + [True] * 20)
+    feature.mm_position = PlaceholderRange(100, 60, mask)
+    counts = note_counts(scheduler)
+    simulation = run(scheduler, request)
+    assert simulation.kinds[0] == ("prefill", "a", 0, 128)
+    assert counts[:2] == [(0, 0), (1, 0)]
+    assert sum(hits for _, hits in counts) == 0

@@ -136,6 +136,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pooling": ({"runner": "pooling", "convert": "embed"}, "runner='pooling'"),
     "KV cache dtype": ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype='fp8"),
     "prompt embeddings": ({"enable_prompt_embeds": True}, "prompt embeddings"),
+    "short steps": ({"max_num_scheduled_tokens": 64}, "max-num-scheduled-tokens=64"),
+    "short chunks": ({"long_prefill_token_threshold": 100}, "long-prefill-token-threshold=100"),
+    "Transformers' model": ({"model_impl": "transformers"}, "model-impl='transformers'"),
+    "no tokenizer": ({"skip_tokenizer_init": True}, "--skip-tokenizer-init"),
+    "lists within lists": (
+        {"mm_processor_kwargs": {"image_grid_pinpoints": [[96, 96]]}},
+        "mm-processor-kwargs with a list or an object inside another",
+    ),
+    "image processing on a device": (
+        {"mm_processor_kwargs": {"device": "cuda"}},
+        "image processing on a device",
+    ),
+    "attention backend": ({"attention_backend": "FLASH_ATTN"}, "--attention-backend"),
+    "offloaded weights": ({"cpu_offload_gb": 1}, "--cpu-offload-gb"),
+    "KV offloading": ({"kv_offloading_size": 1.0}, "KV offloading|KV transfer"),
+    "dummy weights": ({"load_format": "dummy"}, "load-format='dummy'"),
+    "worker class": ({"worker_cls": "some.Worker"}, "a worker of your own"),
+    "Ray": ({"distributed_executor_backend": "ray"}, "'ray'|[Rr]ay"),
+    "profiler": (
+        {"profiler_config": {"profiler": "torch", "torch_profiler_dir": "/nowhere"}},
+        "--profiler-config",
+    ),
     "eager and inductor": (
         {"enforce_eager": True, "additional_config": {"backend": "inductor"}},
         "contradict each other",

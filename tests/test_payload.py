@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_spyre_mm import payload as payloads
 from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo, convert
-from vllm_spyre_mm.payload import decode_mm_embedding, encode_mm_embedding
+from vllm_spyre_mm.payload import decode_mm_embedding, encode_mm_embedding, mm_embedding_text
 
 ENCODINGS: Any = st.sampled_from(["base64", "float"])
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
@@ -40,6 +41,26 @@ def test_there_and_back(embedding: torch.Tensor, dtype: str, encoding: Any):
     decoded = decode_mm_embedding(payload)
     assert decoded.dtype == sent.dtype
     assert torch.equal(decoded, sent)
+
+
+@given(rows(), st.sampled_from(DTYPES), ENCODINGS, st.integers(1, 4))
+def test_the_text_in_pieces_is_that_json(
+    embedding: torch.Tensor, dtype: str, encoding: Any, size: int
+):
+    sent, scales = convert(embedding, dtype)
+    info = MMEmbeddingInfo([], "raw", scales)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(payloads, "PIECE_ELEMENTS", size)
+        patch.setattr(payloads, "PIECE_BYTES", 3 * size)
+        pieces = list(mm_embedding_text(sent, info, encoding))
+    assert json.loads(b"".join(pieces)) == encode_mm_embedding(sent, info, encoding)
+    assert max(map(len, pieces[1:])) <= 25 * size + 3
+
+
+@pytest.mark.parametrize("encoding", ["base64", "float"])
+def test_a_piece_does_not_grow_with_the_embedding(encoding: Any):
+    pieces = mm_embedding_text(torch.ones(300, 5000), MMEmbeddingInfo([], "raw"), encoding)
+    assert max(map(len, pieces)) <= 300_000
 
 
 JSON = st.recursive(

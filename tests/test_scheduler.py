@@ -6,7 +6,7 @@ rules that hold for all of them.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.config import VllmConfig
+from vllm.config.scheduler import SchedulerPolicy
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -74,6 +77,25 @@ def make_scheduler(vllm_config: VllmConfig, num_blocks: int = 100) -> SpyreSched
     )
 
 
+@pytest.fixture(scope="module")
+def make(vllm_config: VllmConfig) -> Callable[..., SpyreScheduler]:
+    """Makes a scheduler of a size, a bound on batch × length, and a policy.
+
+    (A function, because Hypothesis cannot print a configuration.)
+    """
+
+    def make(num_blocks: int, bound: int, policy: SchedulerPolicy = "fcfs") -> SpyreScheduler:
+        vllm_config.scheduler_config.policy = policy
+        try:
+            scheduler = make_scheduler(vllm_config, num_blocks)
+        finally:
+            vllm_config.scheduler_config.policy = "fcfs"
+        scheduler.geometry = dataclasses.replace(scheduler.geometry, max_batch_tkv=bound)
+        return scheduler
+
+    return make
+
+
 @pytest.fixture
 def scheduler(vllm_config: VllmConfig) -> SpyreScheduler:
     return make_scheduler(vllm_config)
@@ -115,33 +137,44 @@ class Simulation:
     Attributes:
         kinds: for each step that did something, ``("prefill", name, start, end)`` or
             ``("decode", names)``.
+        preempted: names in the order in which they lost their blocks.
         encoded: identifiers in the order in which they were to be encoded.
         outputs: number of tokens that each request got.
+        ended: names of finished requests of which the worker was told.
     """
 
     scheduler: SpyreScheduler
     kinds: list[tuple[Any, ...]] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
     encoded: list[str] = field(default_factory=list)
     outputs: dict[str, int] = field(default_factory=dict)
+    ended: set[str] = field(default_factory=set)
 
     def step(self) -> bool:
         """One step; False if nothing was scheduled."""
         scheduler = self.scheduler
-        running_before = [request.request_id for request in scheduler.running]
+        ranked = self._ranked()
+        names = [name for name, _ in ranked]
         output = scheduler.schedule()
         scheduled = output.num_scheduled_tokens
+        self.ended |= output.finished_req_ids
         for name, items in output.scheduled_encoder_inputs.items():
             features = scheduler.requests[name].mm_features
             self.encoded += [features[item].identifier for item in items]
-        new = {data.req_id for data in output.scheduled_new_reqs}
+        admitted = {data.req_id for data in output.scheduled_new_reqs}
+        admitted |= output.scheduled_cached_reqs.resumed_req_ids
         for data in output.scheduled_new_reqs:
             assert data.mm_features == scheduler.requests[data.req_id].mm_features
         order = [request.request_id for request in scheduler.running]
-        assert [name for name in order if name in running_before] == [
-            name for name in running_before if name in order
+        assert [name for name in order if name in names] == [
+            name for name in names if name in order
         ], "the order of running requests changed"
         requests = [scheduler.requests[name] for name in scheduled]
-        self._check_kind(requests, scheduled, new)
+        decoded = self._check_kind(requests, scheduled, admitted)
+        self._check_victims(ranked, order, decoded)
+        assert scheduled or not names or scheduler.pause_state == PauseState.PAUSED_ALL, (
+            "a step was empty although requests run"
+        )
         tokens = [
             [3] if request.num_computed_tokens >= request.num_tokens else [] for request in requests
         ]
@@ -160,23 +193,24 @@ class Simulation:
         return bool(scheduled)
 
     def _check_kind(
-        self, requests: list[Request], scheduled: dict[str, int], new: set[str]
-    ) -> None:
+        self, requests: list[Request], scheduled: dict[str, int], admitted: set[str]
+    ) -> tuple[str, ...]:
+        """Note what kind of step it was; returns the names of those that decoded."""
         geometry = self.scheduler.geometry
         if not requests:
-            return
+            return ()
         starts = [
             request.num_computed_tokens - scheduled[request.request_id] for request in requests
         ]
         decode = all(
             start == request.num_tokens - 1 and request.num_output_tokens > 0
             for start, request in zip(starts, requests, strict=True)
-        ) and not (new & scheduled.keys())
+        ) and not (admitted & scheduled.keys())
         if decode:
             rows = [geometry.num_blocks(request.num_tokens) * BLOCK for request in requests]
             assert len(rows) * max(rows) <= geometry.max_batch_tkv
             self.kinds.append(("decode", tuple(scheduled)))
-            return
+            return tuple(scheduled)
         assert len(requests) == 1, "a prefill has a step of its own"
         (request,), (start,) = requests, starts
         end = start + scheduled[request.request_id]
@@ -185,6 +219,28 @@ class Simulation:
         assert not geometry.whole_chunks or start == 0 or (start + padding) % CHUNK == 0
         assert end == geometry.chunk_end(request.num_tokens, start)
         self.kinds.append(("prefill", request.request_id, start, end))
+        return ()
+
+    def _ranked(self) -> list[tuple[str, bool]]:
+        """The running requests in the order in which none loses its blocks before a later one.
+
+        Each with whether it decodes.
+        """
+        running = self.scheduler.running
+        if self.scheduler.policy == SchedulingPolicy.PRIORITY:
+            running = sorted(running, key=lambda each: (each.priority, each.arrival_time))
+        return [(request.request_id, not request.is_prefill_chunk) for request in running]
+
+    def _check_victims(
+        self, ranked: list[tuple[str, bool]], running: list[str], decoded: tuple[str, ...]
+    ) -> None:
+        """Blocks are taken from the last; whoever decodes, the first of them is among those."""
+        kept = [name in running for name, _ in ranked]
+        assert kept == sorted(kept, reverse=True), "a request was preempted before a later one"
+        self.preempted += [name for name, _ in ranked if name not in running]
+        if decoded:
+            first = next(name for name, decodes in ranked if decodes)
+            assert first in decoded, "the first request was passed over"
 
     def run(self, limit: int = 3000) -> "Simulation":
         """Until nothing is left to do."""
@@ -198,7 +254,8 @@ class Simulation:
 
     def check_nothing_is_held(self) -> None:
         scheduler = self.scheduler
-        scheduler.schedule()  # takes the last finished ids away
+        self.ended |= scheduler.schedule().finished_req_ids  # the last ones
+        assert self.ended >= self.outputs.keys()
         assert not scheduler.requests
         assert not scheduler.running
         pool = scheduler.kv_cache_manager.block_pool
@@ -359,6 +416,96 @@ def test_preempted_requests_finish(vllm_config: VllmConfig) -> None:
     assert resumed, "nothing was preempted: the scenario proves nothing"
 
 
+def test_a_paused_request_gives_its_blocks_to_an_older_one(
+    make: Callable[..., SpyreScheduler],
+) -> None:
+    """2 × 1024 is beyond the bound: ``young`` pauses, and holds blocks that ``old`` needs."""
+    scheduler = make(num_blocks=18, bound=1024)
+    simulation = run(
+        scheduler,
+        make_request("old", 500, max_tokens=300, fill=5),
+        make_request("young", 500, max_tokens=300, fill=6),
+    )
+    assert set(simulation.preempted) == {"young"}
+    assert simulation.outputs == {"old": 300, "young": 300}
+
+
+def test_a_prefill_gives_its_blocks_to_an_older_decode(
+    make: Callable[..., SpyreScheduler],
+) -> None:
+    """14 blocks are free when ``young``, which needs 14, is admitted; ``old`` grows meanwhile."""
+    scheduler = make(num_blocks=18, bound=2048)
+    scheduler.add_request(make_request("old", 190, max_tokens=100, fill=5))
+    simulation = Simulation(scheduler)
+    simulation.step()
+    simulation.step()
+    scheduler.add_request(make_request("young", 890, max_tokens=4, fill=6))
+    simulation.run()
+    assert set(simulation.preempted) == {"young"}
+    assert simulation.outputs == {"old": 100, "young": 4}
+
+
+def test_with_priorities_the_most_urgent_keeps_its_blocks_and_its_place(
+    make: Callable[..., SpyreScheduler],
+) -> None:
+    scheduler = make(num_blocks=18, bound=1024, policy="priority")
+    scheduler.add_request(make_request("late", 400, max_tokens=300, fill=5))
+    simulation = Simulation(scheduler)
+    for _ in range(5):
+        simulation.step()
+    urgent = make_request("urgent", 400, max_tokens=300, fill=6)
+    urgent.priority = -1
+    scheduler.add_request(urgent)
+    simulation.run()
+    assert set(simulation.preempted) == {"late"}
+    assert simulation.outputs == {"late": 300, "urgent": 300}
+
+
+@pytest.mark.parametrize("state", [PauseState.PAUSED_NEW, PauseState.PAUSED_ALL])
+def test_while_paused_no_step_is_spent_on_requests_that_wait(
+    scheduler: SpyreScheduler, state: PauseState
+) -> None:
+    """What runs goes on at full speed, or not at all; what waits is served afterwards."""
+    scheduler.add_request(make_request("runs", 64, max_tokens=30))
+    simulation = Simulation(scheduler)
+    simulation.step()
+    scheduler.add_request(make_request("waits", 64, fill=8))
+    scheduler.set_pause_state(state)
+    steps = [simulation.step() for _ in range(10)]
+    assert steps == [state == PauseState.PAUSED_NEW] * 10
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    simulation.run()
+    assert simulation.outputs == {"runs": 30, "waits": 4}
+
+
+def test_the_watermark_keeps_blocks_free_for_those_that_run(vllm_config: VllmConfig) -> None:
+    """Of 40 blocks 10 are kept; a request that would take some of them waits unless it is alone."""
+    vllm_config.scheduler_config.watermark = 0.25
+    try:
+        scheduler = make_scheduler(vllm_config, num_blocks=40)
+    finally:
+        vllm_config.scheduler_config.watermark = 0.0
+    scheduler.add_request(make_request("alone", 1000, max_tokens=20, fill=5))
+    scheduler.add_request(make_request("waits", 1000, max_tokens=20, fill=6))
+    simulation = Simulation(scheduler)
+    for _ in range(20):
+        simulation.step()
+    assert [request.request_id for request in scheduler.running] == ["alone"]
+    simulation.run()
+    assert not simulation.preempted
+
+
+def test_a_step_that_can_admit_nobody_decodes(make: Callable[..., SpyreScheduler]) -> None:
+    """The cache has no room for ``waits`` until ``runs`` is done. Its end is told to the worker."""
+    scheduler = make(num_blocks=18, bound=2048)
+    scheduler.add_request(make_request("short", 64, max_tokens=8, fill=4))
+    scheduler.add_request(make_request("runs", 600, max_tokens=60, fill=5))
+    scheduler.add_request(make_request("waits", 600, fill=6))
+    simulation = Simulation(scheduler).run()
+    assert simulation.outputs == {"short": 8, "runs": 60, "waits": 4}
+    assert "short" in simulation.ended
+
+
 @pytest.mark.parametrize("aborted", [False, True], ids=["", "aborted meanwhile"])
 def test_a_step_whose_images_could_not_be_encoded_fails_its_request_alone(
     scheduler: SpyreScheduler, aborted: bool
@@ -468,14 +615,22 @@ def workloads(draw: st.DrawFn) -> list[tuple[int, int, int, int]]:
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(workload=workloads(), num_blocks=st.sampled_from([18, 24, 60]), aborted=st.integers(0, 8))
+@given(
+    workload=workloads(),
+    num_blocks=st.sampled_from([17, 18, 24, 60]),
+    bound=st.sampled_from([1024, 2048]),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    aborted=st.integers(0, 8),
+)
 def test_any_workload_finishes_within_the_rules(
-    vllm_config: VllmConfig,
+    make: Callable[..., SpyreScheduler],
     workload: list[tuple[int, int, int, int]],
     num_blocks: int,
+    bound: int,
+    policy: SchedulerPolicy,
     aborted: int,
 ) -> None:
-    scheduler = make_scheduler(vllm_config, num_blocks)
+    scheduler = make(num_blocks, bound, policy)
     simulation = Simulation(scheduler)
     pending = sorted(enumerate(workload), key=lambda item: item[1][3])
     for step in range(31):
@@ -483,9 +638,11 @@ def test_any_workload_finishes_within_the_rules(
             number, (length, wanted, contents, _) = pending.pop(0)
             place = (length // 4, length // 2)
             images = {f"i{contents}-{length}": place} if length > 8 else {}
-            scheduler.add_request(
-                make_request(f"r{number}", length, max_tokens=wanted, fill=contents, images=images)
+            request = make_request(
+                f"r{number}", length, max_tokens=wanted, fill=contents, images=images
             )
+            request.priority = length % 3
+            scheduler.add_request(request)
         simulation.step()
         if step == 20:
             scheduler.finish_requests(f"r{aborted}", RequestStatus.FINISHED_ABORTED)

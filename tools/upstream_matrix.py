@@ -80,7 +80,7 @@ def test(version: str) -> str:
     if version not in declared_versions():
         pytest += ["--ignore", "tests/vllm_hooks/test_contract.py"]  # it is about what is declared
     passed, failed = [], []
-    for tests in TESTS:  # a process each, as in `make test`: engines leave threads behind
+    for tests in TESTS:  # a process each
         try:
             output = run([*pytest, tests], folder=source)
             passed.append(f"{tests}: {output.strip().splitlines()[-1]}")

@@ -56,7 +56,8 @@ class SpyreSettings(BaseModel):
             ``CompletionOutput.mm_embedding``. Also ``LLM(enable_return_mm_embedding=True)`` and
             ``--enable-return-mm-embedding``.
         return_mm_embedding_by_default: give it back to requests that do not say. Off, a request
-            asks with ``extra_args={"return_mm_embedding": True}``. HTTP requests always ask.
+            asks with ``extra_args={"return_mm_embedding": True}``. Of a server's requests none gets
+            it that does not ask.
         max_mm_embedding_response_bytes: largest embedding in an HTTP response, in bytes before
             it is encoded as text.
         max_held_mm_embedding_bytes: bound on the embeddings of the requests that run at the same

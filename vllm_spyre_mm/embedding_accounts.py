@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from vllm_spyre_mm.multimodal.embedding import choice_of
+from vllm_spyre_mm.multimodal.merge import first_feature
 from vllm_spyre_mm.vllm_hooks.metrics import SpyreSchedulerStats
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class EmbeddingAccounts:
     def _count_images(
         self, request: "Request", scheduled: Collection[int], num_tokens: int, admitted: bool
     ) -> None:
-        """Count each image once: in the step that reaches its start, or else in the admitting one.
+        """Count each image once: in the step that reaches its first feature, or else in the
+        admitting one.
 
         Images that a prefix-cache hit covers are needed where the embedding is to be collected, and
         not looked at otherwise. Images that are given as embeddings are neither runs nor hits.
@@ -106,13 +108,13 @@ class EmbeddingAccounts:
         start = end - num_tokens
         collects = admitted and request.request_id in self._held and not request.num_output_tokens
         for index, feature in enumerate(request.mm_features or ()):
-            offset = feature.mm_position.offset
+            position = feature.mm_position
             if "image_embeds" in (feature.data or {}):
                 continue
             if index in scheduled:
                 self._encoder_runs += 1
-            elif (0 if admitted else start) <= offset < end and (
-                collects or offset + feature.mm_position.length > start
+            elif (0 if admitted else start) <= first_feature(position) < end and (
+                collects or position.offset + position.length > start
             ):
                 self._encoder_cache_hits += 1
 

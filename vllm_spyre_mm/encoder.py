@@ -6,6 +6,7 @@ processor.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,25 @@ from vllm_spyre_mm.model_executor.linear import replace_linears
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.memory import separate_large_blocks
 from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, convert, pool
+from vllm_spyre_mm.multimodal.feature_check import check_features, dtype_name
 from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError, get_mm_mapping
 from vllm_spyre_mm.platform import host_dtypes
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalKwargsItem
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessedPicture:
+    """A picture as the encoder takes it.
+
+    Attributes:
+        item: what vLLM's processor makes of it.
+        num_features: places that it would have in a prompt.
+    """
+
+    item: "MultiModalKwargsItem"
+    num_features: int
 
 
 class VisionEncoder:
@@ -65,33 +80,41 @@ class VisionEncoder:
             compile_encoder_blocks(self.mapping.load_overrides().encoder_blocks(self.model))
         self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)
 
-    def process(self, picture: Image.Image) -> "MultiModalKwargsItem":
+    def process(self, picture: Image.Image) -> ProcessedPicture:
         """What the encoder takes of a picture; may run in another thread than :meth:`encode`."""
         items = self._processor.info.parse_mm_data({"image": [picture]}, validate=False)
         assert self.mapping.image_token_id is not None, "checked when it was made"
-        item = self._processor([self.mapping.image_token_id], items)["mm_kwargs"]["image"][0]
+        processed = self._processor([self.mapping.image_token_id], items)
+        item = processed["mm_kwargs"]["image"][0]
         assert item is not None, "no cache is in between"
-        return item
+        (place,) = processed["mm_placeholders"]["image"]
+        return ProcessedPicture(item, place.get_num_embeds())
 
     @torch.inference_mode()
     def encode(
-        self, items: "Sequence[MultiModalKwargsItem]", choice: EmbeddingChoice
+        self, pictures: Sequence[ProcessedPicture], choice: EmbeddingChoice
     ) -> list[torch.Tensor]:
         """Features of processed pictures, pooled and converted.
 
         Returns:
             For each ``(rows, hidden_size)``, contiguous memory of its own.
+
+        Raises:
+            FeatureError: features of one of them cannot be used; as the worker refuses them.
+            EmbeddingOverflowError: the chosen dtype cannot hold features of one of them.
         """
-        kwargs: list[tuple[str, Any]] = [("image", item) for item in items]
+        kwargs: list[tuple[str, Any]] = [("image", each.item) for each in pictures]
         features = [
             each
             for _, _, batch in group_and_batch_mm_kwargs(kwargs)
             for each in self.mapping.compute_features(self.model, batch)
         ]
-        name = str(self.dtype).removeprefix("torch.") if choice.dtype == "auto" else choice.dtype
+        for picture, each in zip(pictures, features, strict=True):
+            check_features(each, picture.num_features)
+        name = dtype_name(self.dtype) if choice.dtype == "auto" else choice.dtype
         rows = (
-            pool(each, self.mapping.feature_layout(item), choice)
-            for each, item in zip(features, items, strict=True)
+            pool(each, self.mapping.feature_layout(picture.item), choice)
+            for each, picture in zip(features, pictures, strict=True)
         )
         return [convert(each, name)[0].contiguous() for each in rows]
 

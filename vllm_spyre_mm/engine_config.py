@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks and defaults for a new engine: what is refused, and what each ``auto`` becomes."""
+"""Checks and defaults for a new engine: what does not fit together, and what each ``auto`` becomes.
+
+What is refused of vLLM's flags, one by one, is said in :mod:`vllm_spyre_mm.vllm_flags`.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -15,14 +18,12 @@ from vllm_spyre_mm.geometry import Geometry
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.cpu_tier import cpu_tier
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
+from vllm_spyre_mm.vllm_flags import SCHEDULER_CLASS, WORKER_CLASS, refuse_unsupported
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 logger = get_logger(__name__)
-
-SCHEDULER_CLASS = "vllm_spyre_mm.scheduler.SpyreScheduler"
-WORKER_CLASS = "vllm_spyre_mm.worker.worker.SpyreWorker"
 
 
 def geometry_of(vllm_config: "VllmConfig") -> Geometry:
@@ -50,7 +51,10 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     settings = SpyreSettings.parse(vllm_config.additional_config)
     if vllm_config.model_config is None:
         return  # vLLM builds partial configurations for its own tools
-    _refuse_unsupported(vllm_config)
+    if rust_frontend_requested():
+        raise ValueError("not supported on Spyre: vLLM's Rust front end (VLLM_USE_RUST_FRONTEND)")
+    refuse_unsupported(vllm_config)
+    _leave_head_to_loader(vllm_config.model_config)
     mapping = get_mm_mapping(vllm_config.model_config.hf_config)
     model_config, scheduler_config = vllm_config.model_config, vllm_config.scheduler_config
     dtype = decoder_dtype_of(vllm_config)
@@ -66,6 +70,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     _check_backend(settings, dtype, scheduler_config.max_num_batched_tokens, host_dtypes)
     _check_divisible(vllm_config, mapping, settings)
     _check_embeddings(vllm_config, mapping)
+    _check_tokenizer(vllm_config, mapping)
     vllm_config.additional_config = settings.model_dump()
 
     _take_over_execution(vllm_config)
@@ -99,45 +104,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _refuse_unsupported(vllm_config: "VllmConfig") -> None:
-    """Raise ValueError for the first feature of vLLM that this platform does not have."""
-    parallel = vllm_config.parallel_config
-    cache = vllm_config.cache_config
-    scheduler = vllm_config.scheduler_config
-    model = vllm_config.model_config
-    refusals = (
-        (vllm_config.lora_config is not None, "LoRA (--enable-lora)"),
-        (vllm_config.speculative_config is not None, "speculative decoding"),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism (--pipeline-parallel-size)"),
-        (parallel.data_parallel_size > 1, "data parallelism (--data-parallel-size)"),
-        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
-        (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
-        (parallel.enable_dbo, "dual batch overlap (--enable-dbo)"),
-        (vllm_config.kv_transfer_config is not None, "KV transfer (--kv-transfer-config)"),
-        (vllm_config.ec_transfer_config is not None, "encoder cache transfer"),
-        (model.runner_type != "generate", f"runner={model.runner_type!r} (only 'generate')"),
-        (model.quantization is not None, f"quantization={model.quantization!r}"),
-        (model.enable_sleep_mode, "sleep mode (--enable-sleep-mode)"),
-        (model.enable_prompt_embeds, "prompt embeddings (--enable-prompt-embeds)"),
-        (
-            cache.cache_dtype not in ("auto", _name(decoder_dtype_of(vllm_config))),
-            f"kv-cache-dtype={cache.cache_dtype!r}",
-        ),
-        (
-            not scheduler.enable_chunked_prefill,
-            "prefill without chunks (--no-enable-chunked-prefill)",
-        ),
-        (scheduler.disable_chunked_mm_input, "--disable-chunked-mm-input: images may span chunks"),
-        (
-            cache.user_specified_block_size and cache.block_size != BLOCK_SIZE,
-            f"block-size={cache.block_size} (Spyre's blocks have {BLOCK_SIZE} tokens)",
-        ),
-        (rust_frontend_requested(), "vLLM's Rust front end (VLLM_USE_RUST_FRONTEND)"),
-        (vllm_config.use_v2_model_runner, "vLLM's second model runner or what requires it"),
-    )
-    for refused, what in refusals:
-        if refused:
-            raise ValueError(f"not supported on Spyre: {what}")
+def _leave_head_to_loader(model_config: "ModelConfig") -> None:
+    """Undo what vLLM does where a tied head is stored: the loader compares it with the embedding.
+
+    vLLM unties them in the configuration, and ties equal ones again in a loader of its own.
+    """
+    if model_config.word_embeddings_untied_by_checkpoint:
+        model_config.hf_config.tie_word_embeddings = True
 
 
 def _check_divisible(vllm_config: "VllmConfig", mapping: MMUtils, settings: SpyreSettings) -> None:
@@ -162,6 +135,19 @@ def _check_embeddings(vllm_config: "VllmConfig", mapping: MMUtils) -> None:
         raise ValueError(
             "image embeddings as input (--enable-mm-embeds) are not supported for "
             f"{type(mapping).__name__}: vLLM cannot tell the rows of an image from its features"
+        )
+
+
+def _check_tokenizer(vllm_config: "VllmConfig", mapping: MMUtils) -> None:
+    """Raise ValueError if the model's processor would be given a tokenizer without image tags."""
+    from vllm_spyre_mm.vllm_hooks.mistral_format import uses_own_tokenizer
+
+    if mapping.image_token_id is not None and uses_own_tokenizer(vllm_config.model_config):
+        raise ValueError(
+            "Mistral's own tokenizer (--tokenizer-mode mistral, or a repository without "
+            "tokenizer.json) does not go with the processor of Hugging Face, which the images "
+            "need: name a repository that has a tokenizer.json with --tokenizer, and use "
+            "--tokenizer-mode hf"
         )
 
 
@@ -191,8 +177,6 @@ def _take_over_execution(vllm_config: "VllmConfig") -> None:
     from vllm.config import CompilationMode, CUDAGraphMode
 
     scheduler_config, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
-    if scheduler_config.scheduler_cls not in (None, SCHEDULER_CLASS):
-        raise ValueError("not supported on Spyre: a scheduler of your own (--scheduler-cls)")
     scheduler_config.scheduler_cls = SCHEDULER_CLASS
     # The runner hands its tokens over before the next step is scheduled.
     scheduler_config.async_scheduling = False

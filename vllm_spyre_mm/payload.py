@@ -2,7 +2,8 @@
 """An embedding as JSON: what HTTP responses carry, and how a client reads it."""
 
 import base64
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -16,6 +17,12 @@ DTYPES = {
     name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64", "int8")
 }
 """Those that an embedding may have, by the names of a response."""
+
+PIECE_ELEMENTS = 2048
+"""Elements that are written as text at a time: 2 or 3 ms."""
+
+PIECE_BYTES = 3 << 16
+"""Bytes that are written as base64 at a time, a multiple of 3: less than 1 ms."""
 
 
 def encode_mm_embedding(
@@ -33,17 +40,40 @@ def encode_mm_embedding(
         ``shape``, ``dtype``, ``encoding_format``, ``data``, ``pooling``, ``items``, and ``scales``
         where the dtype is int8.
     """
-    payload: dict[str, Any] = {
-        "shape": list(embedding.shape),
-        "dtype": str(embedding.dtype).removeprefix("torch."),
-        "encoding_format": encoding_format,
-        "data": _encode(embedding, encoding_format),
-        "pooling": info.pooling,
-        "items": msgspec.to_builtins(info.items),
-    }
+    payload = _description(embedding, info, encoding_format)
+    payload["data"] = _encode(embedding, encoding_format)
     if info.scales is not None:
         payload["scales"] = _encode(info.scales, encoding_format)
     return payload
+
+
+def mm_embedding_text(
+    embedding: torch.Tensor, info: MMEmbeddingInfo, encoding_format: EncodingFormat
+) -> Iterator[bytes]:
+    """The JSON of :func:`encode_mm_embedding` in pieces, each of which takes a few milliseconds.
+
+    It copies no more than a piece. Args: as there.
+    """
+    fields = json.dumps(_description(embedding, info, encoding_format), separators=(",", ":"))
+    yield fields.removesuffix("}").encode() + b',"data":'
+    yield from _text(embedding, encoding_format)
+    if info.scales is not None:
+        yield b',"scales":'
+        yield from _text(info.scales, encoding_format)
+    yield b"}"
+
+
+def _description(
+    embedding: torch.Tensor, info: MMEmbeddingInfo, encoding_format: EncodingFormat
+) -> dict[str, Any]:
+    """The fields that do not grow with the embedding."""
+    return {
+        "shape": list(embedding.shape),
+        "dtype": str(embedding.dtype).removeprefix("torch."),
+        "encoding_format": encoding_format,
+        "pooling": info.pooling,
+        "items": msgspec.to_builtins(info.items),
+    }
 
 
 def decode_mm_embedding(payload: Mapping[str, Any]) -> torch.Tensor:
@@ -76,6 +106,38 @@ def _encode(tensor: torch.Tensor, encoding_format: EncodingFormat) -> Any:
     if encoding_format == "float":
         return tensor.tolist()
     return base64.b64encode(tensor.contiguous().view(torch.uint8).numpy().tobytes()).decode()
+
+
+def _text(tensor: torch.Tensor, encoding_format: EncodingFormat) -> Iterator[bytes]:
+    """What :func:`_encode` gives, as JSON in pieces."""
+    if encoding_format == "float":
+        yield from _nested_text(tensor)
+        return
+    octets = tensor.contiguous().flatten().view(torch.uint8)
+    yield b'"'
+    for part in octets.split(PIECE_BYTES):
+        yield base64.b64encode(part.numpy().tobytes())
+    yield b'"'
+
+
+def _nested_text(tensor: torch.Tensor) -> Iterator[bytes]:
+    if tensor.ndim > 1:
+        yield b"["
+        for index, row in enumerate(tensor):
+            yield from _nested_text(row) if index == 0 else _after(b",", _nested_text(row))
+        yield b"]"
+        return
+    parts = tensor.split(PIECE_ELEMENTS)
+    for index, part in enumerate(parts):
+        numbers = json.dumps(part.tolist(), separators=(",", ":"), allow_nan=False)[1:-1]
+        begin, end = "[" if index == 0 else ",", "]" if index == len(parts) - 1 else ""
+        yield f"{begin}{numbers}{end}".encode()
+
+
+def _after(first: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """``pieces``, the first one longer."""
+    yield first + next(pieces)
+    yield from pieces
 
 
 def _decode(data: Any, encoding_format: str, dtype: torch.dtype) -> torch.Tensor:

@@ -17,6 +17,7 @@ from vllm_spyre_mm.config import (
     engine_runs_in_own_process,
     prepare_process_environment,
 )
+from vllm_spyre_mm.host_memory import host_memory
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.vllm_hooks.contract import check_versions
 from vllm_spyre_mm.vllm_hooks.engine_args import DeviceFlag, install_engine_args_hooks
@@ -80,10 +81,8 @@ class SpyrePlatform(Platform):
 
     @classmethod
     def get_device_total_memory(cls, device_id: int = 0) -> int:
-        """Memory of the host in bytes, respecting a container's limit."""
-        from vllm.utils.cpu_resource_utils import get_memory_node_info
-
-        return get_memory_node_info(device_id).total_memory
+        """Memory of the host in bytes, or a container's limit."""
+        return host_memory().total
 
     @classmethod
     def is_pin_memory_available(cls) -> bool:
@@ -151,9 +150,13 @@ class SpyrePlatform(Platform):
 
         Raises:
             ValueError: with a sentence that says what is not supported and what to do.
+            UnsupportedVllmError: one of vLLM's classes is not as the hooks expect.
         """
         from vllm_spyre_mm.engine_config import check_and_resolve
+        from vllm_spyre_mm.vllm_hooks import install
 
+        # vLLM loads its plugins once, and goes on without one whose failure somebody caught.
+        install()
         check_and_resolve(vllm_config, host_dtypes())
 
     @classmethod

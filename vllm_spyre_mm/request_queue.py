@@ -6,11 +6,28 @@ chunks, stand before every short question that comes after them.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import zip_longest
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
+
+from vllm_spyre_mm.vllm_hooks.contract import require
+
+
+def next_candidates(waiting: Iterable[Request], deferred: Collection[Request]) -> Iterator[Request]:
+    """The waiting requests of which one may be admitted next.
+
+    That is the first one; where it waits for something else (its grammar), vLLM passes over it.
+
+    Args:
+        waiting: all that wait, in their order.
+        deferred: those that vLLM has passed over.
+    """
+    for request in waiting:
+        yield request
+        if request not in deferred:
+            return
 
 
 class TurnsQueue(RequestQueue):
@@ -25,6 +42,16 @@ class TurnsQueue(RequestQueue):
         self._preempted: deque[Request] = deque()
         self._kinds: tuple[deque[Request], deque[Request]] = (deque(), deque())
         self._turn = 0
+
+    @classmethod
+    def check_base(cls) -> None:
+        """Check that vLLM's queue has no method that is not written here.
+
+        Raises:
+            UnsupportedVllmError: names what is missing.
+        """
+        missing = sorted(cls.__abstractmethods__)
+        require(not missing, f"its queue of waiting requests has {', '.join(missing)} too")
 
     @property
     def _queues(self) -> tuple[deque[Request], ...]:

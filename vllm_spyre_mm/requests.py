@@ -48,7 +48,7 @@ def validate_params(params: "SamplingParams | PoolingParams") -> None:
 
 
 def validate_images(images: Iterable[object], indices: Iterable[int] | None = None) -> None:
-    """Refuse a picture without pixels, or with some that are no numbers.
+    """Refuse what is no picture, has no pixels, or some that are no numbers.
 
     Args:
         images: PIL pictures and arrays of a prompt, in its order; None for one that is named by
@@ -61,33 +61,20 @@ def validate_images(images: Iterable[object], indices: Iterable[int] | None = No
     from PIL import Image
     from vllm.exceptions import VLLMValidationError
 
+    from vllm_spyre_mm.multimodal.pictures import fault_of_picture
+
     for index, image in zip(indices or itertools.count(), images, strict=False):
+        fault = None
         if isinstance(image, Image.Image):
-            shape, said = image.size, f"{image.width}x{image.height} pixels (width x height)"
-        else:  # an array; vLLM refuses other types in its own words
-            shape = tuple(getattr(image, "shape", ()))
-            said = f"an array of shape {shape}"
-            if shape and len(shape) != 3:
-                raise VLLMValidationError(
-                    f"image {index} of the prompt is {said}: a picture has height, width and "
-                    "channels, and an embedding rows of the model's hidden size",
-                    parameter="image",
-                )
-        if 0 in shape:
+            if 0 in image.size:
+                fault = f"is empty: {image.width}x{image.height} pixels (width x height)"
+        elif image is not None:
+            fault = fault_of_picture(image)
+        if fault is not None:
             raise VLLMValidationError(
-                f"image {index} of the prompt is empty: {said}", parameter="image"
+                f"image {index} of the prompt {fault}",
+                parameter="image",
             )
-        if isinstance(image, (np.ndarray, torch.Tensor)) and not _is_finite(image):
-            raise VLLMValidationError(
-                f"image {index} of the prompt, {said}, holds NaN or infinity", parameter="image"
-            )
-
-
-def _is_finite(pixels: np.ndarray | torch.Tensor) -> bool:
-    """Whether every pixel is a number: features of NaN are no features, and end in no answer."""
-    if isinstance(pixels, torch.Tensor):
-        return bool(pixels.isfinite().all())
-    return pixels.dtype.kind not in "fc" or bool(np.isfinite(pixels).all())
 
 
 def validate_mixture(multimodal: "MultiModalConfig") -> None:
@@ -240,33 +227,44 @@ def validate_tags(modality: str, num_items: int, num_tags: int) -> None:
 
 
 def validate_engine_request(request: "EngineCoreRequest", model_config: "ModelConfig") -> None:
-    """Refuse a request whose image tokens are not all inside an image's placeholder.
+    """Refuse a request with tokens that the decoder cannot be given.
 
-    An image token elsewhere (typed into the text, or one ``<image>`` tag too many) has no features
-    to stand for; the model has never seen its bare embedding.
+    An image token outside of every placeholder (typed into the text, or one ``<image>`` tag too
+    many) has no features to stand for; the model has never seen its bare embedding. A token that
+    the tokenizer knows and the model does not has no embedding at all.
 
     Args:
         request: with placeholders expanded by vLLM's processor.
         model_config: of the engine.
 
     Raises:
-        VLLMValidationError: says how many such tokens there are and where the first is.
+        VLLMValidationError: says which tokens, and where the first is.
     """
     from vllm.exceptions import VLLMValidationError
 
+    from vllm_spyre_mm.multimodal.merge import first_without_row
     from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 
     if request.resumable:
         raise VLLMValidationError("streaming input is not supported on Spyre")
     if request.prompt_token_ids is None:
         raise VLLMValidationError("a prompt given as embeddings is not supported on Spyre")
-    image_token_id = get_mm_mapping(model_config.hf_config).image_token_id
+    mapping = get_mm_mapping(model_config.hf_config)
+    num_rows = mapping.text_config.vocab_size
+    position = first_without_row(request.prompt_token_ids, request.mm_features or (), num_rows)
+    if position is not None:
+        raise VLLMValidationError(
+            f"the prompt has token {request.prompt_token_ids[position]} at position {position}, "
+            f"for which the model's embedding of {num_rows} rows has none: leave it out"
+        )
+    _forget_tokens_without_row(request.sampling_params, num_rows)
+    image_token_id = mapping.image_token_id
     if image_token_id is None:
         return  # every token of a text model is text
     stray = np.asarray(request.prompt_token_ids) == image_token_id
     for feature in request.mm_features or ():
-        position = feature.mm_position
-        stray[position.offset : position.offset + position.length] = False
+        place = feature.mm_position
+        stray[place.offset : place.offset + place.length] = False
     num_stray = int(stray.sum())
     if num_stray:
         raise VLLMValidationError(
@@ -274,3 +272,18 @@ def validate_engine_request(request: "EngineCoreRequest", model_config: "ModelCo
             f"image, the first at position {int(stray.argmax())}: give as many images as the "
             "prompt has image tags"
         )
+
+
+def _forget_tokens_without_row(params: "SamplingParams | None", num_rows: int) -> None:
+    """Take stop tokens and bad words that the model cannot generate out of a request, in place.
+
+    They come of the tokenizer and of the generation configuration, and vLLM would look for their
+    logits.
+    """
+    if params is None:
+        return
+    stops = params.all_stop_token_ids
+    stops.difference_update([token_id for token_id in stops if token_id >= num_rows])
+    words = params.bad_words_token_ids
+    if words is not None:
+        words[:] = [word for word in words if max(word) < num_rows]

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which step comes next: one chunk of one prefill, or a decode of the running requests.
 
-vLLM's scheduler does all the bookkeeping (blocks, encoder cache, queues, finished requests). This
-subclass decides what kind of step it is, shows ``super().schedule()`` only the requests that take
-part, and keeps every chunk on Spyre's grid (:mod:`vllm_spyre_mm.geometry`). Waiting requests with
-and without images take turns (:mod:`vllm_spyre_mm.request_queue`).
+vLLM's scheduler does all the bookkeeping: blocks and whom to preempt for them, encoder cache,
+queues, finished requests. This subclass says which of the running requests take part in a step, and
+keeps every chunk on Spyre's grid (:mod:`vllm_spyre_mm.geometry`). Its rules are those of
+:class:`SpyreScheduler`.
 """
 
 import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -23,8 +24,9 @@ from vllm_spyre_mm.embedding_accounts import EmbeddingAccounts
 from vllm_spyre_mm.engine_config import geometry_of
 from vllm_spyre_mm.model_executor.memory import return_free_memory
 from vllm_spyre_mm.multimodal.embedding import choice_of
-from vllm_spyre_mm.request_queue import TurnsQueue
-from vllm_spyre_mm.vllm_hooks.contract import require, require_attributes, require_overridable
+from vllm_spyre_mm.request_queue import TurnsQueue, next_candidates
+from vllm_spyre_mm.scheduler_step import Step, carry_over
+from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_overridable
 from vllm_spyre_mm.vllm_hooks.engine_output import attach_mm_embeddings, give_reason
 from vllm_spyre_mm.worker.requests import FailedEncoding, SpyreModelRunnerOutput
 
@@ -34,7 +36,24 @@ if TYPE_CHECKING:
 
 
 class SpyreScheduler(Scheduler):
-    """vLLM's synchronous scheduler in Spyre's geometry."""
+    """vLLM's synchronous scheduler in Spyre's geometry.
+
+    1. *A step is one chunk of one prefill, or a decode.* The two alternate while there is work for
+       both, so that a running request waits for one chunk at most between two tokens, and a prompt
+       for one decode between two chunks. A request is admitted by its first chunk, when no other
+       prefill is under way. Where nothing can be prefilled after all, for want of blocks or of room
+       in the encoder cache, the step is a decode: none is empty while anything can be computed.
+    2. *Running requests have an order*, in which ``running`` is kept: that of their admission, or
+       with the priority policy that of priority and arrival. In a decode the bound on batch ×
+       padded length is filled in that order: the first always takes part, others may pause.
+    3. *Blocks are taken from the last in that order*, whether it decodes, pauses or is in the
+       middle of its prefill: the first never loses its blocks while another holds any.
+    4. *Waiting requests are admitted in turns*, with images and without, and preempted ones before
+       both (:mod:`vllm_spyre_mm.request_queue`); with the priority policy in vLLM's order.
+
+    vLLM sees all running requests in every step, and gives no tokens to those that do not take part
+    (:meth:`_reserve_prefill_lookahead`).
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,6 +65,7 @@ class SpyreScheduler(Scheduler):
         self.settings = SpyreSettings.from_vllm_config(self.vllm_config)
         self._accounts = EmbeddingAccounts(self.settings, self.vllm_config.model_config)
         self._last_step_was_prefill = False
+        self._step = Step(False, frozenset())
         # To learn how many tokens a picture may have, vLLM has processed the largest.
         return_free_memory()
 
@@ -62,8 +82,7 @@ class SpyreScheduler(Scheduler):
         require_overridable(Scheduler, cls.schedule)
         require_overridable(Scheduler, cls.update_from_output)
         require_attributes(Scheduler, ("make_stats",))
-        missing = sorted(TurnsQueue.__abstractmethods__)
-        require(not missing, f"its queue of waiting requests has {', '.join(missing)} too")
+        TurnsQueue.check_base()
 
     def _check_parts(self) -> None:
         """Check what this subclass reads and sets of vLLM's scheduler and its parts."""
@@ -88,33 +107,16 @@ class SpyreScheduler(Scheduler):
     # -- the kind of step ---------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """Schedule one chunk of one prefill, or a decode.
-
-        The two alternate while there is work for both, so that a running request waits for one
-        chunk at most between two tokens, and a prompt for one decode between two chunks.
-        """
-        prefilling = [request for request in self.running if request.is_prefill_chunk]
-        decoding = [request for request in self.running if not request.is_prefill_chunk]
-        rows = self.geometry.decode_rows_that_fit([request.num_tokens for request in decoding])
-        may_admit = (
-            bool(self.waiting)
-            and not prefilling
-            and self._free_places() > 0
-            and len(rows) == len(decoding)
-            and self._has_room(decoding)
-        )
-
-        prefill = may_admit or bool(prefilling)
-        if prefill and decoding and self._last_step_was_prefill:
-            prefill = False
-        self._last_step_was_prefill = prefill
-        if prefill:
-            visible, admit = prefilling[:1], int(may_admit)
-        else:
-            visible, admit = [decoding[row] for row in rows], 0
-        with self._showing(visible, admit):
-            output = super().schedule(throttle_prefills)
-        if prefill:
+        """Schedule one chunk of one prefill, or a decode, as the rules of the class say."""
+        if self.policy == SchedulingPolicy.PRIORITY:
+            # vLLM's loop ends at the first request that gets no blocks.
+            self.running.sort(key=lambda request: (request.priority, request.arrival_time))
+        step = self._next_step()
+        self._last_step_was_prefill = step.is_prefill
+        output = self._run(step, throttle_prefills)
+        if step.is_prefill:
+            if not output.num_scheduled_tokens and (decode := self._decode_step()).taking_part:
+                return carry_over(output, self._run(decode, throttle_prefills))
             self._accounts.record_prefill(output, self.requests)
         for new in output.scheduled_new_reqs:
             # vLLM leaves out the pixels of images that a prefix-cache hit covers. The worker may
@@ -122,61 +124,73 @@ class SpyreScheduler(Scheduler):
             new.mm_features = self.requests[new.req_id].mm_features
         return output
 
-    def _free_places(self) -> int:
-        """Requests that may run besides those that do, by their number alone."""
-        taken = len(self.running) + self.num_waiting_for_streaming_input
-        return max(0, self.max_num_active_reqs - taken)
+    def _next_step(self) -> Step:
+        decode = self._decode_step()
+        if decode.taking_part and self._last_step_was_prefill:
+            return decode
+        prefilling = [each.request_id for each in self.running if each.is_prefill_chunk]
+        may_admit = not prefilling and self._may_admit(len(decode.taking_part))
+        if prefilling or may_admit:
+            return Step(True, frozenset(prefilling[:1]), may_admit)
+        return decode
 
-    def _has_room(self, decoding: list[Request]) -> bool:
-        """Whether one more request fits beside the decoding ones.
+    def _decode_step(self) -> Step:
+        """A decode of the running requests that the bound on batch × padded length allows."""
+        decoding = [request for request in self.running if not request.is_prefill_chunk]
+        rows = self.geometry.decode_rows_that_fit([request.num_tokens for request in decoding])
+        return Step(False, frozenset(decoding[row].request_id for row in rows))
+
+    def _may_admit(self, num_decoding: int) -> bool:
+        """Whether one of the waiting requests may run too, as far as that is known beforehand.
+
+        Args:
+            num_decoding: running requests that the next decode has room for.
+        """
+        return (
+            bool(self.waiting)
+            and self.pause_state == PauseState.UNPAUSED
+            and len(self.running) + self.num_waiting_for_streaming_input < self.max_num_active_reqs
+            and num_decoding == len(self.running)
+            and self._has_room()
+        )
+
+    def _has_room(self) -> bool:
+        """Whether one more request fits beside the running ones, all of which decode.
 
         By the bound on batch × length, in which a prompt is counted with the token that it will
         decode, and by the bound on the embeddings held.
         """
-        lengths = [request.num_tokens for request in decoding]
+        lengths = [request.num_tokens for request in self.running]
         return all(
             len(self.geometry.decode_rows_that_fit([*lengths, request.num_tokens + 1]))
             == len(lengths) + 1
             and self._accounts.has_room(request, self.requests)
-            for request in self._next_candidates()
+            for request in next_candidates(self.waiting, self.deferred_waiting)
         )
 
-    def _next_candidates(self) -> Iterator[Request]:
-        """The waiting requests of which one may be admitted next.
-
-        That is the first one; where it waits for something else (its grammar), vLLM passes over it.
-        """
-        for request in self.waiting:
-            yield request
-            if request not in self.deferred_waiting:
-                return
+    def _run(self, step: Step, throttle_prefills: bool) -> SchedulerOutput:
+        """Let vLLM schedule the requests that take part, and admit one where the step may."""
+        self._step = step
+        with self._admitting(int(step.may_admit)):
+            return super().schedule(throttle_prefills)
 
     @contextlib.contextmanager
-    def _showing(self, visible: list[Request], admit: int) -> Iterator[None]:
-        """Let ``super().schedule()`` see some running requests and admit at most ``admit`` others.
-
-        The order of the running requests is kept, requests that were preempted leave it, and
-        admitted ones come last, whatever happens inside.
-        """
-        everyone, limit = self.running, self.max_num_active_reqs
-        admitted = min(admit, self._free_places())
-        hidden: list[Request] = []
-        if len(visible) < len(everyone):
-            shown = {request.request_id for request in visible}
-            hidden = [request for request in everyone if request.request_id not in shown]
-        self.running = visible
-        self.max_num_active_reqs = len(visible) + self.num_waiting_for_streaming_input + admitted
+    def _admitting(self, count: int) -> Iterator[None]:
+        """Let vLLM admit at most ``count`` waiting requests."""
+        limit = self.max_num_active_reqs
+        taken = len(self.running) + self.num_waiting_for_streaming_input
+        self.max_num_active_reqs = min(limit, taken + count)
         try:
             yield
         finally:
             self.max_num_active_reqs = limit
-            if hidden:
-                kept = {request.request_id for request in (*self.running, *hidden)}
-                known = {request.request_id for request in everyone}
-                self.running = [
-                    *(request for request in everyone if request.request_id in kept),
-                    *(request for request in self.running if request.request_id not in known),
-                ]
+
+    def _sits_out(self, request: Request) -> bool:
+        """Whether a request runs and does not take part in the step that is being scheduled."""
+        return (
+            request.status == RequestStatus.RUNNING
+            and request.request_id not in self._step.taking_part
+        )
 
     # -- the grid of chunks -------------------------------------------------------------------
 
@@ -193,7 +207,12 @@ class SpyreScheduler(Scheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """End a chunk where the grid says; vLLM asks this last, for every request."""
+        """End a chunk where the grid says; vLLM asks this last, for every request.
+
+        With no tokens, vLLM goes on to the next request.
+        """
+        if self._sits_out(request):
+            return 0
         if num_new_tokens <= 1:
             return num_new_tokens  # no chunk is shorter
         return min(num_new_tokens, self._chunk_tokens(request, num_computed_tokens))
@@ -218,6 +237,8 @@ class SpyreScheduler(Scheduler):
         covers too: at its admission the window starts at the prompt's start. Cached features are
         referenced, evicted ones encoded once more, and the hit is kept.
         """
+        if self._sits_out(request):
+            return [], 0, encoder_compute_budget, [], []
         chunk = min(num_new_tokens, self._chunk_tokens(request, num_computed_tokens))
         start = 0 if self._collects_from_start(request) else num_computed_tokens
         window = num_computed_tokens + chunk - start

@@ -75,7 +75,7 @@ def test_features_of_a_folder(
     assert run(folder, output) == 1  # one could not be read
     printed = capsys.readouterr()
     assert f"7 pictures in {output}.index.json" in printed.out
-    assert "1 could not be read:" in printed.err
+    assert "1 could not be encoded:" in printed.err
     assert f"{folder / 'broken.png'}: Failed to load image" in printed.err
     found = read(output)
     assert set(found) == {str(folder / f"{i}.png") for i in range(7)}
@@ -108,6 +108,124 @@ def test_what_is_there_is_not_encoded_again(
     names = [name for file in shards_of(output) for name in read_shard(file)]
     assert len(names) == len(set(names)) == 7
     assert not list(output.parent.glob(".*unfinished"))
+
+
+Features = list[torch.Tensor]
+
+
+class Tower:
+    """Stands between the model and what is done with its features."""
+
+    def __init__(self) -> None:
+        self.change: Callable[[Features], Features] = list
+        self.counts: list[int] = []
+
+    def __call__(self, features: Features) -> Features:
+        self.counts += map(len, features)
+        return self.change(features)
+
+
+@pytest.fixture
+def tower(monkeypatch: pytest.MonkeyPatch) -> Tower:
+    tower, original = Tower(), VisionEncoder.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        compute = self.mapping.compute_features
+        self.mapping.compute_features = lambda *given: tower(compute(*given))
+
+    monkeypatch.setattr(VisionEncoder, "__init__", __init__)
+    return tower
+
+
+def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def damaged(features: torch.Tensor) -> torch.Tensor:
+        features = features.clone()
+        features[3, 5] = value
+        return features
+
+    return damaged
+
+
+def refuse(_: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("this picture is not to my taste")
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (with_value(torch.nan), "it was encoded to features with NaN or infinity in bfloat16"),
+        (with_value(-torch.inf), "it was encoded to features with NaN or infinity in bfloat16"),
+        (lambda features: features[1:], "it was encoded to features of shape"),
+        (refuse, "RuntimeError: this picture is not to my taste"),
+    ],
+    ids=["NaN", "infinity", "too few", "raises"],
+)
+def test_a_picture_that_cannot_be_encoded_is_listed_and_encoded_by_the_next_run(
+    folder: Path,
+    tmp_path: Path,
+    tower: Tower,
+    capsys: pytest.CaptureFixture[str],
+    fault: Callable[[torch.Tensor], torch.Tensor],
+    sentence: str,
+) -> None:
+    """Those that were to be encoded together with it are written."""
+    (folder / "broken.png").unlink()
+    third = folder / "2.png"
+    pictures.Image.new("RGB", (60, 300), "red").save(third)
+    output = tmp_path / "features.safetensors"
+    more = ("--encoder-dtype", "bfloat16", "--pooling", "image")
+    assert run(third, tmp_path / "alone.safetensors", *more) == 0
+    (of_third,) = tower.counts  # no other picture has as many features
+    tower.change = lambda features: [
+        fault(each) if len(each) == of_third else each for each in features
+    ]
+    capsys.readouterr()
+    assert run(folder, output, *more) == 1
+    printed = capsys.readouterr()
+    assert f"1 could not be encoded:\n  {third}: {sentence}" in printed.err
+    assert "6 pictures in" in printed.out
+    written = read(output)
+    assert set(written) == {str(folder / f"{i}.png") for i in (0, 1, 3, 4, 5, 6)}
+    assert all(rows.isfinite().all() for rows in written.values())
+    tower.change = list
+    assert run(folder, output, *more) == 0
+    assert set(read(output)) == {str(folder / f"{i}.png") for i in range(7)}
+
+
+def test_a_dtype_that_overflows_is_refused_with_one_that_fits(
+    folder: Path, tmp_path: Path, tower: Tower, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tower.change = lambda features: [each + 100_000 for each in features]
+    picture, output = folder / "0.png", tmp_path / "features.safetensors"
+    assert run(picture, output, "--dtype", "float16") == 1
+    said = capsys.readouterr().err.rstrip()
+    assert f"{picture}: the embedding has values up to 99840" in said
+    assert said.endswith("which float16 cannot hold (65504 at most): choose dtype 'bfloat16'")
+    assert not shards_of(output)
+    output = tmp_path / "again.safetensors"
+    assert run(picture, output, "--dtype", "bfloat16") == 0
+    assert all(rows.isfinite().all() for rows in read(output).values())
+
+
+def test_whatever_reading_a_picture_raises_is_a_line(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original = VisionEncoder.process
+
+    def process(self: Any, picture: pictures.Image.Image) -> Any:
+        if picture.width == 13:
+            raise ZeroDivisionError("in a library")
+        return original(self, picture)
+
+    monkeypatch.setattr(VisionEncoder, "process", process)
+    pictures.Image.new("RGB", (13, 60), "red").save(folder / "broken.png")
+    assert run(folder, tmp_path / "features.safetensors", "--pooling", "image") == 1
+    said = capsys.readouterr().err
+    assert f"1 could not be encoded:\n  {folder / 'broken.png'}: ZeroDivisionError: in a" in said
 
 
 def test_nothing_is_loaded_when_nothing_is_missing(

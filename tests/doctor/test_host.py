@@ -4,13 +4,13 @@
 import os
 import stat
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from vllm.utils import cpu_resource_utils
 
 from tests.doctor.findings import only
+from vllm_spyre_mm import host_memory
 from vllm_spyre_mm.doctor import host
+from vllm_spyre_mm.host_memory import HostMemory
 
 pytestmark = pytest.mark.usefixtures("fresh_probes")
 
@@ -80,8 +80,7 @@ def test_threads_beyond_a_containers_quota(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    node = SimpleNamespace(total_memory=8 << 30, available_memory=1 << 30)
-    monkeypatch.setattr(cpu_resource_utils, "get_memory_node_info", lambda: node)
+    monkeypatch.setattr(host_memory, "host_memory", lambda: HostMemory(8 << 30, 1 << 30))
     finding = only(host.memory())
     assert finding.level == "warning"
     assert finding.says == "1.0 of 8.0 GiB are free"

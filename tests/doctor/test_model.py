@@ -4,15 +4,15 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
-from vllm.utils import cpu_resource_utils
 
 from tests.checkpoints import edit_config, edit_tensors
 from tests.doctor.findings import only
+from vllm_spyre_mm import host_memory
 from vllm_spyre_mm.doctor import model
+from vllm_spyre_mm.host_memory import HostMemory
 
 
 @pytest.fixture
@@ -99,8 +99,7 @@ def test_no_tokenizer(checkpoint: Path) -> None:
 
 
 def test_a_model_that_does_not_fit(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    node = SimpleNamespace(total_memory=2 << 30, available_memory=1 << 30)
-    monkeypatch.setattr(cpu_resource_utils, "get_memory_node_info", lambda: node)
+    monkeypatch.setattr(host_memory, "host_memory", lambda: HostMemory(2 << 30, 1 << 30))
     finding = only(model.weights(checkpoint))
     assert finding.level == "error"
     assert "of 0.8 GiB free" in finding.says

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of the tests against the stand-in for the card's compiler."""
+"""Servers that several files share, and the stand-in for the card's compiler.
+
+Files that share a server run in one process: see ``GROUPS`` in ``tests/processes.py``.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -9,7 +12,26 @@ import pytest
 import torch
 from torch._dynamo.backends import registry
 
+from tests.e2e.serving import Served, running_server
+from tools.soak.soak import soaked_server
+
 STAND_IN = Path(__file__).parent / "stand_in"
+
+
+@pytest.fixture(scope="session")
+def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server that takes embeddings for pictures too."""
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with running_server(demo_checkpoint, log, "--enable-mm-embeds") as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def soaked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of few rows and blocks that can be looked into."""
+    with soaked_server(tmp_path_factory.mktemp("soaked") / "log.txt") as server:
+        server.wait_until_healthy()
+        yield server
 
 
 @pytest.fixture(scope="module")

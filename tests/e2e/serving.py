@@ -20,8 +20,11 @@ import openai
 import pytest
 from PIL import Image
 
+from tests.e2e.exits import check_end
+from vllm_spyre_mm.vllm_hooks.server_end import INTERRUPTED
+
 VLLM = str(Path(sys.executable).parent / "vllm")
-START_SECONDS = 240
+START_SECONDS = 480
 
 
 EXACT = ("--dtype", "float32", "--enforce-eager")
@@ -88,7 +91,7 @@ def starting_server(
     environment: Mapping[str, str] | None = None,
     defaults: bool = False,
 ) -> Iterator[Served]:
-    """A server that has been started, and is ended when the context is left.
+    """A server that has been started, and is ended when the context is left, with status 0.
 
     Args:
         checkpoint: folder of the model.
@@ -108,22 +111,36 @@ def starting_server(
             serve_command(checkpoint, port, *more, defaults=defaults),
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **(environment or {})},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path),
+                "PYTHONFAULTHANDLER": "1",
+                **(environment or {}),
+            },
         ) as process,
     ):
         try:
             yield Served(f"http://127.0.0.1:{port}", process, log)
         finally:
+            ended_by_the_test = process.poll() is not None
             process.terminate()
             process.wait(60)
+    if not ended_by_the_test and INTERRUPTED not in (printed := log.read_text()):
+        check_end(process.returncode, printed)
 
 
 @contextlib.contextmanager
 def running_server(
-    checkpoint: Path, log: Path, *more: str, defaults: bool = False
+    checkpoint: Path,
+    log: Path,
+    *more: str,
+    environment: Mapping[str, str] | None = None,
+    defaults: bool = False,
 ) -> Iterator[str]:
     """The address of a server that runs inside the context; see :func:`starting_server`."""
-    with starting_server(checkpoint, log, *more, defaults=defaults) as server:
+    with starting_server(
+        checkpoint, log, *more, environment=environment, defaults=defaults
+    ) as server:
         server.wait_until_healthy()
         yield server.address
 

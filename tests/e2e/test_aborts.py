@@ -4,7 +4,7 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 
 from tests.e2e.serving import Served, data_url, png
 from tools.soak.client import Client, Leave, Left
-from tools.soak.soak import soaked_server
 from tools.soak.state import Figures, State, settled_state, take_state
 from tools.soak.traffic import SoakRequest
 from vllm_spyre_mm.demo import pictures
@@ -21,13 +20,6 @@ from vllm_spyre_mm.demo import pictures
 CLIENTS = 100
 ROWS = 8  # of soaked_server
 LONG = 400
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with soaked_server(tmp_path_factory.mktemp("aborts") / "log.txt") as server:
-        server.wait_until_healthy()
-        yield server
 
 
 @asynccontextmanager
@@ -92,27 +84,27 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 120))
 
 
-def test_the_next_request_does_not_wait_for_a_hundred_that_were_cancelled(server: Served) -> None:
+def test_the_next_request_does_not_wait_for_a_hundred_that_were_cancelled(soaked: Served) -> None:
     """They would be thousands of steps; what is left of them is a few, and the next one's own."""
 
     async def test() -> None:
         rng = random.Random(0)
-        async with asking(server) as client:
+        async with asking(soaked) as client:
             alone = await client.ask(chat(-1, 24), stream=True)
-        async with asking(server) as client:
+        async with asking(soaked) as client:
             asked = [
                 client.ask(chat(i), stream=True, leave=Leave(after_seconds=rng.uniform(0, 0.5)))
                 for i in range(CLIENTS)
             ]
             await asyncio.gather(*map(left, asked))
-        before, started = await work_of(server), time.monotonic()
-        async with asking(server) as client:
+        before, started = await work_of(soaked), time.monotonic()
+        async with asking(soaked) as client:
             assert await client.ask(chat(-1, 24), stream=True) == alone
         seconds = time.monotonic() - started
-        steps = (await work_of(server)).work["steps"] - before.work["steps"]
+        steps = (await work_of(soaked)).work["steps"] - before.work["steps"]
         print(f"the next answer came after {steps} steps and {seconds:.1f} s")
         assert steps < CLIENTS * LONG / ROWS / 50
-        settled = await settled_state(server.address, server.process.pid)
+        settled = await settled_state(soaked.address, soaked.process.pid)
         assert not settled.mentions
         assert settled.figures["blocks_in_use in the engine"] == 0
         assert settled.work["late"] <= 1
@@ -120,14 +112,14 @@ def test_the_next_request_does_not_wait_for_a_hundred_that_were_cancelled(server
     run(test)
 
 
-def test_requests_whose_clients_left_the_queue_are_never_begun(server: Served) -> None:
+def test_requests_whose_clients_left_the_queue_are_never_begun(soaked: Served) -> None:
     """All rows are taken when they come, and they are gone when the first becomes free."""
 
     async def test() -> None:
-        async with asking(server) as client, asking(server) as leaving:
+        async with asking(soaked) as client, asking(soaked) as leaving:
             rows = [asyncio.create_task(client.ask(text())) for _ in range(ROWS)]
-            await until(server, lambda figures: figures["running in the engine"] == ROWS)
-            before = await work_of(server)
+            await until(soaked, lambda figures: figures["running in the engine"] == ROWS)
+            before = await work_of(soaked)
             requests = [
                 leaving.ask(chat(201)),
                 leaving.ask(chat(202), stream=True),
@@ -135,13 +127,13 @@ def test_requests_whose_clients_left_the_queue_are_never_begun(server: Served) -
                 leaving.ask(embedding_alone(204)),
             ]
             waiting = [asyncio.create_task(request) for request in requests]
-            await until(server, lambda figures: figures["waiting in the engine"] == 6)
+            await until(soaked, lambda figures: figures["waiting in the engine"] == 6)
             await stop(waiting)
-            await until(server, lambda figures: not figures["waiting in the engine"])
-            after = await work_of(server)
+            await until(soaked, lambda figures: not figures["waiting in the engine"])
+            after = await work_of(soaked)
             assert after.figures["running in the engine"] == ROWS, "the rows were to outlast them"
             await stop(rows)
-        settled = await settled_state(server.address, server.process.pid)
+        settled = await settled_state(soaked.address, soaked.process.pid)
         assert settled.work["encoded"] == before.work["encoded"]
         assert settled.work["late"] <= 1
 

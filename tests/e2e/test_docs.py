@@ -14,6 +14,7 @@ import pytest
 
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.demo.pictures import Shape, draw_picture
+from vllm_spyre_mm.vllm_flags import TABLE
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vllm_spyre_mm"
@@ -202,23 +203,14 @@ def test_messages_are_explained(words: str) -> None:
 
 
 def refusals() -> list[str]:
-    """What is not supported, as the list in ``engine_config`` names it."""
-    tree = ast.parse((PACKAGE / "engine_config.py").read_text())
-    (function,) = (
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name == "_refuse_unsupported"
-    )
-    pairs = [node for node in ast.walk(function) if isinstance(node, ast.Tuple)]
-    names = [
-        re.split(rf"{PLACEHOLDER}| \(|:", template(pair.elts[1], {}))[0]
-        for pair in pairs
-        if len(pair.elts) == 2 and template(pair.elts[1], {})
+    """What is not supported of vLLM's flags, as the table names it."""
+    return [
+        re.split(r"\{| \(|:", refused.what)[0]
+        for decisions in TABLE
+        for refused in decisions.refused
     ]
-    assert len(names) > 15
-    return names
 
 
-@pytest.mark.parametrize("name", refusals())
+@pytest.mark.parametrize("name", sorted({*refusals()}))
 def test_refusals_are_listed(name: str) -> None:
     assert name in plain((DOCS / "troubleshooting.md").read_text())

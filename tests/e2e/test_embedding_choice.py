@@ -13,6 +13,7 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput
+from vllm.sampling_params import BeamSearchParams
 
 from tests.e2e.engines import engine
 from vllm_spyre_mm.demo import pictures
@@ -82,6 +83,21 @@ def test_each_request_of_a_batch_has_its_own_choice(llm: LLM) -> None:
     assert (error <= scales / 2 * 1.001).all()
 
 
+def test_a_beam_search_is_made_of_requests_that_want_none(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    returned: list[int] = []
+    accounts = llm.llm_engine.engine_core.engine_core.scheduler._accounts  # type: ignore[attr-defined]
+    monkeypatch.setattr(accounts, "record_returned", returned.append)
+    prompt: Any = {"prompt": ONE, "multi_modal_data": {"image": drawn(30)}}
+    (found,) = llm.beam_search([prompt], BeamSearchParams(beam_width=3, max_tokens=4))
+    assert len(found.sequences) == 3
+    assert len(returned) >= 4
+    assert set(returned) == {0}
+    assert ask(llm, [drawn(30)]).mm_embedding is not None  # the default is back
+    assert sum(returned) == 1
+
+
 def test_items_say_where_each_image_is(llm: LLM) -> None:
     first, second = drawn(3), drawn(4, (60, 200))
     completion = ask(llm, [first, second])
@@ -142,6 +158,31 @@ def test_a_request_without_the_decoder_leaves_nothing_in_the_prefix_cache(llm: L
     llm.reset_prefix_cache()
     assert ask(llm, images).text == after
     assert len(after) > 10
+
+
+def test_a_dtype_that_would_overflow_fails_its_request_alone(llm: LLM) -> None:
+    huge = ask(llm, [drawn(8)]).mm_embedding * 1e6
+    prompts: Any = [{"prompt": ONE, "multi_modal_data": {"image": [huge]}}] * 3
+    choices: list[Any] = [{"dtype": "float16"}, {"dtype": "bfloat16"}, {"dtype": "float16"}]
+    choices[2]["generate"] = False
+    parameters = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=3 if choice.get("generate", True) else 1,
+            extra_args={"return_mm_embedding": choice},
+        )
+        for choice in choices
+    ]
+    first, second, third = (each.outputs[0] for each in llm.generate(prompts, parameters))
+    for failed in (first, third):
+        assert failed.finish_reason == "error"
+        assert "which float16 cannot hold (65504 at most): choose dtype 'bfloat16'" in str(
+            failed.stop_reason
+        )
+        assert failed.mm_embedding is None
+    assert second.mm_embedding.isfinite().all()
+    assert len(second.token_ids) == 3
+    assert ask(llm, [huge], max_tokens=3).token_ids == second.token_ids  # prefix and image: whole
 
 
 # -- back in ---------------------------------------------------------------------------------------

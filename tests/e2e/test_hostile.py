@@ -7,14 +7,11 @@
 import base64
 import dataclasses
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from tests.e2e.serving import running_server
 from tests.hostile import embeds
 from tests.hostile.all import all_cases
 from tests.hostile.case import CHAT, EMBEDDINGS, Case, chat, chat_prompt, drawn, good_part, part_of
@@ -24,13 +21,6 @@ from tests.reference import Reference
 from vllm_spyre_mm.payload import decode_mm_embedding
 
 QUESTION = "What is in the picture?"
-
-
-@pytest.fixture(scope="module")
-def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    with running_server(demo_checkpoint, log, "--enable-mm-embeds") as address:
-        yield address
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 
 import random
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,9 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.e2e.serving import chat, data_url, png, running_server, serve_command
+from tests.e2e.serving import chat, data_url, png, serve_command
 from tests.reference import Reference
 from vllm_spyre_mm.demo import pictures
-
-
-@pytest.fixture(scope="module")
-def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a running server."""
-    with running_server(demo_checkpoint, tmp_path_factory.mktemp("server") / "log.txt") as address:
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +159,14 @@ def test_another_device_is_refused_with_a_sentence(demo_checkpoint: Path) -> Non
     assert finished.returncode != 0
     assert "--device cuda: vllm-spyre-mm makes Spyre the platform" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_the_streaming_client_of_the_examples(server: str, tmp_path: Path) -> None:
+    client = Path(__file__).parents[2] / "examples" / "online_serving" / "streaming_client.py"
+    command = [sys.executable, str(client), "--address", server]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert "Traceback" not in finished.stderr
+    # 120 x 120 pixels: 6 x 6 base features; 3 x 3 tiles of 6 x 6, a newline after each row.
+    embedding = f"mm_embedding: ({36 + 18 * 19}, 256)"
+    assert finished.stdout.splitlines() == ["a red circle at the top left", embedding]

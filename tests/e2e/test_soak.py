@@ -3,7 +3,6 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,21 +10,14 @@ import pytest
 from tests.e2e.serving import Served
 from tools.soak.client import Choice, same_answer
 from tools.soak.report import faults, report
-from tools.soak.soak import Soak, SoakOptions, SoakResult, soaked_server
+from tools.soak.soak import Soak, SoakOptions, SoakResult
 from tools.soak.state import State
 
 OPTIONS = SoakOptions(requests=250, outstanding=32, pool=16, seed=1)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with soaked_server(tmp_path_factory.mktemp("soak") / "log.txt") as server:
-        server.wait_until_healthy()
-        yield server
-
-
-def test_every_request_ends_in_one_way_and_nothing_is_left(server: Served) -> None:
-    soak = Soak(server.address, server.process.pid, OPTIONS)
+def test_every_request_ends_in_one_way_and_nothing_is_left(soaked: Served) -> None:
+    soak = Soak(soaked.address, soaked.process.pid, OPTIONS)
     result = asyncio.run(soak.run())
     assert not faults(result), report(result)
     assert result.endings.total() == OPTIONS.requests

@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from tests import architectures
 from tests.checkpoints import edit_tensors
 from tests.doctor.findings import pretend_installed
-from tests.e2e.engines import engine
+from tests.e2e.engines import engine, greedy
 from vllm_spyre_mm.model_executor.checkpoint import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -139,3 +139,17 @@ def test_the_smallest_cache_serves_the_longest_request(tmp_path: Path, max_num_s
             use_tqdm=False,
         )
     assert [len(output.outputs[0].token_ids) for output in outputs] == [1, 1]
+
+
+def test_the_shortest_lengths_are_served(demo_checkpoint: Path) -> None:
+    """The warmup's made-up requests are shorter then, and pictures are left out of it."""
+    answers = {}
+    for length in (2, 4):
+        with engine(demo_checkpoint, max_model_len=length) as llm:
+            (output,) = llm.generate(
+                {"prompt_token_ids": [40]}, greedy(100, ignore_eos=True), use_tqdm=False
+            )
+        answers[length] = list(output.outputs[0].token_ids)
+        assert len(answers[length]) == length - 1
+        assert output.outputs[0].finish_reason == "length"
+    assert answers[4][:1] == answers[2]

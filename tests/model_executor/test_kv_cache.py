@@ -7,8 +7,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from vllm.utils import cpu_resource_utils
 
+from vllm_spyre_mm.host_memory import HostMemory
+from vllm_spyre_mm.model_executor import kv_cache
 from vllm_spyre_mm.model_executor.kv_cache import (
     ACTIVATION_RESERVE,
     allocate_kv_cache,
@@ -42,8 +43,8 @@ def config(
 
 def host(monkeypatch: pytest.MonkeyPatch, total: float, available: float) -> None:
     """A host with this much memory, in GiB."""
-    info = cpu_resource_utils.MemoryNodeInfo(int(total * GIB), int(available * GIB))
-    monkeypatch.setattr(cpu_resource_utils, "get_memory_node_info", lambda *_: info)
+    memory = HostMemory(int(total * GIB), int(available * GIB))
+    monkeypatch.setattr(kv_cache, "host_memory", lambda: memory)
 
 
 def spec(world_size: int = 1, dtype: torch.dtype = torch.float16) -> Any:

@@ -172,6 +172,24 @@ def test_a_sum_that_is_no_residual_is_left_alone():
         torch.testing.assert_close(found.float(), expected, rtol=2**-6, atol=2**-5)
 
 
+@on_vector_tiers
+@pytest.mark.usefixtures("tier")
+def test_a_result_that_meets_itself_is_left_alone():
+    """A square and a double have no other operand."""
+
+    class Twice(Block):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            projected, narrow = self.project(x), self.dense(self.project(x))
+            return projected * projected, narrow + narrow
+
+    block = Twice(64, 96, centered=True, gated=False).bfloat16()
+    x = torch.randn(1, 5, 64, dtype=torch.bfloat16)
+    compiled, graph = fused(block, x)
+    assert count(graph, "linear_in_block") == 0
+    for found, expected in zip(compiled(x), block.float()(x.float()), strict=True):
+        torch.testing.assert_close(found.float(), expected, rtol=2**-5, atol=2**-5)
+
+
 def test_norms_that_the_kernel_does_not_take_stay():
     blocks = nn.ModuleList([Block(64, 96, centered=True, gated=False)])
     replace_norms(blocks)

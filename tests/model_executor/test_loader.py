@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint fills the model exactly, whatever wrote it, or is refused with names."""
 
-import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from tests.checkpoints import (
     Layout,
-    edit_config,
     edit_tensors,
     llava_next_config,
     rename_tensors,
     save_random_checkpoint,
+    shard,
 )
-from vllm_spyre_mm.model_executor.checkpoint import CheckpointError, find_checkpoint
+from vllm_spyre_mm.model_executor.checkpoint import CheckpointError
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 
@@ -69,23 +67,6 @@ def load(
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "model.safetensors")
-
-
-def shard(checkpoint: Path, num_files: int) -> list[Path]:
-    """Split the weights over several files, as large models are stored."""
-    tensors = tensors_of(checkpoint)
-    (checkpoint / "model.safetensors").unlink()
-    names, files = sorted(tensors), []
-    size = math.ceil(len(names) / num_files)
-    for i in range(num_files):
-        part = {name: tensors[name] for name in names[i * size : (i + 1) * size]}
-        file = checkpoint / f"model-{i + 1:05}-of-{num_files:05}.safetensors"
-        save_file(part, file, metadata={"format": "pt"})
-        files.append(file)
-    weight_map = {name: files[i // size].name for i, name in enumerate(names)}
-    index = {"metadata": {}, "weight_map": weight_map}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    return files
 
 
 def assert_names(error: pytest.ExceptionInfo[CheckpointError], stored_name: str) -> None:
@@ -167,13 +148,6 @@ def test_a_checkpoint_in_several_files_is_one_model(
 ):
     """Layers are split between files, so that no file is whole by itself."""
     shard(checkpoint, num_files)
-    assert_same_parameters(load(checkpoint), load(llava_next_checkpoint))
-
-
-def test_mistrals_own_copy_of_the_weights_is_left_alone(
-    checkpoint: Path, llava_next_checkpoint: Path
-):
-    save_file({"other.names": torch.zeros(2)}, checkpoint / "consolidated.safetensors")
     assert_same_parameters(load(checkpoint), load(llava_next_checkpoint))
 
 
@@ -335,75 +309,3 @@ def test_missing_shards_are_noticed(checkpoint: Path):
     with pytest.raises(CheckpointError, match=str(checkpoint)) as error:
         load(checkpoint)
     assert "missing: " in str(error.value) or "whole layers" in str(error.value)
-
-
-def test_a_tensor_stored_under_two_names_is_refused(checkpoint: Path):
-    """Two layouts in one folder: which of them would win?"""
-    other = "model.language_model.embed_tokens.weight"
-    edit_tensors(checkpoint, {other: torch.zeros(512, 256)})
-    with pytest.raises(CheckpointError, match="twice") as error:
-        load(checkpoint)
-    assert EMBEDDING in str(error.value)
-    assert other in str(error.value)
-
-
-# -- where it is ----------------------------------------------------------------------------------
-
-
-def model_config(path: Path) -> Any:
-    return SimpleNamespace(model=str(path), revision=None)
-
-
-def test_a_local_folder_is_the_checkpoint(checkpoint: Path):
-    assert find_checkpoint(model_config(checkpoint), SimpleNamespace()) == checkpoint
-
-
-def test_a_folder_without_safetensors_is_refused_with_what_to_do(checkpoint: Path):
-    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"no \*\.safetensors.*save_pretrained") as error:
-        find_checkpoint(model_config(checkpoint), SimpleNamespace())
-    assert str(checkpoint) in str(error.value)
-
-
-# -- the head -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tied(checkpoint: Path) -> Path:
-    """The checkpoint with a head that is the embedding, which is stored alone."""
-    edit_config(checkpoint, tie_word_embeddings=True, text_config__tie_word_embeddings=True)
-    edit_tensors(checkpoint, {HEAD: None})
-    return checkpoint
-
-
-def test_a_tied_head_is_the_embedding(tied: Path):
-    model, embedding = load(tied).language_model, tensors_of(tied)[EMBEDDING]
-    assert torch.equal(model.head.weight, embedding)
-    assert model.head.weight is model.base_model.embedding.weight
-
-
-def test_a_tied_head_that_is_stored_too_changes_nothing(tied: Path):
-    alone = load(tied)
-    edit_tensors(tied, {HEAD: tensors_of(tied)[EMBEDDING].clone()})
-    assert_same_parameters(load(tied), alone)
-
-
-def test_an_embedding_that_is_missing_is_not_made_up_from_a_tied_heads_absence(tied: Path):
-    edit_tensors(tied, {EMBEDDING: None})
-    with pytest.raises(CheckpointError) as error:
-        load(tied)
-    assert_names(error, EMBEDDING)
-
-
-def test_a_head_that_is_tied_in_name_only_is_refused(tied: Path):
-    """FMS would let it replace the embedding; Transformers keeps both, with a warning."""
-    edit_tensors(tied, {HEAD: torch.randn_like(tensors_of(tied)[EMBEDDING])})
-    with pytest.raises(CheckpointError, match="ties the head") as error:
-        load(tied)
-    assert_names(error, HEAD)
-    assert_names(error, EMBEDDING)
-
-
-def test_an_untied_head_is_kept_apart(llava_next_checkpoint: Path):
-    model = load(llava_next_checkpoint).language_model
-    assert not torch.equal(model.head.weight, model.base_model.embedding.weight)

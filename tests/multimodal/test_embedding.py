@@ -16,6 +16,7 @@ from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.multimodal.embedding import (
     EXTRA_ARG,
     EmbeddingChoice,
+    EmbeddingOverflowError,
     MMEmbeddingInfo,
     assemble,
     choice_of,
@@ -222,6 +223,35 @@ def test_a_chosen_dtype(name: str):
     rows, scales = convert(features(5), name)
     assert rows.dtype == getattr(torch, name)
     assert scales is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "encoder", "value", "fits"),
+    [
+        ("float16", torch.bfloat16, 65_536.0, "bfloat16"),
+        ("float16", torch.float32, -1e20, "bfloat16"),
+        ("float16", torch.float32, 3.4e38, "float32"),
+        ("bfloat16", torch.float32, 3.4e38, "float32"),
+    ],
+)
+def test_a_dtype_that_would_overflow_is_refused_with_one_that_fits(
+    dtype: str, encoder: torch.dtype, value: float, fits: str
+):
+    rows = torch.zeros(3, 4, dtype=encoder)
+    rows[1, 2] = value
+    with pytest.raises(EmbeddingOverflowError, match=f"which {dtype} cannot hold") as error:
+        convert(rows, dtype)
+    assert str(error.value).endswith(f"choose dtype {fits!r}")
+    kept, _ = convert(rows, fits)
+    assert kept.isfinite().all()
+    small, scales = convert(rows, "int8")
+    assert scales is not None
+    assert (small * scales.unsqueeze(1)).isfinite().all()
+
+
+def test_the_largest_value_of_a_dtype_does_not_overflow():
+    rows = torch.tensor([[65_504.0, -65_504.0]])
+    assert convert(rows, "float16")[0].tolist() == rows.tolist()
 
 
 def test_int8_is_off_by_half_a_scale_at_most():

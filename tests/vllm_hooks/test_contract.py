@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM lacks is said by name, at start."""
 
+import importlib
 import importlib.metadata
+import inspect
+import pkgutil
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 
+from vllm_spyre_mm import vllm_hooks
 from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError
 from vllm_spyre_mm.vllm_hooks.contract import (
     check_versions,
@@ -141,3 +146,26 @@ def test_a_condition_that_holds_says_nothing():
     require(True, "never said")
     with pytest.raises(UnsupportedVllmError, match=": the sentence"):
         require(False, "the sentence")
+
+
+def changes_of_modules() -> list[Callable[[ModuleType], None]]:
+    """What the hooks do to modules of vLLM's once they are loaded."""
+    return [
+        function
+        for hook in pkgutil.iter_modules(vllm_hooks.__path__, f"{vllm_hooks.__name__}.")
+        for function in vars(importlib.import_module(hook.name)).values()
+        if inspect.isfunction(function)
+        and function.__module__ == hook.name
+        and inspect.get_annotations(function) == {"module": ModuleType, "return": None}
+    ]
+
+
+def test_every_hook_refuses_a_module_that_lacks_what_it_changes():
+    changes = changes_of_modules()
+    assert len(changes) > 15
+    for change in changes:
+        empty = ModuleType("empty")
+        before = dict(vars(empty))
+        with pytest.raises(UnsupportedVllmError):
+            change(empty)
+        assert vars(empty) == before, change.__qualname__

@@ -192,3 +192,25 @@ def test_arguments_that_are_not_as_expected_are_refused_by_name():
     del Module.AsyncEngineArgs
     with pytest.raises(UnsupportedVllmError, match="no 'AsyncEngineArgs'"):
         engine_args._extend_engine_args(Module)
+
+
+def test_a_keyword_of_vllms_own_is_not_swallowed():
+    class Module:
+        __name__ = "vllm.engine.arg_utils"
+
+        class EngineArgs:
+            def __init__(
+                self,
+                additional_config: Any,
+                dtype: Any,
+                enforce_eager: Any,
+                max_num_batched_tokens: Any,
+                max_num_seqs: Any,
+                enable_return_mm_embedding: bool,
+            ) -> None:
+                """A vLLM that has it."""
+
+        AsyncEngineArgs = EngineArgs
+
+    with pytest.raises(UnsupportedVllmError, match=f"has a parameter {KEYWORD!r} of its own"):
+        engine_args._extend_engine_args(Module)

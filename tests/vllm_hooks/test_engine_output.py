@@ -141,6 +141,11 @@ def test_the_front_end_decodes_with_the_extended_class():
 def test_a_front_end_that_decodes_with_another_name_is_refused():
     with pytest.raises(UnsupportedVllmError, match="EngineCoreOutputs"):
         engine_output._decode_with_embedding(ModuleType("core_client"))
+    module = ModuleType("core_client")
+    module.EngineCoreOutputs = dict
+    with pytest.raises(UnsupportedVllmError, match=r"core_client.EngineCoreOutputs is another"):
+        engine_output._decode_with_embedding(module)
+    assert module.EngineCoreOutputs is dict
 
 
 def test_a_field_that_vllm_adds_behind_ours_is_noticed(monkeypatch: pytest.MonkeyPatch):

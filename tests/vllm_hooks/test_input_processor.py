@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A request that the platform cannot serve is refused with a sentence, before it is scheduled."""
 
+import copy
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -111,6 +112,51 @@ def test_image_tokens_outside_are_counted_and_the_first_is_named(
     refusal = sentence(tokens, *places)
     assert f"has {count} image token(s) (id {IMAGE}) that belong to no image" in refusal
     assert f"the first at position {first}:" in refusal
+
+
+# -- tokens that the model has no embedding for ----------------------------------------------------
+
+NUM_ROWS = MODEL_CONFIG.hf_config.text_config.vocab_size
+
+
+def with_image_token(image_token_id: int) -> Any:
+    config = copy.deepcopy(MODEL_CONFIG.hf_config)
+    config.image_token_index = config.image_token_id = image_token_id
+    return SimpleNamespace(hf_config=config)
+
+
+@pytest.mark.parametrize("token", [NUM_ROWS, NUM_ROWS + 1, 2**31])
+def test_a_token_without_a_row_is_named(token: int):
+    refusal = sentence([WORD, IMAGE, IMAGE, token, token], (1, 2))
+    assert f"has token {token} at position 3, for which" in refusal
+    assert f"embedding of {NUM_ROWS} rows has none" in refusal
+
+
+def test_an_image_token_needs_no_row():
+    config = with_image_token(NUM_ROWS + 3)
+    validate_engine_request(request([WORD, NUM_ROWS + 3, NUM_ROWS - 1], (1, 1)), config)
+
+
+def test_text_between_the_features_of_an_image_needs_one():
+    config = with_image_token(NUM_ROWS)
+    given = request([NUM_ROWS, NUM_ROWS + 1, NUM_ROWS], (0, 3))
+    assert given.mm_features is not None
+    mask = torch.tensor([True, False, True])
+    given.mm_features[0].mm_position = PlaceholderRange(0, 3, is_embed=mask)
+    with pytest.raises(VLLMValidationError, match=f"has token {NUM_ROWS + 1} at position 1,"):
+        validate_engine_request(given, config)
+
+
+def test_what_cannot_be_generated_is_no_stop_token_and_no_bad_word():
+    """vLLM would look for their logits."""
+    given = request([WORD])
+    params = given.sampling_params
+    assert params is not None
+    params.update_from_generation_config({"eos_token_id": [3, NUM_ROWS]}, NUM_ROWS + 9)
+    params._bad_words_token_ids = [[7, NUM_ROWS], [7], [NUM_ROWS]]
+    validate_engine_request(given, MODEL_CONFIG)
+    assert params.all_stop_token_ids == {3}
+    assert params.bad_words_token_ids == [[7]]
 
 
 @given(
@@ -245,11 +291,11 @@ def test_a_picture_of_no_numbers_is_refused(value: float):
     for image in (array, torch.from_numpy(array)):
         with pytest.raises(VLLMValidationError, match=r"image 1 of the prompt.*NaN or infinity"):
             validate_images([PICTURE, image])
-    validate_images([np.zeros((2, 3, 3), np.uint8), np.full((2, 3, 3), "x")])
+    validate_images([np.zeros((2, 3, 3), np.uint8)])
 
 
-def test_other_pictures_are_left_to_vllm():
-    validate_images([PICTURE, None, np.zeros((1, 1, 3)), torch.zeros(3, 1, 1), "picture.png"])
+def test_good_pictures_are_left_to_vllm():
+    validate_images([PICTURE, None, np.zeros((1, 1, 3)), torch.zeros(3, 1, 1)])
 
 
 # -- through vLLM's classes ------------------------------------------------------------------------

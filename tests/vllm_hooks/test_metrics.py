@@ -13,6 +13,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError, metrics
 from vllm_spyre_mm.vllm_hooks.engine_output import EngineCoreOutputs
+from vllm_spyre_mm.vllm_hooks.marks import is_extended
 from vllm_spyre_mm.vllm_hooks.metrics import SpyreSchedulerStats
 
 STATS = SpyreSchedulerStats(
@@ -106,7 +107,7 @@ def test_gauge_and_counters_by_engine():
 
 def test_vllms_logger_is_replaced_and_its_names_are_free_again_for_the_next_engine():
     metrics.install()
-    assert issubclass(loggers.PrometheusStatLogger, loggers.PrometheusStatLogger.__wrapped__)  # type: ignore[attr-defined]
+    assert is_extended(loggers.PrometheusStatLogger, metrics.__name__)
     registry = prometheus_client.REGISTRY
     for name, _ in metrics.COUNTERS.values():
         prometheus_client.Counter(name, "of an engine before")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures and embeddings are told apart, processed by kind, and put back into their order."""
 
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from vllm.multimodal.parse import (
 )
 from vllm.renderers import chat_utils
 
-from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError, install, mixed_images
+from vllm_spyre_mm.vllm_hooks import install
 from vllm_spyre_mm.vllm_hooks.mixed_images import Mixture, mixture_of
 
 PICTURE = Image.new("RGB", (6, 4))
@@ -81,12 +81,3 @@ def test_embeddings_of_several_tensors_are_not_for_mixing(monkeypatch: pytest.Mo
     processor: Any = SimpleNamespace()
     with pytest.raises(VLLMValidationError, match="one tensor for each image"):
         chat_utils._resolve_items(items, processor, {"image": ["image_embeds", "image"]})
-
-
-def test_a_module_without_its_parts_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedVllmError, match="MultiModalDataParser"):
-        mixed_images._extend_parser(ModuleType("parse"))
-    with pytest.raises(UnsupportedVllmError, match="BaseMultiModalProcessor"):
-        mixed_images._extend_processor(ModuleType("processor"))
-    with pytest.raises(UnsupportedVllmError, match="BaseMultiModalItemTracker"):
-        mixed_images._extend_chat(ModuleType("chat_utils"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 NAME = "spyre_hook_target"
@@ -155,14 +156,22 @@ def test_several_actions_on_one_module_all_run(write: Callable[[str, str], None]
 
 
 @both_styles
-def test_an_error_reaches_the_importer_and_no_module_is_left(
+def test_an_error_reaches_every_importer_and_no_module_is_left(
     write: Callable[[str, str], None], get_value: Callable[[str], Any]
 ):
+    """Somebody may have caught the first one."""
     write(NAME, FINISHED)
-    when_loaded(NAME, Recorder(RuntimeError("unsupported")))
-    with pytest.raises(RuntimeError, match="unsupported"):
-        get_value(NAME)
-    assert NAME not in sys.modules
+    failing, other = Recorder(RuntimeError("unsupported")), Recorder()
+    for recorder in (failing, other):
+        when_loaded(NAME, recorder)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="unsupported"):
+            get_value(NAME)
+        assert NAME not in sys.modules
+    assert len(failing.modules) == 3
+    failing.error = None
+    assert get_value(NAME) == "replaced"
+    assert failing.modules[-1:] == other.modules == [sys.modules[NAME]]
 
 
 def test_an_error_of_the_module_itself_is_not_hidden(write: Callable[[str, str], None]):
@@ -174,10 +183,18 @@ def test_an_error_of_the_module_itself_is_not_hidden(write: Callable[[str, str],
     assert recorder.modules == []
 
 
-def test_a_module_that_does_not_exist_stays_missing():
-    when_loaded(NAME, Recorder())
-    with pytest.raises(ModuleNotFoundError, match=NAME):
-        importlib.import_module(NAME)
+@pytest.mark.parametrize("name", [NAME, f"{NAME}.inner", "json.spyre_hook", "spyre_hook.a.b"])
+def test_a_module_that_does_not_exist_is_named(name: str):
+    """Its action would never come, without an error."""
+    with pytest.raises(UnsupportedVllmError, match=f"there is no module {name!r}"):
+        when_loaded(name, Recorder())
+    assert name not in sys.modules
+
+
+def test_a_package_without_code_is_not_taken_for_the_module(tmp_path: Path):
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(UnsupportedVllmError, match="there is no module"):
+        when_loaded(NAME, Recorder())
 
 
 def test_asking_whether_a_module_exists_does_not_use_up_the_action(
@@ -251,12 +268,16 @@ def test_a_module_is_not_acted_on_while_others_use_it_half_executed(
 
 
 @both_styles
-def test_an_error_on_a_half_executed_module_reaches_its_first_user(
+def test_an_error_on_a_half_executed_module_reaches_every_user(
     half_executed: Callable[..., None], get_value: Callable[[str], Any]
 ):
-    half_executed(Recorder(RuntimeError("unsupported")))
-    with pytest.raises(RuntimeError, match="unsupported"):
-        get_value(NAME)
+    recorder = Recorder(RuntimeError("unsupported"))
+    half_executed(recorder)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="unsupported"):
+            get_value(NAME)
+    recorder.error = None
+    assert get_value(NAME) == "replaced"
 
 
 def test_several_actions_on_a_half_executed_module_all_run(half_executed: Callable[..., None]):

@@ -6,15 +6,20 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from vllm.entrypoints.launchers import app as launchers
+from vllm.entrypoints.openai.chat_completion import batch_serving
 from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.exceptions import VLLMValidationError
 
 from vllm_spyre_mm.config import SpyreSettings
-from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError, openai_api
+from vllm_spyre_mm.embedding_middleware import EmbeddingMiddleware
+from vllm_spyre_mm.vllm_hooks import openai_api
 from vllm_spyre_mm.vllm_hooks.openai_api import add_to_event, read_field
 
+KEY, KEY_OF_SETTING = "return_mm_embedding", "enable_return_mm_embedding"
 ON = SpyreSettings(enable_return_mm_embedding=True, max_mm_embedding_response_bytes=1000)
 OFF = SpyreSettings()
 
@@ -74,6 +79,37 @@ def test_the_answers_of_a_response_share_its_limit(n: int, limit: int):
     assert extra_args(asked)["return_mm_embedding"]["max_bytes"] == limit
 
 
+def test_the_requests_of_a_batch_share_its_limit():
+    asked = request(return_mm_embedding=True)
+    read_field(asked, ON, answers=8)
+    assert extra_args(asked)["return_mm_embedding"]["max_bytes"] == 125
+
+
+@pytest.mark.parametrize("fields", [{"return_mm_embedding": True}, {"vllm_xargs": {KEY: 1}}])
+def test_a_beam_search_returns_none(fields: dict[str, Any]):
+    with pytest.raises(VLLMValidationError, match="not returned with use_beam_search"):
+        read_field(request(use_beam_search=True, **fields), ON)
+    declined = request(use_beam_search=True, return_mm_embedding=False)
+    read_field(declined, ON)
+    assert extra_args(declined) == {KEY: False}
+
+
+@pytest.mark.parametrize("on", [False, True])
+@pytest.mark.parametrize("by", ["flag", "config"])
+@pytest.mark.parametrize("task", ["generate", "render"])
+def test_the_route_of_images_alone_is_there_when_the_feature_is_on(on: bool, by: str, task: str):
+    openai_api.install()
+    app = FastAPI()
+    config = {KEY_OF_SETTING: on} if by == "config" else {}
+    args = {"additional_config": config, KEY_OF_SETTING: on and by == "flag"}
+    app.state.args = SimpleNamespace(**args)
+    launchers.attach_endpoint_plugins(app, (task,))
+    has_engine = task == "generate"
+    there = "/v1/mm_embeddings" in app.openapi()["paths"]
+    assert there is (on and has_engine)
+    assert (EmbeddingMiddleware in [each.cls for each in app.user_middleware]) is has_engine
+
+
 def test_declining():
     asked = request(return_mm_embedding=False)
     read_field(asked, ON)
@@ -108,9 +144,10 @@ def test_only_events_in_which_a_choice_finishes_are_touched():
     ("extend", "module"),
     [
         (openai_api._extend_chat, chat_serving),
+        (openai_api._extend_batch, batch_serving),
         (openai_api._extend_completion, completion_serving),
     ],
-    ids=["chat", "completion"],
+    ids=["chat", "batch", "completion"],
 )
 def test_wrapped_once(extend: Any, module: ModuleType):
     openai_api.install()
@@ -118,18 +155,3 @@ def test_wrapped_once(extend: Any, module: ModuleType):
     before = {name: dict(vars(getattr(module, name))) for name in names}
     extend(module)
     assert {name: dict(vars(getattr(module, name))) for name in names} == before
-
-
-@pytest.mark.parametrize(
-    ("extend", "name"),
-    [
-        (openai_api._extend_chat, "OpenAIServingChat"),
-        (openai_api._extend_completion, "OpenAIServingCompletion"),
-        (openai_api._extend_models, "OpenAIServingModels"),
-        (openai_api._add_routes, "attach_endpoint_plugins"),
-    ],
-)
-def test_a_vllm_without_what_is_extended_is_refused(extend: Any, name: str):
-    module: Any = SimpleNamespace(__name__="vllm.somewhere")
-    with pytest.raises(UnsupportedVllmError, match=name):
-        extend(module)

@@ -4,6 +4,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -18,6 +19,8 @@ FORK = multiprocessing.get_context("fork")  # nothing is imported again: these o
 def child(pipe: Connection) -> None:
     """Load the plugin as vLLM does, tell who this is, and wait."""
     orphans.GRACE_SECONDS = 0.5
+    # A thread of somebody else's, whatever it is called, is not taken for the watch.
+    threading.Thread(target=time.sleep, args=(600,), name="orphan-watch", daemon=True).start()
     orphans.install()
     orphans.install()
     signal.signal(signal.SIGTERM, lambda *_: pipe.send("told to end"))

@@ -224,3 +224,16 @@ def test_classes_that_are_not_as_expected_are_refused_before_they_are_changed():
     with pytest.raises(UnsupportedVllmError, match="no parameter 'next_output'"):
         output_processor._extend_outputs(module)
     assert not hasattr(Completion, "mm_embedding")
+
+
+def test_an_embedding_of_vllms_own_is_not_taken_for_this_one():
+    """It would be filled by nobody, or by somebody else."""
+    module = ModuleType("vllm.outputs")
+    module.CompletionOutput = type("CompletionOutput", (), {"mm_embedding": None})
+    module.RequestOutput = type("RequestOutput", (), {"add": lambda *_: None})
+    with pytest.raises(UnsupportedVllmError, match="CompletionOutput has 'mm_embedding' of its"):
+        output_processor._extend_outputs(module)
+    module.RequestState = type("RequestState", (), {"mm_embedding": None})
+    module.OutputProcessor = type("OutputProcessor", (), {"process_outputs": lambda *_: None})
+    with pytest.raises(UnsupportedVllmError, match="RequestState has 'mm_embedding' of its own"):
+        output_processor._extend_output_processor(module)

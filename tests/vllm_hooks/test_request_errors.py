@@ -3,7 +3,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from vllm.exceptions import GenerationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine import async_llm
 
-from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError, request_errors
+from vllm_spyre_mm.vllm_hooks import request_errors
 
 
 def output(finish_reason: str | None, stop_reason: str | None) -> RequestOutput:
@@ -75,9 +74,3 @@ def test_wrapped_once() -> None:
     request_errors.install()
     assert async_llm.AsyncLLM.generate is before
     assert hasattr(before, "__wrapped__")
-
-
-def test_a_vllm_without_the_engine_is_refused() -> None:
-    module: Any = SimpleNamespace(__name__="vllm.somewhere")
-    with pytest.raises(UnsupportedVllmError, match="AsyncLLM"):
-        request_errors._extend_async_llm(module)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the front end leaves out, held against what the engine's own cache was given."""
 
+import inspect
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,12 @@ from vllm.multimodal.cache import factories
 from vllm.multimodal.cache.base import MultiModalCacheMissError
 from vllm.multimodal.cache.lru import LruKeyReplicatedReceiverCache, LruKeyReplicatedSenderCache
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.engine.output_processor import OutputProcessor
 
 from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError, sender_cache
+from vllm_spyre_mm.vllm_hooks.marks import is_extended
 from vllm_spyre_mm.vllm_hooks.sender_cache import SenderCache
 
 GIB = 1 << 30
@@ -119,6 +124,70 @@ def test_an_item_beyond_the_caches_size_is_always_sent():
     ends = Ends(capacity=100)
     for _ in range(2):
         assert ends.submit("picture", ends.render("picture", size=200)) is not None
+
+
+class Admitting:
+    """vLLM's output processor as far as requests are given to it; may have no place for one."""
+
+    def __init__(self) -> None:
+        self.full = False
+
+    def add_request(self, request: Any, prompt: Any, index: int = 0) -> None:
+        if self.full:
+            raise RuntimeError("the queue is full")
+
+
+def engine_over(cache: Any) -> Any:
+    """An engine whose parts the hook has joined."""
+
+    class Processor(Admitting):
+        def add_request(self, request: Any, prompt: Any, index: int = 0) -> None:
+            super().add_request(request, prompt, index)
+
+    class Engine:
+        def __init__(self) -> None:
+            self.renderer = SimpleNamespace(mm_processor_cache=cache)
+            self.output_processor = Processor()
+
+    processors, engines = ModuleType("processors"), ModuleType("engines")
+    processors.OutputProcessor, engines.AsyncLLM = Processor, Engine
+    for _ in range(2):  # the second time is harmless
+        sender_cache._extend_output_processor(processors)
+        sender_cache._extend_engine(engines, "AsyncLLM")
+    return Engine()
+
+
+def test_a_picture_is_sent_when_its_request_is_admitted():
+    ends = Ends()
+    engine = engine_over(ends.sender)
+    item = ends.render("picture")
+    feature = MultiModalFeatureSpec(item, "image", "picture", PlaceholderRange(0, 1))
+    request = SimpleNamespace(mm_features=[feature])
+    engine.output_processor.full = True
+    with pytest.raises(RuntimeError, match="full"):
+        engine.output_processor.add_request(request, None)
+    assert ends.render("picture") is item
+    engine.output_processor.full = False
+    engine.output_processor.add_request(request, None, index=1)
+    assert ends.render("picture") is None
+
+
+@pytest.mark.parametrize("cache", [None, object()])
+def test_other_caches_hold_the_pictures_themselves(cache: Any):
+    engine = engine_over(cache)
+    assert engine.output_processor.mm_sender_cache is None
+    engine.output_processor.add_request(SimpleNamespace(mm_features=None), None)
+
+
+def test_every_engine_of_vllms_is_joined_with_its_cache():
+    sender_cache.install()
+    for engine in (AsyncLLM, LLMEngine):
+        assert is_extended(engine.__init__, sender_cache.__name__)
+    assert OutputProcessor.mm_sender_cache is None
+    # Nothing is awaited between the admission and the hand-over, so that no other task renders.
+    source = inspect.getsource(AsyncLLM._add_request)
+    admitted, handed_over = source.index(".add_request("), source.index(".add_request_async(")
+    assert source[admitted:handed_over].count("await") == 1
 
 
 def test_vllm_makes_it():

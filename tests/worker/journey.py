@@ -103,7 +103,12 @@ class Ask:
 
 @dataclass(frozen=True)
 class Setup:
-    """Sizes of one scenario; see ``Geometry``, ``VllmConfig`` and ``KVCacheConfig``."""
+    """Sizes of one scenario; see ``Geometry``, ``VllmConfig`` and ``KVCacheConfig``.
+
+    Attributes:
+        poison: what lies in blocks that are nobody's.
+        collects: every request gets its embedding.
+    """
 
     block_size: int
     chunk_blocks: int
@@ -112,6 +117,7 @@ class Setup:
     max_batch_tkv: int
     encoder_cache: int
     poison: Poison = "nan"
+    collects: bool = False
 
     @property
     def chunk_size(self) -> int:
@@ -128,6 +134,7 @@ class Answer:
         hit: tokens that its first admission found in the prefix cache.
         chunks: of its prefill.
         rows: requests that decoded together with it, itself included, at most.
+        embedding: ``(num_features, hidden_size)``; None without pictures, or if none is collected.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -135,6 +142,7 @@ class Answer:
     hit: int | None = None
     chunks: int = 0
     rows: int = 0
+    embedding: torch.Tensor | None = None
 
 
 class Journey:
@@ -189,6 +197,7 @@ class Journey:
             **config.additional_config,
             "backend": self.backend,
             "max_batch_tkv": setup.max_batch_tkv,
+            "enable_return_mm_embedding": setup.collects,
         }
         options = mapping.kv_cache_options()
         with torch.inference_mode():
@@ -199,7 +208,7 @@ class Journey:
                 cache.fill_(POISONS[setup.poison])
         self._poisoned = set(range(setup.num_blocks))
         runner = SpyreModelRunner(
-            config, self.model, geometry_of(config), return_mm_embedding=False
+            config, self.model, geometry_of(config), return_mm_embedding=setup.collects
         )
         return make_scheduler(config, setup), runner
 
@@ -231,6 +240,9 @@ class Journey:
                 answer.logits.append(rows[row])
                 answer.token_ids += result.sampled_token_ids[row]
                 answer.rows = max(answer.rows, len(rows))
+            for req_id, embedding in result.mm_embeddings.items():
+                assert answers[req_id].embedding is None, "handed over twice"
+                answers[req_id].embedding = embedding
         scheduler.update_from_output(output, result)
 
     @torch.inference_mode()

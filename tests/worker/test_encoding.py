@@ -33,7 +33,7 @@ def image(num_features: int, key: str = "pixel_values") -> MultiModalFeatureSpec
 
 def encode(model: Encode, *images: MultiModalFeatureSpec, first: int = 0) -> list[torch.Tensor]:
     numbered = dict(enumerate(images, first))
-    return encode_images(SimpleNamespace(encode=model), numbered, torch.bfloat16)  # type: ignore[arg-type]
+    return encode_images(SimpleNamespace(encode=model), numbered, torch.bfloat16, torch.float16)  # type: ignore[arg-type]
 
 
 def fail(error: Exception) -> Encode:
@@ -52,9 +52,19 @@ def test_what_the_encoder_raises_is_named_with_the_images(error: Exception) -> N
     assert not raised.value.on_every_rank
 
 
+def test_features_that_the_decoder_cannot_hold_are_refused() -> None:
+    """They would be infinite in its embeddings."""
+    features = torch.zeros(3, 4, dtype=torch.bfloat16)
+    features[2, 1] = 70_000
+    with pytest.raises(ImageEncodingError, match=r"image 1 of .* up to 70144, which") as it:
+        encode(lambda _: [features], image(3))
+    assert it.value.on_every_rank
+    assert "decoder's float16 cannot hold" in str(it.value)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_features_that_are_not_finite_are_refused(value: float) -> None:
-    features = torch.zeros(3, 4)
+    features = torch.zeros(3, 4, dtype=torch.bfloat16)
     features[2, 1] = value
     with pytest.raises(
         ImageEncodingError, match=r"image 1 of .* NaN or infinity in bfloat16"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logits do not depend on how a request is cut up, where it lies, or who is beside it.
+"""Logits do not depend on how a request is cut up, where it lies, or who is beside it; nor does the
+embedding that it collects.
 
 Each scenario is a handful of requests with shared beginnings and pictures, in blocks, chunks and
 caches of drawn sizes. What a request gets is compared with one plain forward pass of Transformers
@@ -63,10 +64,17 @@ def make_document(number: int, length: int, rng: random.Random) -> Document:
 
 
 def make_picture(identifier: str, offset: int, length: int, rng: random.Random) -> Picture:
-    """Half of the pictures have positions without a feature, as line breaks are."""
+    """Half of the pictures have positions without a feature, as line breaks are.
+
+    One in three begins with such positions, as some models' do, up to a half of its length.
+    """
     has_breaks = rng.random() < 0.5
     is_embed = [not (has_breaks and rng.random() < 0.2) for _ in range(length)]
     is_embed[rng.randrange(length)] = True
+    if offset % 3 == 0:
+        lead = length // 2
+        is_embed[:lead] = [False] * lead
+        is_embed[lead] = True
     return Picture(identifier, offset, tuple(is_embed))
 
 
@@ -89,6 +97,7 @@ def make_scenario(seed: int) -> tuple[Setup, list[Ask]]:
         max_batch_tkv=block_size * (needed + 1) * rng.choice([2, 3, 16, 16]),
         encoder_cache=max(len(ask.token_ids) for ask in asks),
         poison=rng.choice(sorted(POISONS)),
+        collects=rng.random() < 0.5,
     )
     return setup, asks
 
@@ -126,6 +135,7 @@ class Tally:
         chunked: requests that were prefilled in several chunks.
         batched: requests that decoded beside others.
         pictured: requests with pictures.
+        collected: embeddings that were returned.
         error: largest difference of a logit.
     """
 
@@ -135,6 +145,7 @@ class Tally:
     chunked: int = 0
     batched: int = 0
     pictured: int = 0
+    collected: int = 0
     error: float = 0.0
 
     def __post_init__(self) -> None:
@@ -148,6 +159,7 @@ class Tally:
         self.chunked += answer.chunks > 1
         self.batched += answer.rows > 1
         self.pictured += bool(ask.pictures)
+        self.collected += answer.embedding is not None
         self.error = max(self.error, error)
         shape = (setup.block_size, setup.chunk_blocks, len(ask.token_ids), answer.hit)
         self.shapes.add((*shape, len(ask.pictures), answer.rows))
@@ -181,8 +193,35 @@ def test_logits_are_those_of_a_plain_forward_pass(
             expected = plain.logits(asks[number], answer.token_ids)
             error = float((logits - expected).abs().max())
             assert error < TOLERANCE, told
+            if setup.collects and asks[number].pictures:
+                features = torch.cat([picture.features for picture in asks[number].pictures])
+                assert answer.embedding is not None, told
+                assert torch.equal(answer.embedding, features), told
+            else:
+                assert answer.embedding is None, told
             tally.add(setup, asks[number], answer, error)
     print(f"\n{backend}, heads of {head_dim}: {tally}, {len(tally.shapes)} shapes")
     assert len(tally.shapes) > 3 * count
-    for name in ("hits", "chunked", "batched", "pictured"):
+    for name in ("hits", "chunked", "batched", "pictured", "collected"):
         assert getattr(tally, name) > tally.requests / 20, name
+
+
+@pytest.mark.parametrize("lead", [3, 4, 5, 9])
+def test_a_chunk_may_end_between_an_images_place_and_its_first_feature(
+    tmp_path: Path, lead: int
+) -> None:
+    """Its placeholder begins with tokens that are no features; chunks have 4."""
+    journey = Journey(save_checkpoint(tmp_path, 32), "eager")
+    picture = Picture("late", 4, (*[False] * lead, True, True, False, True))
+    setup = Setup(
+        block_size=4,
+        chunk_blocks=1,
+        max_num_seqs=2,
+        num_blocks=20,
+        max_batch_tkv=128,
+        encoder_cache=32,
+        collects=True,
+    )
+    (answer,) = journey.serve(setup, [Ask(tuple(range(8, 32)), (picture,), max_tokens=2)])
+    assert answer.embedding is not None
+    assert torch.equal(answer.embedding, picture.features)

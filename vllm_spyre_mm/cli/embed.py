@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_spyre_mm.cli.shards import Shards, ShardWriteError
 
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
-    from vllm_spyre_mm.encoder import VisionEncoder
+    from vllm_spyre_mm.encoder import ProcessedPicture, VisionEncoder
     from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
 
 SUMMARY = "write the features of pictures to safetensors or Parquet"
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Files that are taken from a folder."""
+
+Batch = list[tuple[Path, "ProcessedPicture"]]
 
 AT_ONCE = 4
 """Pictures that are encoded together; the encoder takes few tiles at a time anyhow."""
@@ -53,7 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--pooling", choices=("raw", "image", "base"), default="raw")
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto"
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="of what is written (default: the encoder's)",
+    )
+    parser.add_argument(
+        "--encoder-dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="what the encoder computes in (default: the host's fastest)",
     )
     parser.add_argument(
         "--shard-size",
@@ -75,8 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Encode.
 
     Returns:
-        The exit status: 1 if some pictures could not be read, none were given or a shard could not
-        be written, 2 if nothing was begun.
+        The exit status: 1 if some pictures could not be encoded, none were given or a shard could
+        not be written, 2 if nothing was begun.
     """
     from tqdm import tqdm
 
@@ -86,6 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
         "pooling": arguments.pooling,
         "dtype": arguments.dtype,
     }
+    if arguments.encoder_dtype != "auto":
+        made_with["encoder_dtype"] = arguments.encoder_dtype
     try:
         shards = Shards(arguments.output, arguments.shard_size, made_with)
         paths = dict.fromkeys(find_pictures(arguments.inputs))
@@ -109,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     print(f"{len(shards.index)} pictures in {shards.index_file}")
     if failed:
-        print(f"{len(failed)} could not be read:", *failed, sep="\n  ", file=sys.stderr)
+        print(f"{len(failed)} could not be encoded:", *failed, sep="\n  ", file=sys.stderr)
     return int(bool(failed))
 
 
@@ -146,7 +159,7 @@ def encode_files(
         choice: which rows, and their dtype.
         paths: of pictures.
         shards: get the features of each picture under its path.
-        failed: gets a line for each file that cannot be read.
+        failed: gets a line for each file that cannot be read or encoded; nothing of it is written.
         progress: counts files.
     """
     for path, features in _features(encoder, choice, paths, failed, progress):
@@ -164,11 +177,15 @@ def _images_of(line: bytes, where: str) -> list[str]:
 
 
 def _encoder(arguments: argparse.Namespace) -> "VisionEncoder":
+    import torch
+
     from vllm_spyre_mm.demo import checkpoint_path
     from vllm_spyre_mm.encoder import VisionEncoder
 
+    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     return VisionEncoder(
         arguments.model or str(checkpoint_path()),
+        dtypes[arguments.encoder_dtype],
         backend="eager" if arguments.eager else "inductor",
         revision=arguments.revision,
     )
@@ -187,18 +204,18 @@ def _features(
     failed: list[str],
     progress: "tqdm",
 ) -> "Iterator[tuple[Path, torch.Tensor]]":
-    """Features of each picture that can be read, in order; the next are read meanwhile."""
+    """Features of each picture that can be encoded, in order; the next are read meanwhile."""
     import torch
 
     from vllm_spyre_mm.encoder import read_picture
 
-    def read(path: Path) -> Any:
+    def read(path: Path) -> "ProcessedPicture":
         return encoder.process(read_picture(path))
 
-    batch: list[tuple[Path, Any]] = []
+    batch: Batch = []
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as readers:
         remaining = iter(paths)
-        ahead: deque[tuple[Path, Future[Any]]] = deque()
+        ahead: deque[tuple[Path, Future[ProcessedPicture]]] = deque()
         while True:
             while len(ahead) < 4 * AT_ONCE and (path := next(remaining, None)) is not None:
                 ahead.append((path, readers.submit(read, path)))
@@ -206,13 +223,40 @@ def _features(
                 path, future = ahead.popleft()
                 try:
                     batch.append((path, future.result()))
-                except (OSError, ValueError) as error:
-                    failed.append(f"{path}: {error}")
+                except Exception as error:  # libraries raise anything for damaged files
+                    failed.append(_fault(path, error))
                     progress.update()
             if batch and (len(batch) == AT_ONCE or not ahead):
-                encoded = encoder.encode([item for _, item in batch], choice)
-                yield from zip((path for path, _ in batch), encoded, strict=True)
+                yield from _encoded(encoder, choice, batch, failed)
                 progress.update(len(batch))
                 batch.clear()
             if not ahead and not batch:
                 return
+
+
+def _encoded(
+    encoder: "VisionEncoder", choice: "EmbeddingChoice", batch: "Batch", failed: list[str]
+) -> "Iterator[tuple[Path, torch.Tensor]]":
+    """Features of the pictures of a batch; of each alone where they cannot be had together."""
+    try:
+        encoded = encoder.encode([picture for _, picture in batch], choice)
+    except Exception as error:  # anything may come out of a vision tower
+        if len(batch) == 1:
+            failed.append(_fault(batch[0][0], error))
+            return
+        for each in batch:
+            yield from _encoded(encoder, choice, [each], failed)
+    else:
+        yield from zip((path for path, _ in batch), encoded, strict=True)
+
+
+def _fault(path: Path, error: Exception) -> str:
+    """A line about a picture; the traceback is in the log for those who look for it."""
+    from vllm_spyre_mm.log import get_logger
+    from vllm_spyre_mm.multimodal.feature_check import FeatureError
+
+    get_logger(__name__).debug("%s could not be encoded", path, exc_info=error)
+    if isinstance(error, FeatureError):
+        return f"{path}: it was encoded to {error}"
+    said = str(error) if isinstance(error, (OSError, ValueError)) else ""
+    return f"{path}: {said or f'{type(error).__name__}: {error}'}"

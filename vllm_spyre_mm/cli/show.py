@@ -38,10 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw; the exit status is 1 where a picture cannot be read or the place is not in it."""
+    """Draw; the exit status is 1 where a picture cannot be encoded or the place is not in it."""
     from vllm_spyre_mm.coloring import figure
     from vllm_spyre_mm.demo import checkpoint_path
     from vllm_spyre_mm.encoder import VisionEncoder, read_picture
+    from vllm_spyre_mm.multimodal.feature_check import FeatureError
 
     paths = [path for path in (arguments.picture, arguments.other) if path is not None]
     try:
@@ -49,10 +50,17 @@ def run(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         print(f"the picture cannot be read: {error}", file=sys.stderr)
         return 1
-    encoder = VisionEncoder(
-        arguments.model or str(checkpoint_path()), backend="eager", revision=arguments.revision
-    )
-    seen = [look(encoder, picture) for picture in pictures]
+    model = arguments.model or str(checkpoint_path())
+    try:
+        encoder = VisionEncoder(model, backend="eager", revision=arguments.revision)
+    except (OSError, ValueError) as error:
+        print(f"{model} cannot be loaded: {error}", file=sys.stderr)
+        return 1
+    try:
+        seen = [look(encoder, picture) for picture in pictures]
+    except FeatureError as error:
+        print(f"the picture was encoded to {error}", file=sys.stderr)
+        return 1
     if len(seen) == 1:
         rows = [seen[0].principal_components()]
     else:
@@ -108,11 +116,11 @@ def look(encoder: object, picture: "Image.Image") -> Seen:
     from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
 
     assert isinstance(encoder, VisionEncoder)
-    item = encoder.process(picture)
-    (features,) = encoder.encode([item], EmbeddingChoice())
-    layout = encoder.mapping.feature_layout(item)
+    processed = encoder.process(picture)
+    (features,) = encoder.encode([processed], EmbeddingChoice())
+    layout = encoder.mapping.feature_layout(processed.item)
     assert layout is not None, "a picture has a layout"
-    return Seen(picture, features, layout, encoder.mapping.tile_grid(item))
+    return Seen(picture, features, layout, encoder.mapping.tile_grid(processed.item))
 
 
 def similarities(seen: list[Seen], row: int, column: int) -> "list[list[Panel]]":

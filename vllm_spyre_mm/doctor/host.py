@@ -91,11 +91,11 @@ def available_cores() -> float:
 
 def memory() -> Iterator[Finding]:
     """What is free of the host's memory, or of the container's limit."""
-    from vllm.utils.cpu_resource_utils import get_memory_node_info
+    from vllm_spyre_mm.host_memory import host_memory
 
-    node = get_memory_node_info()
-    said = f"{gib(node.available_memory)} of {gib(node.total_memory)} GiB are free"
-    if node.available_memory < 4 << 30:
+    found = host_memory()
+    said = f"{gib(found.available)} of {gib(found.total)} GiB are free"
+    if found.available < 4 << 30:
         do = "free memory: an engine's processes take about 3 GiB before any model"
         yield Finding("memory", "warning", said, do)
     else:

@@ -4,7 +4,6 @@
 Headers are read, no weights: what a start would refuse after minutes is known in seconds.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from vllm_spyre_mm.doctor.host import gib
 from vllm_spyre_mm.doctor.probe import probe
 
 FETCH = "fetch the checkpoint again, every file of it"
+CONVERT = "convert them: model.save_pretrained(..., safe_serialization=True) of transformers"
 
 
 def configuration(folder: Path) -> Iterator[Finding]:
@@ -57,17 +57,20 @@ def files(folder: Path) -> Iterator[Finding]:
     """Whether the weights are there: every file that the index names, none of them cut short."""
     from safetensors import SafetensorError, safe_open
 
-    stored = sorted(folder.glob("*.safetensors"))
-    if not stored:
-        others = next(folder.glob("*.bin"), None)
-        do = (
-            "convert them: model.save_pretrained(..., safe_serialization=True) of transformers"
-            if others
-            else FETCH
-        )
-        yield Finding("files", "error", f"{folder} has no *.safetensors", do)
+    from vllm_spyre_mm.model_executor.checkpoint import CheckpointError, weight_files
+
+    try:
+        found = weight_files(folder)
+    except CheckpointError as error:
+        pickled = not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
+        yield Finding("files", "error", str(error), CONVERT if pickled else FETCH)
         return
-    faults = list(_missing_files(folder))
+    faults = []
+    for name in found.absent:
+        assert found.indexed is not None, "the index names what is absent"
+        count, total = len(found.indexed[name]), sum(map(len, found.indexed.values()))
+        faults.append(f"{name}, with {count} of {total} tensors, is missing")
+    stored = [folder / name for name in found.read]
     for file in stored:
         try:
             with safe_open(file, framework="pt"):
@@ -83,23 +86,15 @@ def files(folder: Path) -> Iterator[Finding]:
         yield Finding("files", "ok", f"{len(stored)} files of weights, {size} GiB")
 
 
-def _missing_files(folder: Path) -> Iterator[str]:
-    for index in folder.glob("*.safetensors.index.json"):
-        named: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        for file in sorted(set(named.values())):
-            if not (folder / file).exists():
-                count = sum(each == file for each in named.values())
-                yield f"{file}, with {count} of {len(named)} tensors, is missing"
-
-
 def weights(folder: Path) -> Iterator[Finding]:
     """Whether the tensors are exactly those of the model, and fit into memory."""
     import torch
     from vllm.config import CacheConfig
 
     from vllm_spyre_mm.config import DEFAULT_MAX_MODEL_LEN
+    from vllm_spyre_mm.host_memory import host_memory
     from vllm_spyre_mm.model_executor.checkpoint import CheckpointError
-    from vllm_spyre_mm.model_executor.kv_cache import ACTIVATION_RESERVE, host_memory
+    from vllm_spyre_mm.model_executor.kv_cache import ACTIVATION_RESERVE
     from vllm_spyre_mm.model_executor.loader import LoadOptions, check_checkpoint
 
     mapping = _mapping(folder)
@@ -113,7 +108,7 @@ def weights(folder: Path) -> Iterator[Finding]:
     length = min(mapping.text_config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
     sequence_bytes = options.token_bytes(dtype) * length
     needed = elements * dtype.itemsize + sequence_bytes + ACTIVATION_RESERVE
-    free = host_memory(CacheConfig.gpu_memory_utilization).free
+    free = host_memory().free(CacheConfig.gpu_memory_utilization)
     said = (
         f"{elements / 1e6:.0f} M elements, every one accounted for; {gib(needed)} GiB for the "
         f"model, one sequence of {length} tokens and activations, of {gib(free)} GiB free"

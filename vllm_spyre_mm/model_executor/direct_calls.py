@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A block of nothing but the project's operations, called without a compiler or a dispatcher.
 
-With the kernels of AVX-512 or AMX, fusing leaves five operations of a block, and views. There is nothing for
-Inductor to compile; its code around them, AOTAutograd's, and PyTorch's way from an operator to
-Python take as long as the Python itself: a tenth of a step that decodes one sequence.
+With the kernels of AVX-512 or AMX, fusing leaves five operations of a block, and views. There is
+nothing for Inductor to compile; its code around them, AOTAutograd's, and PyTorch's way from an
+operator to Python take as long as the Python itself: a tenth of a step that decodes one sequence.
 """
 
 import operator

@@ -60,7 +60,7 @@ def loaders(shape: ModelShape) -> list[Callable[[], object]]:
     needed += [
         each.KERNEL.load for each in (tiled_linear, rows_linear) if each.KERNEL.takes(shape.dtype)
     ]
-    for head_dim in {shape.head_dim, shape.tower_head_dim} - {None}:
+    for head_dim in {shape.head_dim, shape.tower_head_dim or shape.head_dim}:
         if blocked_attention.supports(head_dim, shape.dtype):
             needed.append(partial(blocked_attention.KERNEL.load, HEAD_DIM=head_dim))
     if paged_decode.supports(shape.head_dim, shape.dtype):

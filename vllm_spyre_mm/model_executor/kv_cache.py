@@ -3,11 +3,11 @@
 
 import math
 import mmap
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_spyre_mm.host_memory import host_memory
 from vllm_spyre_mm.multimodal.mm_mappings.base import KVCacheOptions
 
 if TYPE_CHECKING:
@@ -36,39 +36,6 @@ def kv_cache_spec(
     return {f"layers.{i}.attn": spec for i in range(options.num_layers)}
 
 
-@dataclass(frozen=True, slots=True)
-class HostMemory:
-    """The host's memory, in bytes.
-
-    Attributes:
-        total: all of it, or what a container may have.
-        taken: by all processes.
-        share: what may be taken at most.
-    """
-
-    total: int
-    taken: int
-    share: int
-
-    @property
-    def free(self) -> int:
-        """What is left of the share; negative where more is taken."""
-        return self.share - self.taken
-
-
-def host_memory(utilization: float) -> HostMemory:
-    """The memory as it is now.
-
-    Args:
-        utilization: the share, ``--gpu-memory-utilization``.
-    """
-    from vllm.utils.cpu_resource_utils import get_memory_node_info
-
-    node = get_memory_node_info()
-    share = int(node.total_memory * utilization)
-    return HostMemory(node.total_memory, node.total_memory - node.available_memory, share)
-
-
 def kv_cache_bytes(vllm_config: "VllmConfig", spec: dict[str, "KVCacheSpec"]) -> int:
     """Memory for this rank's KV cache, in bytes.
 
@@ -84,15 +51,15 @@ def kv_cache_bytes(vllm_config: "VllmConfig", spec: dict[str, "KVCacheSpec"]) ->
     config: CacheConfig = vllm_config.cache_config
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
-    memory = host_memory(config.gpu_memory_utilization)
+    memory, utilization = host_memory(), config.gpu_memory_utilization
     world_size = vllm_config.parallel_config.world_size
-    available = (memory.free - ACTIVATION_RESERVE) // world_size
+    available = (memory.free(utilization) - ACTIVATION_RESERVE) // world_size
     if available <= 0:
         raise ValueError(
             f"no host memory is left for the KV cache: {memory.taken / 2**30:.1f} of "
             f"{memory.total / 2**30:.1f} GiB are taken, and --gpu-memory-utilization "
-            f"allows {memory.share / 2**30:.1f} GiB of which activations need 1 GiB. Free "
-            "memory, raise --gpu-memory-utilization, or give --kv-cache-memory-bytes"
+            f"allows {memory.total * utilization / 2**30:.1f} GiB of which activations need 1 GiB. "
+            "Free memory, raise --gpu-memory-utilization, or give --kv-cache-memory-bytes"
         )
     blocks_per_sequence = cdiv(
         vllm_config.model_config.max_model_len, vllm_config.cache_config.block_size

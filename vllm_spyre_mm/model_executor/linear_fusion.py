@@ -99,15 +99,20 @@ def _find_residual(linear: fx.Node) -> tuple[fx.Node, fx.Node | None, float]:
     last, scale = linear, 1.0
     user = _only_user(last)
     if _is(user, *MULTIPLY):
-        (factor,) = (part for part in user.args if part is not last)
+        factor = _other_operand(user, last)
         if isinstance(factor, float):
             last, scale = user, factor
             user = _only_user(last)
     if _is(user, *ADD) and not user.kwargs:
-        (residual,) = (part for part in user.args if part is not last)
+        residual = _other_operand(user, last)
         if isinstance(residual, fx.Node) and _are_alike(residual, linear):
             return user, residual, scale
     return linear, None, 1.0
+
+
+def _other_operand(node: fx.Node, operand: fx.Node) -> Any:
+    """What a product or a sum takes beside an operand; None if that is the same once more."""
+    return next((part for part in node.args if part is not operand), None)
 
 
 def _is_tiled_linear(node: Any) -> bool:

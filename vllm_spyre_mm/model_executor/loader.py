@@ -25,9 +25,11 @@ from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.checkpoint import (
     CheckpointError,
     StoredTensor,
+    WeightFiles,
     check_complete,
     check_initialised,
     open_checkpoint,
+    weight_files,
 )
 from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, LoadOverrides, MMUtils
 
@@ -80,8 +82,10 @@ def load_model(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -> FmsM
     Raises:
         CheckpointError: a tensor is missing, unexpected, wrongly shaped or not finite.
     """
-    overrides = mapping.load_overrides(options.for_card)
-    encoder, decoder = _take_stock(overrides, checkpoint, options)
+    files = weight_files(checkpoint)
+    overrides, encoder, decoder = _take_stock(
+        mapping.load_overrides(options.for_card), files, options
+    )
     model = _build(overrides, options.decoder_dtype, options.group)
     if options.encoder_only:
         for name, _ in list(model.named_children()):
@@ -90,7 +94,7 @@ def load_model(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -> FmsM
     for part, dtype in ((encoder, options.encoder_dtype), (decoder, options.decoder_dtype)):
         _fill(model, overrides.architecture, part, dtype, options.group)
     model.post_init()  # ties the head and computes the rotary tables, now that there is storage
-    check_initialised(checkpoint, model)
+    check_initialised(files, model)
     return model.eval().requires_grad_(False)
 
 
@@ -103,29 +107,33 @@ def check_checkpoint(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -
     Raises:
         CheckpointError: a tensor is missing, unexpected or wrongly shaped.
     """
-    parts = _take_stock(mapping.load_overrides(options.for_card), checkpoint, options)
+    overrides = mapping.load_overrides(options.for_card)
+    _, *parts = _take_stock(overrides, weight_files(checkpoint), options)
     return sum(math.prod(tensor.shape) for part in parts for tensor in part.values())
 
 
 def _take_stock(
-    overrides: LoadOverrides, checkpoint: Path, options: LoadOptions
-) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    overrides: LoadOverrides, files: WeightFiles, options: LoadOptions
+) -> tuple[LoadOverrides, dict[str, StoredTensor], dict[str, StoredTensor]]:
     """The tensors of the encoder and of the decoder, which are exactly what the model needs.
+
+    The overrides are given back with a head as the checkpoint has it.
 
     Raises:
         CheckpointError: they are not.
     """
     tensors = {
         name: tensor
-        for name, tensor in open_checkpoint(checkpoint, overrides.rename).items()
+        for name, tensor in open_checkpoint(files, overrides.rename).items()
         if not overrides.is_unused(name)
     }
-    _drop_tied_head(checkpoint, tensors, overrides.tied)
+    if not options.encoder_only:
+        overrides = _settle_head(files, tensors, overrides, options.decoder_dtype)
     encoder, decoder = _split(tensors, overrides.encoder_modules)
     if options.encoder_only:
         decoder = {}
-    _check(checkpoint, overrides, options, {**encoder, **decoder})
-    return encoder, decoder
+    _check(files, overrides, options, {**encoder, **decoder})
+    return overrides, encoder, decoder
 
 
 def _build(overrides: LoadOverrides, dtype: torch.dtype, group: ProcessGroup | None) -> FmsModel:
@@ -144,22 +152,48 @@ def _build(overrides: LoadOverrides, dtype: torch.dtype, group: ProcessGroup | N
     return model
 
 
-def _drop_tied_head(
-    checkpoint: Path, tensors: dict[str, StoredTensor], tied: tuple[str, str] | None
-) -> None:
-    """Leave out a stored head that is tied: FMS would let it replace the embedding.
+def _settle_head(
+    files: WeightFiles,
+    tensors: dict[str, StoredTensor],
+    overrides: LoadOverrides,
+    dtype: torch.dtype,
+) -> LoadOverrides:
+    """Tie the head to the embedding, or not, as Transformers does with the same checkpoint.
+
+    A tied head that is stored beside an equal embedding is left out of ``tensors``: FMS would let
+    it replace the embedding. One that differs in ``dtype`` stays a head of its own, and one that is
+    stored alone is the embedding.
 
     Raises:
-        CheckpointError: it is not the embedding.
+        CheckpointError: there is no head, and the configuration does not tie it.
     """
-    if tied is None or tied[0] not in tensors or tied[1] not in tensors:
-        return
-    head, embedding = tensors.pop(tied[0]), tensors[tied[1]]
-    if not torch.equal(head.read(), embedding.read()):
-        raise CheckpointError(
-            f"the checkpoint in {checkpoint} cannot be served; its configuration ties the head to "
-            f"the embedding, but {head.stored_name} differs from {embedding.stored_name}"
+    head = overrides.head
+    stored, embedding = tensors.get(head.name), tensors.get(head.embedding)
+    if not head.tied:
+        if stored is None and embedding is not None:
+            raise CheckpointError(
+                f"the checkpoint in {files.folder} cannot be served; missing: {head.name}, and the "
+                f"configuration does not tie the head to the embedding: {head.settings}; {files}"
+            )
+        return overrides
+    if stored is None:
+        return overrides
+    if embedding is None:
+        tensors[head.embedding] = tensors.pop(head.name)
+    elif torch.equal(stored.read().to(dtype), embedding.read().to(dtype)):
+        del tensors[head.name]
+    else:
+        logger.warning(
+            "%s ties the head to the embedding (%s), but holds two that differ: %s and %s. Both "
+            "are used, as Transformers does.",
+            files.folder,
+            head.settings,
+            stored,
+            embedding,
         )
+        untied = dataclasses.replace(head, tied=False)
+        return dataclasses.replace(overrides, config=head.untied_config, head=untied)
+    return overrides
 
 
 def _split(
@@ -176,7 +210,7 @@ def _split(
 
 
 def _check(
-    checkpoint: Path,
+    files: WeightFiles,
     overrides: LoadOverrides,
     options: LoadOptions,
     tensors: Mapping[str, StoredTensor],
@@ -198,21 +232,21 @@ def _check(
             except (RuntimeError, LookupError, AssertionError) as error:
                 stored = ", ".join(f"{name} {tensors[name].shape}" for name in sorted(group))
                 raise CheckpointError(
-                    f"the checkpoint in {checkpoint} cannot be served; these tensors do not form "
-                    f"a layer ({error}): {stored}"
+                    f"the checkpoint in {files.folder} cannot be served; these tensors do not "
+                    f"form a layer ({error}): {stored}; {files}"
                 ) from error
     expected = whole.state_dict()
-    if overrides.tied is not None:
+    if overrides.head.tied:
         (head,) = get_adapted(
             overrides.architecture,
             SOURCE,
-            {overrides.tied[0]: torch.empty(0)},
+            {overrides.head.name: torch.empty(0)},
             {"model_config": whole.config},
         )
         del expected[head]
     if options.encoder_only:
         expected, _ = _split(expected, overrides.encoder_modules)
-    check_complete(checkpoint, adapted, expected)
+    check_complete(files, adapted, expected)
 
 
 def _layers(tensors: Mapping[str, StoredTensor]) -> list[list[str]]:

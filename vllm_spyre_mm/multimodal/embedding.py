@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_spyre_mm.multimodal.feature_check import dtype_name, largest, overflows
 from vllm_spyre_mm.multimodal.feature_layout import FeatureLayout
 
 if TYPE_CHECKING:
@@ -207,17 +208,31 @@ def pool(
     return F.adaptive_avg_pool2d(picture, choice.grid).flatten(1).T
 
 
+class EmbeddingOverflowError(ValueError):
+    """The chosen dtype cannot hold an embedding's values; says which one can."""
+
+
 def convert(rows: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rows in the chosen dtype, and the scales of an int8 one.
 
     Args:
         rows: ``(rows, hidden_size)``.
         dtype: of :class:`EmbeddingChoice`.
+
+    Raises:
+        EmbeddingOverflowError: a value would become infinite.
     """
     if dtype == "auto":
         return rows, None
     if dtype != "int8":
-        return rows.to(getattr(torch, dtype)), None
+        chosen: torch.dtype = getattr(torch, dtype)
+        if overflows(rows, chosen):
+            fits = "float32" if overflows(rows, torch.bfloat16) else "bfloat16"
+            raise EmbeddingOverflowError(
+                f"the embedding has values up to {largest(rows):.6g}, which {dtype} cannot hold "
+                f"({torch.finfo(chosen).max:.6g} at most): choose dtype {fits!r}"
+            )
+        return rows.to(chosen), None
     scales = rows.float().abs().amax(dim=1) / 127
     divisors = torch.where(scales > 0, scales, 1.0).unsqueeze(1)
     return (rows.float() / divisors).round().to(torch.int8), scales
@@ -239,6 +254,9 @@ def assemble(
 
     Returns:
         ``(rows, hidden_size)``, contiguous memory of its own, and which rows are which.
+
+    Raises:
+        EmbeddingOverflowError: the chosen dtype cannot hold its values.
     """
     pooled = [pool(part, layout, choice) for part, layout in zip(parts, layouts, strict=True)]
     items, start = [], 0
@@ -252,6 +270,6 @@ def assemble(
         start = end
     dtype: str = choice.dtype
     if dtype == "auto" and choice.pooling != "raw":  # means are computed in fp32
-        dtype = str(parts[0].dtype).removeprefix("torch.")
+        dtype = dtype_name(parts[0].dtype)
     rows, scales = convert(torch.cat(pooled), dtype)
     return rows, MMEmbeddingInfo(items, choice.pooling, scales)

@@ -9,10 +9,23 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from vllm.multimodal.inputs import MultiModalFeatureSpec
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 TEXT = -1
 """Marks, in a feature index, a position that keeps its text embedding."""
+
+
+def first_feature(position: "PlaceholderRange") -> int:
+    """The position in the prompt to which the first feature of an image goes.
+
+    A placeholder may begin with tokens that are no features; vLLM has an image encoded for the
+    chunk that reaches this position, not for one that only reaches the placeholder.
+
+    Args:
+        position: of an image that has features.
+    """
+    mask = position.is_embed
+    return position.offset if mask is None else position.offset + int(mask.int().argmax())
 
 
 def merge_embeddings(
@@ -89,3 +102,31 @@ def plan_merge(
         num_rows += count
         slices.append(FeatureSlice(item, row_start, row_end))
     return slices, index
+
+
+def first_without_row(
+    token_ids: Sequence[int], mm_features: Sequence["MultiModalFeatureSpec"], num_rows: int
+) -> int | None:
+    """First position of a prompt whose token is looked up and has no row in the embedding.
+
+    A tokenizer may know tokens that the model was never given rows for, the image token among them:
+    where a feature goes, nothing is looked up.
+
+    Args:
+        token_ids: of the whole prompt, placeholders expanded.
+        mm_features: its images in prompt order.
+        num_rows: of the text embedding.
+    """
+    _, index = plan_merge(mm_features, 0, len(token_ids))
+    without = (np.asarray(token_ids) >= num_rows) & (index == TEXT)
+    return int(without.argmax()) if without.any() else None
+
+
+def looked_up(token_ids: torch.Tensor, feature_index: torch.Tensor) -> torch.Tensor:
+    """Token ids with 0 where a feature goes: an image token may have no row of its own.
+
+    Args:
+        token_ids: int64 ``(batch, length)``.
+        feature_index: as in :func:`merge_embeddings`.
+    """
+    return token_ids.masked_fill(feature_index != TEXT, 0)

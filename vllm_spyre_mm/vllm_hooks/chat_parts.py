@@ -9,7 +9,6 @@ A ``uuid`` beside an image is vLLM's key of it in every cache, as it stands: two
 the same one, by chance or not, share the features of one image.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 MEDIA = ("image_url", "image_embeds", "image_pil")
@@ -61,12 +61,12 @@ def _extend_renderer(module: ModuleType) -> None:
     require_attributes(module, ("BaseRenderer",))
     renderer = module.BaseRenderer
     original = renderer.render_chat_async
-    if hasattr(original, "__wrapped__"):
+    if is_extended(original, __name__):
         return
     require_parameters(original, ("conversations",))
     require_parameters(renderer.__init__, ("config",))
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     async def render_chat_async(self: Any, conversations: Any, *args: Any, **kwargs: Any) -> Any:
         if not SpyreSettings.from_vllm_config(self.config).trust_client_image_uuids:
             conversations = [[without_uuids(each) for each in chat] for chat in conversations]
@@ -77,7 +77,7 @@ def _extend_renderer(module: ModuleType) -> None:
 
 def _extend_embeds(module: ModuleType) -> None:
     require_attributes(module, ("_load_embeds_dict",))
-    if not hasattr(module._load_embeds_dict, "__wrapped__"):
+    if not is_extended(module._load_embeds_dict, __name__):
         require_parameters(module._load_embeds_dict, ("data", "fetch"))
         module._load_embeds_dict = _checking(module._load_embeds_dict)  # type: ignore[attr-defined]
 
@@ -86,7 +86,7 @@ def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
     """Refuses fields of an embedding that are neither base64 nor a list, which vLLM fails at."""
     from vllm.exceptions import VLLMValidationError
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     async def _load_embeds_dict(data: Any, fetch: Any) -> dict[str, Any]:
         loaded = await original(data, fetch)
         for name, value in loaded.items():

@@ -75,6 +75,19 @@ def require_parameters(function: Callable[..., Any], names: Iterable[str]) -> No
         require(name in parameters, f"{function.__qualname__} has no parameter {name!r}")
 
 
+def require_assigned(function: Callable[..., Any], names: Iterable[str]) -> None:
+    """Check that ``function`` (an ``__init__``) names the attributes ``names`` in its code.
+
+    For attributes that are looked for with a default, because they may not be there yet.
+
+    Raises:
+        UnsupportedVllmError: one is missing.
+    """
+    found = inspect.unwrap(function).__code__.co_names
+    for name in names:
+        require(name in found, f"{function.__qualname__} sets no attribute {name!r}")
+
+
 def require_overridable(base: type, override: Callable[..., Any], returned: int = 1) -> None:
     """Check that ``base`` has the method that ``override`` overrides, as it expects it.
 

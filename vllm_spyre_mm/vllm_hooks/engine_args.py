@@ -7,7 +7,7 @@ dict ``additional_config``, which vLLM carries to every process.
 """
 
 import argparse
-import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,8 @@ from vllm_spyre_mm.config import (
     SpyreSettings,
     card_backend_available,
 )
-from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.contract import require, require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 KEYWORD = "enable_return_mm_embedding"
@@ -58,16 +59,20 @@ def _extend_engine_args(module: ModuleType) -> None:
         module.EngineArgs.__init__,
         ("additional_config", "dtype", "enforce_eager", "max_num_batched_tokens", "max_num_seqs"),
     )
+    require(
+        KEYWORD not in inspect.signature(module.EngineArgs.__init__).parameters,
+        f"EngineArgs has a parameter {KEYWORD!r} of its own",
+    )
     require_attributes(module.EngineArgs, ("from_cli_args",))
     for cls in (module.EngineArgs, module.AsyncEngineArgs):
-        if not hasattr(cls.__init__, KEYWORD):
+        if not is_extended(cls.__init__, __name__):
             cls.__init__ = _accepting_keyword(cls.__init__)
-    if not hasattr(module.EngineArgs.from_cli_args, KEYWORD):
+    if not is_extended(module.EngineArgs.from_cli_args, __name__):
         module.EngineArgs.from_cli_args = _reading_flag(module.EngineArgs.from_cli_args.__func__)
 
 
 def _accepting_keyword(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         wanted = kwargs.pop(KEYWORD, None)
         original(self, *args, **kwargs)
@@ -81,7 +86,6 @@ def _accepting_keyword(original: Callable[..., None]) -> Callable[..., None]:
         if self.dtype == "auto" and card_backend_available() and not for_card:
             self.dtype = _host_dtype()
 
-    setattr(__init__, KEYWORD, True)
     return __init__
 
 
@@ -104,14 +108,13 @@ def _host_dtype() -> torch.dtype:
 
 
 def _reading_flag(original: Callable[..., Any]) -> Any:
-    @functools.wraps(original)
+    @extending(original, __name__)
     def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
         engine_args = original(cls, args)
         if getattr(args, KEYWORD, False):
             engine_args.additional_config = _with_keyword(engine_args.additional_config, True)
         return engine_args
 
-    setattr(from_cli_args, KEYWORD, True)
     return classmethod(from_cli_args)
 
 
@@ -134,11 +137,11 @@ def _name_the_alternative(module: ModuleType) -> None:
     """Make ``MultiModalConfig(enable_return_mm_embedding=...)`` say where the keyword belongs."""
     require_attributes(module, ("MultiModalConfig",))
     cls = module.MultiModalConfig
-    if hasattr(cls.__init__, KEYWORD):
+    if is_extended(cls.__init__, __name__):
         return
     original = cls.__init__
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         if KEYWORD in kwargs:
             raise TypeError(
@@ -148,5 +151,4 @@ def _name_the_alternative(module: ModuleType) -> None:
             )
         original(self, *args, **kwargs)
 
-    setattr(__init__, KEYWORD, True)
     cls.__init__ = __init__

@@ -106,4 +106,8 @@ def install() -> None:
 
 def _decode_with_embedding(module: ModuleType) -> None:
     require_attributes(module, ("EngineCoreOutputs",))
+    require(
+        module.EngineCoreOutputs in (VllmEngineCoreOutputs, EngineCoreOutputs),
+        f"{module.__name__}.EngineCoreOutputs is another class",
+    )
     module.EngineCoreOutputs = EngineCoreOutputs  # type: ignore[attr-defined]

@@ -2,14 +2,12 @@
 """Checks a request while and after vLLM's front end expands its placeholders, before the engine.
 
 Leans on: ``InputProcessor.process_inputs`` returns every ``EngineCoreRequest``, which vLLM hands to
-the engine next, and has the ``vllm_config`` and the ``renderer``, whose ``mm_processor_cache``
-processed the pictures; ``BaseMultiModalProcessor.apply`` gets every prompt's pictures before they
-are processed; ``BaseMultiModalProcessor._matched_updates_from_result`` gets, for each picture, the
-tag that was found for it, or None (where vLLM would fail an assertion that does not say what is
-wrong). An exception from any of them fails that request alone (HTTP 400).
+the engine next, and has the ``vllm_config``; ``BaseMultiModalProcessor.apply`` gets every prompt's
+pictures before they are processed; ``BaseMultiModalProcessor._matched_updates_from_result`` gets,
+for each picture, the tag that was found for it, or None (where vLLM would fail an assertion that
+does not say what is wrong). An exception from any of them fails that request alone (HTTP 400).
 """
 
-import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -23,8 +21,9 @@ from vllm_spyre_mm.requests import (
     validate_tags,
 )
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
-from vllm_spyre_mm.vllm_hooks.sender_cache import SenderCache
+from vllm_spyre_mm.vllm_hooks.unasked import decline_unless_asked
 
 
 def install() -> None:
@@ -34,25 +33,24 @@ def install() -> None:
 
 
 def _extend_input_processor(module: ModuleType) -> None:
-    require_attributes(module, ("InputProcessor", "BaseRenderer"))
-    require_attributes(module.BaseRenderer, ("mm_processor_cache",))
+    require_attributes(module, ("InputProcessor",))
     processor = module.InputProcessor
-    if hasattr(processor.process_inputs, "__wrapped__"):
+    if is_extended(processor.process_inputs, __name__):
         return
     require_parameters(processor.process_inputs, ("request_id", "prompt", "params", "resumable"))
     require_parameters(processor.__init__, ("vllm_config",))
+    processor.returns_unasked = True
     processor.process_inputs = _checking(processor.process_inputs)
 
 
 def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         validate_engine_request(request, self.vllm_config.model_config)
+        if not self.returns_unasked:
+            decline_unless_asked(request)
         prepare_embedding(request, self.vllm_config)
-        cache = self.renderer.mm_processor_cache
-        if isinstance(cache, SenderCache):
-            cache.accept(request)
         return request
 
     return process_inputs
@@ -62,7 +60,7 @@ def _extend_multimodal_processor(module: ModuleType) -> None:
     require_attributes(module, ("BaseMultiModalProcessor",))
     processor = module.BaseMultiModalProcessor
     require_attributes(processor, ("apply", "_matched_updates_from_result"))
-    if hasattr(processor._matched_updates_from_result, "__wrapped__"):
+    if is_extended(processor._matched_updates_from_result, __name__):
         return
     require_parameters(processor.apply, ("inputs", "timing_ctx"))
     require_parameters(processor._matched_updates_from_result, ("match_result",))
@@ -73,7 +71,7 @@ def _extend_multimodal_processor(module: ModuleType) -> None:
 def _checking_images(original: Callable[..., Any]) -> Callable[..., Any]:
     from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def apply(self: Any, inputs: Any, timing_ctx: Any) -> Any:
         images = inputs.mm_data_items.get("image")
         mixture = getattr(images, "mixture", None)
@@ -97,7 +95,7 @@ def _checking_images(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _explaining(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     def _matched_updates_from_result(self: Any, updates: Any, match_result: Any) -> Any:
         for modality, matches in match_result.items():
             validate_tags(modality, len(matches), sum(match is not None for match in matches))

@@ -10,12 +10,12 @@ is none, and would be answered with HTTP 500 or 501 and a closed connection.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 
@@ -30,20 +30,20 @@ def install() -> None:
 def _extend_image_loaders(module: ModuleType) -> None:
     require_attributes(module, ("ImageMediaIO", "ImageEmbeddingMediaIO"))
     pictures, embeddings = module.ImageMediaIO, module.ImageEmbeddingMediaIO
-    if hasattr(pictures.load_bytes, "__wrapped__"):
-        return
     require_parameters(pictures.load_bytes, ("data",))
     require_parameters(embeddings.load_bytes, ("data",))
-    pictures.load_bytes = _refusing("image", pictures.load_bytes)
-    embeddings.load_bytes = _checking_embedding(
-        _refusing("an image embedding", embeddings.load_bytes)
-    )
+    if not is_extended(pictures.load_bytes, __name__):
+        pictures.load_bytes = _refusing("image", pictures.load_bytes)
+    if not is_extended(embeddings.load_bytes, __name__):
+        embeddings.load_bytes = _checking_embedding(
+            _refusing("an image embedding", embeddings.load_bytes)
+        )
 
 
 def _refusing(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
     from vllm.exceptions import VLLMError
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def load_bytes(self: Any, data: bytes) -> Any:
         try:
             return original(self, data)
@@ -61,7 +61,7 @@ def _checking_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
     """Refuses at once what is no embedding of an image: one of rank 3 would be taken for pixels."""
     from vllm_spyre_mm.requests import fault_of_serialized_embedding
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def load_bytes(self: Any, data: bytes) -> Any:
         try:
             embedding = original(self, data)
@@ -83,11 +83,11 @@ def _decode_first(module: ModuleType) -> None:
     """
     require_attributes(module, ("normalize_image",))
     original = module.normalize_image
-    if hasattr(original, "__wrapped__"):
+    if is_extended(original, __name__):
         return
     require_parameters(original, ("image",))
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def normalize_image(image: Any) -> Any:
         try:
             image.load()
@@ -106,17 +106,18 @@ def _decode_first(module: ModuleType) -> None:
 def _extend_connector(module: ModuleType) -> None:
     require_attributes(module, ("MediaConnector", "HTTPConnection", "global_http_connection"))
     connector, connection = module.MediaConnector, module.HTTPConnection
-    if hasattr(connector.load_from_url, "__wrapped__"):
-        return
     require_parameters(connector.__init__, ("connection", "allowed_media_domains"))
     for name in ("load_from_url", "load_from_url_async"):
         require_parameters(getattr(connector, name), ("url", "media_io"))
     for name in ("get_response", "get_async_response"):
         require_parameters(getattr(connection, name), ("url", "allow_redirects"))
-    connector.load_from_url = _explaining(connector.load_from_url)
-    connector.load_from_url_async = _explaining_later(connector.load_from_url_async)
-    shared = module.global_http_connection
-    connector.__init__ = _staying(connector.__init__, shared, _direct(connection)())
+    if not is_extended(connector.load_from_url, __name__):
+        connector.load_from_url = _explaining(connector.load_from_url)
+    if not is_extended(connector.load_from_url_async, __name__):
+        connector.load_from_url_async = _explaining_later(connector.load_from_url_async)
+    if not is_extended(connector.__init__, __name__):
+        shared = module.global_http_connection
+        connector.__init__ = _staying(connector.__init__, shared, _direct(connection)())
 
 
 @contextlib.contextmanager
@@ -136,7 +137,7 @@ def _clients_error() -> Iterator[None]:
 
 
 def _explaining(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     def load_from_url(*args: Any, **kwargs: Any) -> Any:
         with _clients_error():
             return original(*args, **kwargs)
@@ -145,7 +146,7 @@ def _explaining(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _explaining_later(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     async def load_from_url_async(*args: Any, **kwargs: Any) -> Any:
         with _clients_error():
             return await original(*args, **kwargs)
@@ -175,7 +176,7 @@ def _staying(original: Callable[..., None], shared: Any, direct: Any) -> Callabl
         direct: takes its place where there are allowed domains.
     """
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if self.allowed_media_domains and self.connection is shared:

@@ -15,6 +15,7 @@ from typing import Any
 from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import is_extended, mark
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 NAME = "PrometheusStatLogger"
@@ -62,7 +63,7 @@ def install() -> None:
 def _replace_logger(module: ModuleType) -> None:
     require_attributes(module, (NAME, "StatLoggerManager", "create_metric_per_engine"))
     base: Any = getattr(module, NAME)
-    if hasattr(base, "__wrapped__"):
+    if is_extended(base, __name__):
         return
     require_parameters(base.__init__, ("vllm_config", "engine_indexes"))
     require_parameters(base.record, ("scheduler_stats", "engine_idx"))
@@ -72,8 +73,6 @@ def _replace_logger(module: ModuleType) -> None:
 
     class PrometheusStatLogger(base):
         """vLLM's exporter, with a gauge and three counters more."""
-
-        __wrapped__ = base
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -103,4 +102,4 @@ def _replace_logger(module: ModuleType) -> None:
                 for field, counters in self.counters_mm_embedding.items():
                     counters[engine].inc(getattr(scheduler_stats, field))
 
-    setattr(module, NAME, PrometheusStatLogger)
+    setattr(module, NAME, mark(PrometheusStatLogger, __name__))

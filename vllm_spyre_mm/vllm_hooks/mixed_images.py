@@ -9,7 +9,6 @@ itself, and the results are put back into the order of the prompt.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 PICTURE, EMBEDDING = "image", "image_embeds"
@@ -74,7 +74,7 @@ def _extend_parser(module: ModuleType) -> None:
     parser = module.MultiModalDataParser
     require_attributes(parser, ("_parse_image_data",))
     original = parser._parse_image_data
-    if hasattr(original, "__wrapped__"):
+    if is_extended(original, __name__):
         return
     require_parameters(original, ("data",))
 
@@ -105,7 +105,7 @@ def _extend_parser(module: ModuleType) -> None:
             data: Mapping[str, object] = self.embeddings.get_passthrough_data()
             return data
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def _parse_image_data(self: Any, data: Any) -> Any:
         mixture = mixture_of(data)
         if mixture is None:
@@ -125,11 +125,11 @@ def _extend_processor(module: ModuleType) -> None:
     processor, result_class = module.BaseMultiModalProcessor, module.MultiModalProcessingResult
     require_attributes(processor, ("_cached_apply_hf_processor", "_recompute_cached_prompt_update"))
     original = processor._cached_apply_hf_processor
-    if hasattr(original, "__wrapped__"):
+    if is_extended(original, __name__):
         return
     require_parameters(original, ("inputs", "timing_ctx"))
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def _cached_apply_hf_processor(self: Any, inputs: Any, timing_ctx: Any) -> Any:
         mixture = getattr(inputs.mm_data_items.get("image"), "mixture", None)
         if mixture is None:
@@ -175,7 +175,7 @@ def _select(inputs: Any, mixture: Mixture, *, embeddings: bool) -> Any:
 def _extend_chat(module: ModuleType) -> None:
     require_attributes(module, ("BaseMultiModalItemTracker", "_resolve_items"))
     tracker = module.BaseMultiModalItemTracker
-    if hasattr(tracker.add, "__wrapped__"):
+    if is_extended(tracker.add, __name__):
         return
     require_parameters(tracker.add, ("modality", "item"))
     require_parameters(
@@ -186,7 +186,7 @@ def _extend_chat(module: ModuleType) -> None:
 
 
 def _noting_order(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     def add(self: Any, modality: str, item: Any) -> Any:
         placeholder = original(self, modality, item)
         if modality in (PICTURE, EMBEDDING):
@@ -197,7 +197,7 @@ def _noting_order(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _in_order(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     def _resolve_items(
         items_by_modality: dict[str, list[Any]],
         mm_processor: Any,

@@ -14,21 +14,48 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+from vllm_spyre_mm.vllm_hooks.contract import require
+
 Action = Callable[[ModuleType], None]
 
 
 def when_loaded(name: str, action: Action) -> None:
     """Call ``action(module)`` as soon as the module ``name`` is loaded; at once if it is.
 
-    What ``action`` raises reaches whoever imports the module (or the caller, if it is loaded).
+    What ``action`` raises reaches whoever imports the module (or the caller, if it is loaded), and
+    whoever tries to import it again: the module is never had without its actions.
+
+    Raises:
+        UnsupportedVllmError: there is no such module, so that the action would never come.
     """
     module = sys.modules.get(name)
-    if module is None:
-        sys.meta_path.insert(0, _OnImport(name, action))
-    elif _is_loading(module):
+    if module is not None and not _is_loading(module):
+        action(module)
+    elif module is not None:
         _act_on_first_use(module, action)
     else:
-        action(module)
+        require(_exists(name), f"there is no module {name!r}")
+        waiting = next((each for each in sys.meta_path if _waits_for(each, name)), None)
+        if isinstance(waiting, _OnImport):
+            waiting.actions.append(action)
+        else:
+            sys.meta_path.insert(0, _OnImport(name, action))
+
+
+def _exists(name: str) -> bool:
+    """Whether the module can be found; nothing is imported, its packages neither."""
+    path: Sequence[str] | None = None
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        package = ".".join(parts[:end])
+        if package in sys.modules:
+            path = getattr(sys.modules[package], "__path__", ())
+            continue
+        spec = importlib.machinery.PathFinder.find_spec(package, path)
+        if spec is None or spec.loader is None:
+            return False
+        path = spec.submodule_search_locations or ()
+    return True
 
 
 def _is_loading(module: ModuleType) -> bool:
@@ -50,7 +77,11 @@ def _act_on_first_use(module: ModuleType, action: Action) -> None:
             if attribute == "__spec__" or _is_loading(self):
                 return original.__getattribute__(self, attribute)
             self.__class__ = original  # type: ignore[assignment]
-            action(self)
+            try:
+                action(self)
+            except BaseException:
+                self.__class__ = Pending
+                raise
             return getattr(self, attribute)
 
     module.__class__ = Pending
@@ -59,13 +90,13 @@ def _act_on_first_use(module: ModuleType, action: Action) -> None:
 class _OnImport(importlib.abc.MetaPathFinder):
     """Finds one module as the other finders would, with a loader that acts after execution.
 
-    It stays until the module has been loaded once, since a module may be looked for without being
-    imported, or fail to load and be imported again.
+    It stays until the module has been loaded and acted on once, since a module may be looked for
+    without being imported, or fail to load, or to be acted on, and be imported again.
     """
 
     def __init__(self, name: str, action: Action) -> None:
         self.name = name
-        self.action = action
+        self.actions = [action]
         self._searching = False
 
     def find_spec(
@@ -83,8 +114,13 @@ class _OnImport(importlib.abc.MetaPathFinder):
         return spec
 
     def _loaded(self, module: ModuleType) -> None:
+        for action in self.actions:
+            action(module)
         sys.meta_path.remove(self)
-        self.action(module)
+
+
+def _waits_for(finder: object, name: str) -> bool:
+    return isinstance(finder, _OnImport) and finder.name == name
 
 
 class _ActingLoader(importlib.abc.Loader):

@@ -1,35 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedding over HTTP: a field in requests, and one in responses to those that ask.
 
-Leans on: ``OpenAIServingChat`` and ``OpenAIServingCompletion`` turn a request's ``vllm_xargs`` into
-``SamplingParams.extra_args``, and make every response in the generators that are wrapped here;
-request and response models keep fields that they do not declare. A response to a request without
-the field is vLLM's, byte for byte: nothing of it is touched.
+Leans on: ``OpenAIServingChat``, its subclass for batches and ``OpenAIServingCompletion`` turn a
+request's ``vllm_xargs`` into ``SamplingParams.extra_args``, and make every response in the
+generators that are wrapped here; request and response models keep fields that they do not declare.
+``build_app`` calls ``attach_endpoint_plugins`` once for an app, whose state has the arguments. A
+response to a request without the field is vLLM's, byte for byte: nothing of it is touched.
+
+What other routes answer to a request that asks is said by
+:mod:`vllm_spyre_mm.embedding_middleware`; who gets an embedding without asking, by :mod:`.unasked`.
 """
 
 import contextlib
-import functools
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import ModuleType
 from typing import Any
 
 from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.embedding_middleware import PENDING, EmbeddingMiddleware
 from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG, EmbeddingChoice, parse_choice
-from vllm_spyre_mm.payload import encode_mm_embedding
+from vllm_spyre_mm.payload import encode_mm_embedding, mm_embedding_text
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.engine_args import KEYWORD
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
+from vllm_spyre_mm.vllm_hooks.openai_requests import ask_of, read_field
 
 FIELD = "mm_embedding"
 """Of the choice that finishes."""
 
-Noted = dict[int, dict[str, Any] | None]
-"""By index of the choice: the embedding as JSON, None for a request without images."""
+Noted = dict[int, Any]
+"""By index of the choice: the embedding as JSON or what stands for it in the response, None for a
+request without images."""
 
 
 def install() -> None:
     """Extend vLLM's OpenAI-compatible server as soon as its parts exist."""
     when_loaded("vllm.entrypoints.openai.chat_completion.serving", _extend_chat)
+    when_loaded("vllm.entrypoints.openai.chat_completion.batch_serving", _extend_batch)
     when_loaded("vllm.entrypoints.openai.completion.serving", _extend_completion)
     when_loaded("vllm.entrypoints.openai.models.serving", _extend_models)
     when_loaded("vllm.entrypoints.launchers.app", _add_routes)
@@ -38,40 +47,13 @@ def install() -> None:
 # -- requests -------------------------------------------------------------------------------------
 
 
-def read_field(request: Any, settings: SpyreSettings) -> None:
-    """Move the field of a request to where its sampling parameters come from, in place.
-
-    Without the field nothing is to be returned, so that nothing is copied either.
-
-    Raises:
-        VLLMValidationError: the field is not what it may be (HTTP 400).
-    """
-    xargs = dict(request.vllm_xargs or {})
-    value = (request.model_extra or {}).pop(EXTRA_ARG, xargs.get(EXTRA_ARG))
-    if value is None:
-        if settings.enable_return_mm_embedding:
-            request.vllm_xargs = xargs | {EXTRA_ARG: False}
-        return
-    choice = parse_choice(value)
-    top = (request.model_extra or {}).pop("encoding_format", None)
-    if choice is not None and top is not None:
-        choice = parse_choice(choice.model_dump(mode="json") | {"encoding_format": top})
-    given: Any = False
-    if choice is not None:
-        # Every answer carries its own copy.
-        limit = max(settings.max_mm_embedding_response_bytes // max(request.n or 1, 1), 1)
-        given = choice.model_dump(mode="json")
-        given["max_bytes"] = min(choice.max_bytes or limit, limit)
-    request.vllm_xargs = xargs | {EXTRA_ARG: given}
-
-
 def _choice_of(request: Any) -> EmbeddingChoice | None:
     value = (request.vllm_xargs or {}).get(EXTRA_ARG)
     return None if value is None else parse_choice(value)
 
 
 def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         read_field(request, SpyreSettings.from_vllm_config(self.engine_client.vllm_config))
         return await original(self, request, *args, **kwargs)
@@ -86,14 +68,18 @@ def _note(noted: Noted, outputs: Iterable[Any], choice: EmbeddingChoice, first: 
     """Note the embeddings of the outputs that finish; ``first`` is the index of the first one."""
     for output in outputs:
         if output.finish_reason is not None:
-            embedding = output.mm_embedding
-            noted[first + output.index] = (
-                None
-                if embedding is None
-                else encode_mm_embedding(
-                    embedding, output.mm_embedding_info, choice.encoding_format
-                )
-            )
+            noted[first + output.index] = _value(output, choice)
+
+
+def _value(output: Any, choice: EmbeddingChoice) -> Any:
+    """What the response has for an output's embedding: its JSON, or what stands for it."""
+    if output.mm_embedding is None:
+        return None
+    arguments = output.mm_embedding, output.mm_embedding_info, choice.encoding_format
+    pending = PENDING.get()
+    if pending is None:
+        return encode_mm_embedding(*arguments)
+    return pending.add(mm_embedding_text(*arguments))
 
 
 def add_to_event(event: str, noted: Noted) -> str:
@@ -118,7 +104,7 @@ def _add_to_response(response: Any, noted: Noted) -> Any:
 def _extend_chat(module: ModuleType) -> None:
     require_attributes(module, ("OpenAIServingChat",))
     serving = module.OpenAIServingChat
-    if hasattr(serving.chat_completion_full_generator, "__wrapped__"):
+    if is_extended(serving.chat_completion_full_generator, __name__):
         return
     require_parameters(serving.create_chat_completion, ("request", "raw_request"))
     for name in ("chat_completion_full_generator", "chat_completion_stream_generator"):
@@ -131,7 +117,7 @@ def _extend_chat(module: ModuleType) -> None:
             _note(noted, output.outputs, choice)
             yield output
 
-    @functools.wraps(full)
+    @extending(full, __name__)
     async def chat_completion_full_generator(
         self: Any, request: Any, result_generator: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -141,7 +127,7 @@ def _extend_chat(module: ModuleType) -> None:
         outputs = noting(result_generator, noted, choice)
         return _add_to_response(await full(self, request, outputs, *args, **kwargs), noted)
 
-    @functools.wraps(stream)
+    @extending(stream, __name__)
     async def chat_completion_stream_generator(
         self: Any, request: Any, result_generator: Any, *args: Any, **kwargs: Any
     ) -> AsyncIterator[str]:
@@ -157,10 +143,57 @@ def _extend_chat(module: ModuleType) -> None:
     serving.chat_completion_stream_generator = chat_completion_stream_generator
 
 
+def _extend_batch(module: ModuleType) -> None:
+    require_attributes(module, ("OpenAIServingChatBatch",))
+    serving = module.OpenAIServingChatBatch
+    if is_extended(serving.create_batch_chat_completion, __name__):
+        return
+    require_parameters(serving.create_batch_chat_completion, ("request", "raw_request"))
+    require_parameters(serving.render_batch_chat_request, ("request",))
+    require_parameters(serving.chat_completion_full_generator_batch, ("request", "generators"))
+    create, render = serving.create_batch_chat_completion, serving.render_batch_chat_request
+    full = serving.chat_completion_full_generator_batch
+
+    @extending(create, __name__)
+    async def create_batch_chat_completion(self: Any, request: Any, *rest: Any, **more: Any) -> Any:
+        ask_of(request)  # refused before any picture is processed
+        return await create(self, request, *rest, **more)
+
+    @extending(render, __name__)
+    async def render_batch_chat_request(self: Any, request: Any) -> Any:
+        result = await render(self, request)
+        if isinstance(result, tuple):  # and no error
+            settings = SpyreSettings.from_vllm_config(self.engine_client.vllm_config)
+            for single in result[0]:
+                read_field(single, settings, answers=len(result[0]))
+        return result
+
+    async def noting(
+        outputs: Any, noted: Noted, choice: EmbeddingChoice, place: int
+    ) -> AsyncIterator[Any]:
+        async for output in outputs:
+            _note(noted, output.outputs, choice, first=place)
+            yield output
+
+    @extending(full, __name__)
+    async def chat_completion_full_generator_batch(
+        self: Any, request: Any, generators: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        choice, noted = ask_of(request), Noted()
+        if choice is None:
+            return await full(self, request, generators, *args, **kwargs)
+        outputs = [noting(each, noted, choice, place) for place, each in enumerate(generators)]
+        return _add_to_response(await full(self, request, outputs, *args, **kwargs), noted)
+
+    serving.create_batch_chat_completion = create_batch_chat_completion
+    serving.render_batch_chat_request = render_batch_chat_request
+    serving.chat_completion_full_generator_batch = chat_completion_full_generator_batch
+
+
 def _extend_completion(module: ModuleType) -> None:
     require_attributes(module, ("OpenAIServingCompletion",))
     serving = module.OpenAIServingCompletion
-    if hasattr(serving.completion_stream_generator, "__wrapped__"):
+    if is_extended(serving.completion_stream_generator, __name__):
         return
     require_parameters(serving.create_completion, ("request", "raw_request"))
     require_parameters(
@@ -180,7 +213,7 @@ def _extend_completion(module: ModuleType) -> None:
             _note(noted, output.outputs, choice, first=prompt * per_prompt)
             yield prompt, output
 
-    @functools.wraps(full)
+    @extending(full, __name__)
     def request_output_to_completion_response(
         self: Any, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -192,7 +225,7 @@ def _extend_completion(module: ModuleType) -> None:
             _note(noted, output.outputs, choice, first=prompt * (request.n or 1))
         return _add_to_response(response, noted)
 
-    @functools.wraps(stream)
+    @extending(stream, __name__)
     async def completion_stream_generator(
         self: Any,
         request: Any,
@@ -216,11 +249,11 @@ def _extend_completion(module: ModuleType) -> None:
 def _extend_models(module: ModuleType) -> None:
     require_attributes(module, ("OpenAIServingModels",))
     serving = module.OpenAIServingModels
-    if hasattr(serving.show_available_models, "__wrapped__"):
+    if is_extended(serving.show_available_models, __name__):
         return
     original = serving.show_available_models
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     async def show_available_models(self: Any) -> Any:
         models = await original(self)
         config = self.engine_client.vllm_config
@@ -237,18 +270,28 @@ def _extend_models(module: ModuleType) -> None:
     serving.show_available_models = show_available_models
 
 
+def settings_of(args: Any) -> SpyreSettings:
+    """The settings that a server's command line gives, before its engine has resolved them."""
+    settings = SpyreSettings.parse(getattr(args, "additional_config", {}))
+    flag = getattr(args, KEYWORD, False)
+    return settings.model_copy(update={KEYWORD: True}) if flag else settings
+
+
 def _add_routes(module: ModuleType) -> None:
     require_attributes(module, ("attach_endpoint_plugins",))
-    if hasattr(module.attach_endpoint_plugins, "__wrapped__"):
+    if is_extended(module.attach_endpoint_plugins, __name__):
         return
     original = module.attach_endpoint_plugins
-    require_parameters(original, ("app",))
+    require_parameters(original, ("app", "supported_tasks"))
 
-    @functools.wraps(original)
-    def attach_endpoint_plugins(app: Any, *args: Any, **kwargs: Any) -> None:
+    @extending(original, __name__)
+    def attach_endpoint_plugins(app: Any, supported_tasks: Any) -> None:
         from vllm_spyre_mm.mm_embeddings_api import router
 
-        app.include_router(router)
-        original(app, *args, **kwargs)
+        if "generate" in supported_tasks:  # a server that only renders has no engine
+            app.add_middleware(EmbeddingMiddleware)
+            if settings_of(app.state.args).enable_return_mm_embedding:
+                app.include_router(router)
+        original(app, supported_tasks)
 
     module.attach_endpoint_plugins = attach_endpoint_plugins  # type: ignore[attr-defined]

@@ -25,8 +25,24 @@ NAMES = ("EngineCore", "VllmWorker")
 GRACE_SECONDS = 5.0
 """For the step under way and for leaving in order."""
 
-WATCH = "orphan-watch"
-"""Name of the thread, by which a second one is not started."""
+
+class OrphanWatch(threading.Thread):
+    """Ends this process when another one, which started it, is gone.
+
+    Args:
+        parent: the other process.
+    """
+
+    def __init__(self, parent: BaseProcess) -> None:
+        super().__init__(name="orphan-watch", daemon=True)
+        self.parent = parent
+
+    def run(self) -> None:
+        self.parent.join()
+        logger.warning("process %s, which started this one, is gone: it ends too", self.parent.pid)
+        os.kill(os.getpid(), signal.SIGTERM)  # vLLM's handlers leave in order
+        time.sleep(GRACE_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def install() -> None:
@@ -34,13 +50,5 @@ def install() -> None:
     process, parent = multiprocessing.current_process(), multiprocessing.parent_process()
     if parent is None or not process.name.startswith(NAMES):
         return
-    if all(thread.name != WATCH for thread in threading.enumerate()):
-        threading.Thread(target=_end_after, args=(parent,), name=WATCH, daemon=True).start()
-
-
-def _end_after(parent: BaseProcess) -> None:
-    parent.join()
-    logger.warning("process %s, which started this one, is gone: it ends too", parent.pid)
-    os.kill(os.getpid(), signal.SIGTERM)  # vLLM's handlers leave in order
-    time.sleep(GRACE_SECONDS)
-    os.kill(os.getpid(), signal.SIGKILL)
+    if not any(isinstance(thread, OrphanWatch) for thread in threading.enumerate()):
+        OrphanWatch(parent).start()

@@ -10,7 +10,6 @@ request by itself (stop strings) and the engine's last output then never comes. 
 request's state, and shown on the output that carries ``finish_reason``.
 """
 
-import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -19,7 +18,8 @@ import msgspec
 import numpy as np
 import torch
 
-from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.contract import require, require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 ATTRIBUTE, INFO = "mm_embedding", "mm_embedding_info"
@@ -34,16 +34,22 @@ def install() -> None:
 def _extend_outputs(module: ModuleType) -> None:
     require_attributes(module, ("CompletionOutput", "RequestOutput"))
     completion, request = module.CompletionOutput, module.RequestOutput
-    if hasattr(completion, ATTRIBUTE):
+    if is_extended(request.add, __name__):
         return
+    _require_no_embedding(completion)
     require_parameters(request.add, ("next_output", "aggregate"))
     completion.mm_embedding = completion.mm_embedding_info = None
     completion.__repr__ = _showing_embedding(completion.__repr__)
     request.add = _keeping_embedding(request.add)
 
 
+def _require_no_embedding(cls: type) -> None:
+    """A vLLM that has the attribute fills it in a way of its own."""
+    require(not hasattr(cls, ATTRIBUTE), f"{cls.__name__} has {ATTRIBUTE!r} of its own")
+
+
 def _showing_embedding(original: Callable[[Any], str]) -> Callable[[Any], str]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     def __repr__(self: Any) -> str:
         embedding = self.mm_embedding
         shown = (
@@ -55,7 +61,7 @@ def _showing_embedding(original: Callable[[Any], str]) -> Callable[[Any], str]:
 
 
 def _keeping_embedding(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     def add(self: Any, next_output: Any, aggregate: bool) -> None:
         original(self, next_output, aggregate)
         finished = {
@@ -74,8 +80,9 @@ def _keeping_embedding(original: Callable[..., None]) -> Callable[..., None]:
 def _extend_output_processor(module: ModuleType) -> None:
     require_attributes(module, ("OutputProcessor", "RequestState"))
     state, processor = module.RequestState, module.OutputProcessor
-    if hasattr(state, ATTRIBUTE):
+    if is_extended(processor.process_outputs, __name__):
         return
+    _require_no_embedding(state)
     require_parameters(processor.process_outputs, ("engine_core_outputs",))
     require_parameters(state._new_completion_output, ("token_ids", "finish_reason", "stop_reason"))
     state.mm_embedding = state.mm_embedding_info = None
@@ -84,7 +91,7 @@ def _extend_output_processor(module: ModuleType) -> None:
 
 
 def _receiving_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     def process_outputs(
         self: Any, engine_core_outputs: list[Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -114,7 +121,7 @@ def _owned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _finishing_with_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @extending(original, __name__)
     def _new_completion_output(
         self: Any, token_ids: list[int], finish_reason: Any, stop_reason: Any
     ) -> Any:

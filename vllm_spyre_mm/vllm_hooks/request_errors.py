@@ -8,12 +8,12 @@ error``; here the engine gives a reason with it, as ``stop_reason``.
 """
 
 import contextlib
-import functools
 from collections.abc import AsyncGenerator, Callable
 from types import ModuleType
 from typing import Any
 
 from vllm_spyre_mm.vllm_hooks.contract import require_attributes
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 
@@ -24,14 +24,14 @@ def install() -> None:
 
 def _extend_async_llm(module: ModuleType) -> None:
     require_attributes(module, ("AsyncLLM",))
-    if not hasattr(module.AsyncLLM.generate, "__wrapped__"):
+    if not is_extended(module.AsyncLLM.generate, __name__):
         module.AsyncLLM.generate = _raising_reason(module.AsyncLLM.generate)
 
 
 def _raising_reason(original: Callable[..., Any]) -> Callable[..., Any]:
     from vllm.exceptions import GenerationError
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     async def generate(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         outputs = original(self, *args, **kwargs)
         async with contextlib.aclosing(outputs):

@@ -4,16 +4,20 @@
 Leans on: ``processor_cache_from_config`` makes the front end's cache by the name
 ``LruKeyReplicatedSenderCache`` of ``vllm.multimodal.cache.factories`` where the engine mirrors it;
 an entry of it is a ``MultiModalProcessorCacheItemMetadata``, and its other kinds of cache hold the
-picture themselves, so that they need nothing.
+picture themselves, so that they need nothing. ``AsyncLLM`` and ``LLMEngine`` have that cache in
+their ``renderer``, and give every request that was admitted to ``OutputProcessor.add_request``, and
+then to the engine, without waiting for anything in between.
 
 vLLM's front end takes a picture that it has processed once for one that the engine holds, and
 sends later requests without it. If the first request is refused after that (its parameters, its
-length, a full queue), the engine never gets the picture, and the next request that shows it fails.
+length, a full queue), the engine never gets the picture, and the next request that shows it fails
+with HTTP 500, whoever sent it. vLLM recovers then, but not before.
 """
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.multimodal.cache.base import (
     MultiModalProcessorCacheInItem,
@@ -24,6 +28,7 @@ from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
 from vllm.multimodal.inputs import MultiModalKwargsItem
 
 from vllm_spyre_mm.vllm_hooks.contract import require, require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 if TYPE_CHECKING:
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
 
 NAME = "LruKeyReplicatedSenderCache"
+ATTRIBUTE = "mm_sender_cache"
+"""Of an output processor: the cache whose pictures the requests carry that it is given."""
 
 
 class SenderCacheEntry(MultiModalProcessorCacheItemMetadata):
@@ -63,7 +70,7 @@ class SenderCache(LruKeyReplicatedSenderCache):
         return mm_item
 
     def accept(self, request: "EngineCoreRequest") -> None:
-        """Take note that ``request`` carries its items to the engine."""
+        """Take note that ``request``, which was admitted, carries its items to the engine."""
         entries = self._cache.cache  # a view: this is not a use of the entry
         for feature in request.mm_features or ():
             entry = entries.get(feature.mm_hash or feature.identifier)
@@ -74,6 +81,9 @@ class SenderCache(LruKeyReplicatedSenderCache):
 def install() -> None:
     """Let vLLM make this cache in place of its own as soon as it can make one."""
     when_loaded("vllm.multimodal.cache.factories", _replace_sender_cache)
+    when_loaded("vllm.v1.engine.output_processor", _extend_output_processor)
+    when_loaded("vllm.v1.engine.async_llm", functools.partial(_extend_engine, name="AsyncLLM"))
+    when_loaded("vllm.v1.engine.llm_engine", functools.partial(_extend_engine, name="LLMEngine"))
 
 
 def _replace_sender_cache(module: ModuleType) -> None:
@@ -87,3 +97,39 @@ def _replace_sender_cache(module: ModuleType) -> None:
     require_parameters(LruKeyReplicatedSenderCache.get_and_update_item, ("mm_item", "mm_hash"))
     require_attributes(LruKeyReplicatedSenderCache, ("cache_if_fits", "invalidate"))
     setattr(module, NAME, SenderCache)
+
+
+def _extend_output_processor(module: ModuleType) -> None:
+    require_attributes(module, ("OutputProcessor",))
+    processor = module.OutputProcessor
+    original = processor.add_request
+    if is_extended(original, __name__):
+        return
+    require_parameters(original, ("request",))
+
+    @extending(original, __name__)
+    def add_request(self: Any, request: "EngineCoreRequest", *args: Any, **kwargs: Any) -> None:
+        original(self, request, *args, **kwargs)
+        if self.mm_sender_cache is not None:
+            self.mm_sender_cache.accept(request)
+
+    setattr(processor, ATTRIBUTE, None)
+    processor.add_request = add_request
+
+
+def _extend_engine(module: ModuleType, name: str) -> None:
+    """Let an engine's output processor know the cache of its renderer."""
+    require_attributes(module, (name,))
+    engine = getattr(module, name)
+    original = engine.__init__
+    if is_extended(original, __name__):
+        return
+
+    @extending(original, __name__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        cache = self.renderer.mm_processor_cache
+        if isinstance(cache, SenderCache):
+            setattr(self.output_processor, ATTRIBUTE, cache)
+
+    engine.__init__ = __init__

@@ -14,13 +14,17 @@ When its engine dies it exits with status 0. SIGTERM while the engine starts is 
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Coroutine, Iterator
 from http import HTTPStatus
 from types import ModuleType
 from typing import Any
 
-from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
+from vllm_spyre_mm.vllm_hooks.contract import (
+    require_assigned,
+    require_attributes,
+    require_parameters,
+)
+from vllm_spyre_mm.vllm_hooks.marks import extending, is_extended
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 INTERRUPTED = "the server was told to end before it was ready: no request was served"
@@ -41,9 +45,10 @@ def install() -> None:
 def _extend_async_llm(module: ModuleType) -> None:
     require_attributes(module, ("AsyncLLM",))
     engine = module.AsyncLLM
-    if hasattr(engine.shutdown, "__wrapped__"):
+    if is_extended(engine.shutdown, __name__):
         return
     require_parameters(engine.shutdown, ("timeout",))
+    require_assigned(engine.__init__, ("output_handler", "output_processor"))
     engine.shut_down = False
     engine.shutdown = _ending_requests(engine.shutdown)
 
@@ -51,7 +56,7 @@ def _extend_async_llm(module: ModuleType) -> None:
 def _ending_requests(original: Callable[..., None]) -> Callable[..., None]:
     from vllm.exceptions import GracefulHTTPError
 
-    @functools.wraps(original)
+    @extending(original, __name__)
     def shutdown(self: Any, timeout: float | None = None) -> None:
         self.shut_down = True
         original(self, timeout=timeout)
@@ -66,18 +71,18 @@ def _ending_requests(original: Callable[..., None]) -> Callable[..., None]:
 
 def _extend_entry(module: ModuleType) -> None:
     require_attributes(module, ("build_and_serve", "run_server", "run_server_worker"))
-    if hasattr(module.build_and_serve, "__wrapped__"):
+    if is_extended(module.build_and_serve, __name__):
         return
     require_parameters(module.build_and_serve, ("engine_client",))
     build, run = module.build_and_serve, module.run_server_worker
 
-    @functools.wraps(build)
+    @extending(build, __name__)
     async def build_and_serve(engine_client: Any, *args: Any, **kwargs: Any) -> Any:
         ending = await build(engine_client, *args, **kwargs)
         died = engine_client.errored and not engine_client.shut_down
         return _failing(ending) if died else ending
 
-    @functools.wraps(run)
+    @extending(run, __name__)
     async def run_server_worker(*args: Any, **kwargs: Any) -> None:
         try:
             await run(*args, **kwargs)
@@ -101,9 +106,10 @@ async def _failing(ending: Coroutine[Any, Any, None]) -> None:
 def _let_interrupts_through(module: ModuleType) -> None:
     require_attributes(module, ("launch_core_engines", "zmq_socket_ctx"))
     original = module.zmq_socket_ctx
-    if original.__module__ == __name__:
+    if is_extended(original, __name__):
         return
 
+    @extending(original, __name__)
     @contextlib.contextmanager
     def zmq_socket_ctx(*args: Any, **kwargs: Any) -> Iterator[Any]:
         interrupt = None

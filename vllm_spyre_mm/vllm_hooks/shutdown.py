@@ -9,7 +9,7 @@ PyTorch raises where there is no accelerator.
 import gc
 from types import ModuleType
 
-from vllm_spyre_mm.vllm_hooks.contract import require_attributes
+from vllm_spyre_mm.vllm_hooks.contract import require_attributes, require_parameters
 from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
 
 
@@ -20,6 +20,7 @@ def install() -> None:
 
 def _clean_up_host_only(module: ModuleType) -> None:
     require_attributes(module, ("cleanup_dist_env_and_memory",))
+    require_parameters(module.cleanup_dist_env_and_memory, ("shutdown_ray",))
     module.cleanup_dist_env_and_memory = clean_up  # type: ignore[attr-defined]
 
 

@@ -13,7 +13,7 @@ import torch
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from vllm_spyre_mm.model_executor.model import SpyreModel
-from vllm_spyre_mm.multimodal.encoder_cache import FeatureCountError, check_feature_count
+from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_features
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -33,7 +33,10 @@ class ImageEncodingError(RuntimeError):
 
 
 def encode_images(
-    model: SpyreModel, images: "Mapping[int, MultiModalFeatureSpec]", dtype: torch.dtype
+    model: SpyreModel,
+    images: "Mapping[int, MultiModalFeatureSpec]",
+    dtype: torch.dtype,
+    decoder_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
     """Features of each image, ``(num_features, hidden_size)``; images are encoded together.
 
@@ -42,10 +45,10 @@ def encode_images(
         images: of one request, by their index among all of its images; ready-made embeddings
             among them are converted.
         dtype: of the encoder.
+        decoder_dtype: what the features are converted to when they are merged.
 
     Raises:
-        ImageEncodingError: the encoder raised, or what it gave is not finite or not as many rows
-            as the image has places in the prompt.
+        ImageEncodingError: the encoder raised, or :func:`check_features` refuses what it gave.
     """
     try:
         encoded = _encode(model, list(images.values()), dtype)
@@ -57,19 +60,11 @@ def encode_images(
         ) from error
     for (index, feature), features in zip(images.items(), encoded, strict=True):
         try:
-            check_feature_count(feature, features)
-        except FeatureCountError as error:
+            check_features(features, feature.mm_position.get_num_embeds(), decoder_dtype)
+        except FeatureError as error:
             raise ImageEncodingError(
-                f"{_named([index])} could not be encoded: {error}", on_every_rank=True
+                f"{_named([index])} was encoded to {error}", on_every_rank=True
             ) from error
-        # A sum is finite only if every summand is, and reads the features once.
-        if not torch.isfinite(features.sum(dtype=torch.float32)):
-            raise ImageEncodingError(
-                f"{_named([index])} was encoded to features with NaN or infinity in "
-                f"{str(dtype).removeprefix('torch.')}: the encoder may need encoder_dtype "
-                "'float32', or the checkpoint is damaged",
-                on_every_rank=True,
-            )
     return encoded
 
 

@@ -12,12 +12,13 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.engine_config import decoder_dtype_of
 from vllm_spyre_mm.geometry import Geometry
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.model import SpyreModel
-from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo, assemble
+from vllm_spyre_mm.multimodal.embedding import EmbeddingOverflowError, MMEmbeddingInfo, assemble
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
-from vllm_spyre_mm.multimodal.merge import plan_merge
+from vllm_spyre_mm.multimodal.merge import first_feature, looked_up, plan_merge
 from vllm_spyre_mm.worker.batch import SamplingBatch
 from vllm_spyre_mm.worker.encoding import ImageEncodingError, encode_images
 from vllm_spyre_mm.worker.prefill import prefill_chunk
@@ -75,11 +76,15 @@ class SpyreModelRunner:
         settings = SpyreSettings.from_vllm_config(vllm_config)
         self.requests = RequestTable(settings)
         self.encoder_dtype: torch.dtype = getattr(torch, settings.encoder_dtype)
+        self.decoder_dtype = decoder_dtype_of(vllm_config)
         self.encoder_cache = EncoderCache()
         self.decodes = SamplingBatch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
         self.prefilled = SamplingBatch(vllm_config, 1)
         sampler = CompiledSampler if model.backend == "inductor" else HostSampler
-        self.sampler = sampler(logprobs_mode=vllm_config.model_config.logprobs_mode)
+        self.sampler = sampler(
+            logprobs_mode=vllm_config.model_config.logprobs_mode,
+            use_fp64_gumbel=vllm_config.model_config.use_fp64_gumbel,
+        )
         self.vocab_size = vllm_config.model_config.get_vocab_size()
         self.steps = steps_for(model.backend, geometry, vllm_config)
         self._pending: PendingSample | None = None
@@ -142,6 +147,8 @@ class SpyreModelRunner:
             state.output_token_ids.append(token_id)
         if pending.batch is self.prefilled:
             self.prefilled.discard(req_ids)  # it decodes from the next step on
+            if states[0].embedding_fault is not None:
+                return _failed_embedding(req_ids[0], states[0].embedding_fault)
         return SpyreModelRunnerOutput(
             req_ids=req_ids,
             req_id_to_index={req_id: row for row, req_id in enumerate(req_ids)},
@@ -174,7 +181,9 @@ class SpyreModelRunner:
         """
         for req_id, items in scheduled.items():
             images = {item: self.requests[req_id].mm_features[item] for item in items}
-            encoded = encode_images(self.spyre_model, images, self.encoder_dtype)
+            encoded = encode_images(
+                self.spyre_model, images, self.encoder_dtype, self.decoder_dtype
+            )
             for feature, features in zip(images.values(), encoded, strict=True):
                 self.encoder_cache.put(feature, features)
 
@@ -212,7 +221,7 @@ class SpyreModelRunner:
             geometry=self.geometry,
             padded=self.steps.padded,
         )
-        embeds = self.spyre_model.embed(chunk.token_ids)
+        embeds = self.spyre_model.embed(looked_up(chunk.token_ids, chunk.feature_index))
         if slices:
             rows = torch.cat(self.encoder_cache.gather(state.mm_features, slices))
             embeds = self.spyre_model.mapping.merge(embeds, rows, chunk.feature_index)
@@ -225,7 +234,7 @@ class SpyreModelRunner:
         return self.steps.chunk_logits(logits, chunk)
 
     def _collect(self, state: RequestState, end: int) -> None:
-        """Take what the merge consumed: the images that begin before ``end``, in prompt order.
+        """Take what the merge consumed: the images with features before ``end``, in prompt order.
 
         The scheduler has had every image from the prompt's start encoded at the request's
         admission, whatever the prefix cache covers.
@@ -233,7 +242,7 @@ class SpyreModelRunner:
         if state.output_token_ids:
             return  # resumed after its first token, with which the embedding went out
         for feature in state.mm_features[len(state.mm_parts) :]:
-            if feature.mm_position.offset >= end:
+            if first_feature(feature.mm_position) >= end:
                 break
             state.mm_parts.append(self.encoder_cache.get(feature))
         if end == state.num_tokens and state.mm_parts:
@@ -242,15 +251,28 @@ class SpyreModelRunner:
                 self.spyre_model.mapping.feature_layout(feature.data or {})
                 for feature in state.mm_features
             ]
-            state.mm_embedding, state.mm_embedding_info = assemble(
-                state.mm_parts, state.mm_features, layouts, state.choice
-            )
+            try:
+                state.mm_embedding, state.mm_embedding_info = assemble(
+                    state.mm_parts, state.mm_features, layouts, state.choice
+                )
+            except EmbeddingOverflowError as error:  # the other ranks know of no embedding: go on
+                state.embedding_fault = str(error)
             state.mm_parts.clear()
 
     def _decode(self) -> torch.Tensor:
         """Run the decode batch; returns logits ``(batch, vocab_size)``."""
         inputs = self.steps.decode_inputs(self.decodes.decode_rows(), self.spyre_model.embed)
         return self.steps.decode_logits(self.spyre_model.forward(inputs), len(self.decodes))
+
+
+def _failed_embedding(req_id: str, reason: str) -> SpyreModelRunnerOutput:
+    """The output of a prefill whose request fails after all: its images and blocks are whole."""
+    return SpyreModelRunnerOutput(
+        req_ids=[req_id],
+        req_id_to_index={req_id: 0},
+        sampled_token_ids=[[]],
+        failed_encoding=FailedEncoding(req_id, reason, identifiers=[], block_ids=[]),
+    )
 
 
 def _take_embeddings(

@@ -29,6 +29,8 @@ class RequestState(CachedRequestState):
             encoder's dtype unless ``choice`` says otherwise, contiguous, on the CPU. Set at the
             last chunk, handed over with the first token, then None again.
         mm_embedding_info: which of its rows are which; set and handed over with it.
+        embedding_fault: why there is none although it is wanted, a sentence for the client; set
+            at the last chunk, and the request fails with it.
     """
 
     prefilled: bool = False
@@ -36,6 +38,7 @@ class RequestState(CachedRequestState):
     choice: EmbeddingChoice | None = None
     mm_embedding: torch.Tensor | None = None
     mm_embedding_info: MMEmbeddingInfo | None = None
+    embedding_fault: str | None = None
 
     @classmethod
     def from_new(cls, data: NewRequestData, settings: SpyreSettings) -> "RequestState":
@@ -79,7 +82,8 @@ class RequestState(CachedRequestState):
 
 @dataclass(frozen=True, slots=True)
 class FailedEncoding:
-    """A request whose images could not be encoded, and what the scheduler is to take back.
+    """A request whose images could not be encoded, or their features not be converted as it
+    chose, and what the scheduler is to take back.
 
     Attributes:
         req_id: of the request.

@@ -16,6 +16,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from vllm_spyre_mm.log import get_logger
+from vllm_spyre_mm.multimodal.merge import first_without_row
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
 def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[WarmupRequest]:
     """Text alone, then a picture of each size that the mapping names."""
     model_config = vllm_config.model_config
-    longest = min(2 * runner.geometry.chunk_size, model_config.max_model_len - 4)
+    longest = max(1, min(2 * runner.geometry.chunk_size, model_config.max_model_len - 4))
     yield WarmupRequest(f"text of {longest} tokens", [0] * longest, [])
     mapping = runner.spyre_model.mapping
     image_token_id = mapping.image_token_id
@@ -77,17 +78,24 @@ def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[W
         token_ids = processed["prompt_token_ids"]
         if len(token_ids) > model_config.max_model_len - 4:
             continue  # no request can hold such a picture
-        yield WarmupRequest(
-            f"picture of {width}x{height}",
-            token_ids,
-            [
-                MultiModalFeatureSpec(
-                    data=processed["mm_kwargs"]["image"][0],
-                    modality="image",
-                    identifier=f"warmup-{width}x{height}",
-                    mm_position=processed["mm_placeholders"]["image"][0],
-                )
-            ],
+        feature = MultiModalFeatureSpec(
+            data=processed["mm_kwargs"]["image"][0],
+            modality="image",
+            identifier=f"warmup-{width}x{height}",
+            mm_position=processed["mm_placeholders"]["image"][0],
+        )
+        _check_rows(token_ids, feature, mapping.text_config.vocab_size)
+        yield WarmupRequest(f"picture of {width}x{height}", token_ids, [feature])
+
+
+def _check_rows(token_ids: list[int], feature: MultiModalFeatureSpec, num_rows: int) -> None:
+    """Raise ValueError if a placeholder has a text token that the embedding has no row for."""
+    position = first_without_row(token_ids, [feature], num_rows)
+    if position is not None:
+        raise ValueError(
+            f"the processor puts token {token_ids[position]} beside an image's features, but the "
+            f"model's embedding has {num_rows} rows: the tokenizer or the processor is another "
+            "model's, or the embedding was not resized when tokens were added"
         )
 
 

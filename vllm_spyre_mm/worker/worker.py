@@ -104,7 +104,7 @@ class SpyreWorker(WorkerBase):
         Raises:
             CheckpointError: it does not hold exactly what the model needs.
         """
-        if load_dummy_weights or self.load_config.load_format == "dummy":
+        if load_dummy_weights:
             raise ValueError(
                 "load_format='dummy' is not supported on Spyre: weights are always read"
             )

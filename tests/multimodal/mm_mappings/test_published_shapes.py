@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from tests.checkpoints import model_class
-from vllm_spyre_mm.model_executor.checkpoint import StoredTensor
-from vllm_spyre_mm.model_executor.loader import LoadOptions, _check, _drop_tied_head
+from vllm_spyre_mm.model_executor.checkpoint import StoredTensor, WeightFiles
+from vllm_spyre_mm.model_executor.loader import LoadOptions, _check, _settle_head
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 
 VICUNA = {
@@ -103,13 +103,14 @@ def test_every_tensor_has_its_place(name: str, for_card: bool) -> None:
         stored = model_class(config).from_config(config).state_dict()
     tensors = {
         overrides.rename(stored_name): StoredTensor(
-            stored_name, tuple(tensor.shape), lambda: torch.zeros(())
+            stored_name, "model.safetensors", tuple(tensor.shape), lambda: torch.zeros(())
         )
         for stored_name, tensor in stored.items()
         if not overrides.is_unused(overrides.rename(stored_name))
     }
-    _drop_tied_head(Path(name), tensors, overrides.tied)
+    files = WeightFiles(Path(name), ("model.safetensors",), None, (), ())
+    overrides = _settle_head(files, tensors, overrides, torch.bfloat16)
     options = LoadOptions(torch.bfloat16, torch.bfloat16, for_card=for_card)
-    _check(Path(name), overrides, options, tensors)
+    _check(files, overrides, options, tensors)
     assert len(tensors) > 100
     assert mapping.kv_cache_options(for_card=True).head_dim == 128

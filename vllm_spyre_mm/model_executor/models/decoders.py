@@ -48,15 +48,19 @@ class Decoder:
     pads_heads: bool = False
     fuses: bool = True
 
-    def config(self, text: Any, head_dim: int | None = None) -> ModelConfig:
+    def config(self, text: Any, *, tied: bool, head_dim: int | None = None) -> ModelConfig:
         """FMS's configuration for a Transformers configuration of the decoder.
 
         Args:
             text: the Transformers configuration; :func:`decoder_mismatch` has accepted it.
+            tied: whether the head is the embedding: the configuration of a whole model says so.
             head_dim: width that the heads are padded to, or None for their own.
         """
         params = self.params(text)
         params["multiple_of"] = 1  # some of FMS's defaults round the feed-forward width up
+        params["tie_heads"] = tied
+        # Padding matters to training alone, and its token may have no row in the embedding.
+        params["pad_id"] = -1
         if not self.fuses:
             params["fused_weights"] = False
         if head_dim is not None:

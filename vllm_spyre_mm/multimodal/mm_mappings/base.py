@@ -44,6 +44,26 @@ class KVCacheOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """The head of a decoder, which may share its weights with the embedding.
+
+    Attributes:
+        name: of its weight, renamed.
+        embedding: of the embedding's weight, renamed.
+        tied: whether the configuration says that they are one.
+        untied_config: the FMS configuration with a head of its own, for a checkpoint that holds
+            two different tensors all the same.
+        settings: what the configuration says, for messages.
+    """
+
+    name: str
+    embedding: str
+    tied: bool
+    untied_config: Any
+    settings: str
+
+
+@dataclass(frozen=True, slots=True)
 class LoadOverrides:
     """How a checkpoint of this architecture is loaded.
 
@@ -53,8 +73,7 @@ class LoadOverrides:
         config: its configuration.
         rename: a checkpoint's tensor name in the one layout that FMS's adapter knows.
         is_unused: whether a tensor, by its renamed name, has no part in the computation.
-        tied: renamed names of the head and of the embedding that it shares its weights with, or
-            None for a head of its own. A checkpoint may leave a tied head out.
+        head: the decoder's head. A checkpoint may leave a tied one out.
         encoder_modules: names of the FMS model's modules and parameters that make up the vision
             encoder: they run on the host, in the encoder's dtype.
         encoder_blocks: the repeated blocks of the vision encoder, compiled once for all.
@@ -66,7 +85,7 @@ class LoadOverrides:
     config: Any
     rename: Callable[[str], str]
     is_unused: Callable[[str], bool]
-    tied: tuple[str, str] | None
+    head: Head
     encoder_modules: tuple[str, ...]
     encoder_blocks: Callable[[FmsModel], nn.ModuleList]
     decoder_blocks: Callable[[FmsModel], nn.ModuleList]

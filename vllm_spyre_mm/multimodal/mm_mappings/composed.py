@@ -21,6 +21,7 @@ from vllm_spyre_mm.model_executor.models.decoders import DECODERS, decoder_misma
 from vllm_spyre_mm.model_executor.models.towers import TOWERS, tower_mismatch
 from vllm_spyre_mm.multimodal.mm_mappings.base import (
     FmsModel,
+    Head,
     KVCacheOptions,
     LoadOverrides,
     MMUtils,
@@ -33,7 +34,7 @@ CARD_HEAD_DIM = 128
 TILE_TOWERS = ("siglip_vision_model", "clip_vision_model")
 """Towers that encode squares of one size."""
 
-TIED = (f"{DECODER}.lm_head.weight", f"{DECODER}.model.embed_tokens.weight")
+HEAD, EMBEDDING = f"{DECODER}.lm_head.weight", f"{DECODER}.model.embed_tokens.weight"
 """The head and the embedding, in the one layout of :meth:`Composed.rename`."""
 
 
@@ -56,17 +57,30 @@ class Composed(MMUtils):
         )
 
     def load_overrides(self, for_card: bool = False) -> LoadOverrides:
+        config = self.composition(for_card)
+        untied = dataclasses.replace(
+            config, text_config=config.text_config.updated(tie_heads=False)
+        )
+        tied = self.hf_config.tie_word_embeddings
         return LoadOverrides(
             architecture=ARCHITECTURE,
             model_class=self.model_class,
-            config=self.composition(for_card),
+            config=config,
             rename=self.rename,
             is_unused=self.is_unused,
-            tied=TIED if self.text_config.tie_word_embeddings else None,
+            head=Head(HEAD, EMBEDDING, tied, untied, self.tie_settings),
             encoder_modules=(),
             encoder_blocks=lambda _: nn.ModuleList(),
             decoder_blocks=lambda model: model.language_model.base_model.layers,
         )
+
+    @property
+    def tie_settings(self) -> str:
+        """What the configuration says of the head and the embedding.
+
+        Transformers looks at the setting of the whole model; see :class:`VisionComposed`.
+        """
+        return f"tie_word_embeddings is {self.hf_config.tie_word_embeddings}"
 
     def composition(self, for_card: bool) -> CompositionConfig:
         """What is composed; see :meth:`load_overrides` for ``for_card``."""
@@ -75,7 +89,11 @@ class Composed(MMUtils):
         padded = self._card_head_dim(own) if for_card else own
         return CompositionConfig(
             decoder=decoder,
-            text_config=decoder.config(text, padded if padded != own else None),
+            text_config=decoder.config(
+                text,
+                tied=self.hf_config.tie_word_embeddings,
+                head_dim=padded if padded != own else None,
+            ),
             fused_weights=not for_card,
         )
 
@@ -113,6 +131,15 @@ class VisionComposed(Composed):
     @property
     def image_token_id(self) -> int:
         return self.hf_config.image_token_index
+
+    @property
+    def tie_settings(self) -> str:
+        """Both settings: the one of the text part has no say where the other is there."""
+        text = self.text_config.tie_word_embeddings
+        return (
+            f"{super().tie_settings} at the top of config.json, where Transformers looks, and "
+            f"text_config.tie_word_embeddings is {text}"
+        )
 
     @property
     def feature_layers(self) -> list[int]:

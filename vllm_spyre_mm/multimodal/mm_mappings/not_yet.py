@@ -8,8 +8,14 @@ AUDIO = "audio"
 POOLING = "pooling: it gives embeddings, not text"
 POSITIONS = "positions in three dimensions, which no decoder of FMS has"
 
+MISTRAL_FORMAT = (
+    "Mistral's own format (params.json): fetch config.json and model*.safetensors too, or convert "
+    "it, and do not give --config-format mistral"
+)
+
 NOT_YET: Mapping[str, str] = {
     "granite4_vision": "FMS has no model of it",
+    "pixtral": MISTRAL_FORMAT,
     "qwen2_vl": POSITIONS,
     "qwen2_5_vl": POSITIONS,
     "qwen3_vl": POSITIONS,

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether what a vision encoder gave for an image can be used, in serving and in bulk alike."""
+
+import torch
+
+
+class FeatureError(RuntimeError):
+    """The features of an image cannot be used; the message goes on after "was encoded to"."""
+
+
+def check_features(
+    features: torch.Tensor, num_features: int, merged_dtype: torch.dtype | None = None
+) -> None:
+    """Accept the features of one image, or say what is wrong with them.
+
+    Args:
+        features: what the encoder gave, in its dtype.
+        num_features: places of the image in the prompt.
+        merged_dtype: the decoder's, which they are converted to; None without a decoder.
+
+    Raises:
+        FeatureError: they are not ``(num_features, hidden_size)``, not finite, or beyond what the
+            decoder's dtype holds.
+    """
+    if features.ndim != 2 or len(features) != num_features:
+        raise FeatureError(
+            f"features of shape {tuple(features.shape)}, but its placeholder in the prompt has "
+            f"{num_features} positions"
+        )
+    # A sum is finite only if every summand is, and reads the features once.
+    if not torch.isfinite(features.sum(dtype=torch.float32)):
+        raise FeatureError(
+            f"features with NaN or infinity in {dtype_name(features.dtype)}: the encoder may need "
+            "encoder_dtype 'float32', or the checkpoint is damaged"
+        )
+    if merged_dtype is not None and overflows(features, merged_dtype):
+        raise FeatureError(
+            f"features up to {largest(features):.6g}, which the decoder's "
+            f"{dtype_name(merged_dtype)} cannot hold: run this checkpoint on the CPU, with backend "
+            "'inductor'"
+        )
+
+
+def overflows(rows: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether finite rows have a value that is infinite in ``dtype``."""
+    if torch.finfo(dtype).max >= torch.finfo(rows.dtype).max:
+        return False
+    return not bool(torch.isfinite(rows.to(dtype)).all())
+
+
+def largest(rows: torch.Tensor) -> float:
+    """The largest magnitude."""
+    return float(rows.abs().max())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As it is given in settings and requests: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
