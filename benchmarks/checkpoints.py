@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random Granite Vision checkpoints of a chosen size; speed does not depend on the weights."""
+"""Random checkpoints of a chosen size; speed does not depend on the weights."""
 
 import json
 import shutil
@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
 
 from vllm_spyre_mm.demo import checkpoint_path
 
@@ -18,16 +24,17 @@ COMPLETE = "benchmark.json"
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """A Granite Vision to be made up.
+    """A model to be made up: Granite Vision, or LLaVA-Next with CLIP and Llama.
 
     Attributes:
         name: of its folder.
         tile: side of a tile in pixels.
         patch: side of a patch in pixels.
-        vision: width, feed-forward width, heads and layers of the SigLIP tower.
+        vision: width, feed-forward width, heads and layers of the tower.
         text: width, feed-forward width, heads, KV heads and layers of the decoder.
         vocab_size: rows of the embedding, which the head shares.
         feature_layers: hidden states of the tower that make the features.
+        clip: a CLIP tower and a Llama decoder, in place of SigLIP and Granite.
     """
 
     name: str
@@ -37,6 +44,7 @@ class ModelSize:
     text: tuple[int, int, int, int, int]
     vocab_size: int
     feature_layers: tuple[int, ...]
+    clip: bool = False
 
 
 SMALL = ModelSize(
@@ -60,6 +68,18 @@ TOWER = ModelSize(
     feature_layers=(-24, -20, -12, -1),
 )
 """The vision tower of Granite Vision 3.x (27 layers of 1152, 729 patches), one decoder layer."""
+
+LLAVA_NEXT = ModelSize(
+    name="llava-next-clip-llama",
+    tile=336,
+    patch=14,
+    vision=(1024, 4096, 16, 24),
+    text=(1024, 2816, 8, 2, 10),
+    vocab_size=24_576,
+    feature_layers=(-2,),
+    clip=True,
+)
+"""The vision tower of most LLaVA-Next checkpoints (CLIP ViT-L/14 at 336), 160 M of Llama."""
 
 
 def ensure_checkpoint(size: ModelSize, folder: Path) -> Path:
@@ -99,6 +119,35 @@ def _rename_tower(file: Path) -> None:
 
 
 def _config(size: ModelSize) -> LlavaNextConfig:
+    return _clip_config(size) if size.clip else _granite_config(size)
+
+
+def _clip_config(size: ModelSize) -> LlavaNextConfig:
+    demo = AutoConfig.from_pretrained(checkpoint_path())
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    vision = CLIPVisionConfig(
+        **dict(zip(names, size.vision, strict=True)), image_size=size.tile, patch_size=size.patch
+    )
+    width, inner, heads, kv_heads, layers = size.text
+    text = LlamaConfig(
+        **dict(zip(names, (width, inner, heads, layers), strict=True)),
+        num_key_value_heads=kv_heads,
+        vocab_size=size.vocab_size,
+        max_position_embeddings=8192,
+        bos_token_id=demo.bos_token_id,
+        eos_token_id=demo.eos_token_id,
+        pad_token_id=demo.pad_token_id,
+    )
+    return LlavaNextConfig(
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict(),
+        image_token_index=demo.image_token_index,
+        image_grid_pinpoints=_pinpoints(demo.image_grid_pinpoints, size),
+        image_seq_length=(size.tile // size.patch) ** 2,
+    )
+
+
+def _granite_config(size: ModelSize) -> LlavaNextConfig:
     config = AutoConfig.from_pretrained(checkpoint_path())
     vision, text = config.vision_config, config.text_config
     (
@@ -140,4 +189,6 @@ def _write_processor(size: ModelSize, path: Path) -> None:
         image["image_grid_pinpoints"] = _pinpoints(image["image_grid_pinpoints"], size)
         if "patch_size" in content:
             content["patch_size"] = size.patch
+            content["num_additional_image_tokens"] = int(size.clip)  # CLIP's class token
+            content["vision_feature_select_strategy"] = "default" if size.clip else "full"
         (path / file).write_text(json.dumps(content))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vision tower at Granite Vision 3.x's size, beside the machine's bf16 ceiling."""
 
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from transformers import AutoConfig
 
 from benchmarks.ceilings import CeilingProduct
 from benchmarks.checkpoints import TOWER
-from benchmarks.measure import Row, Timing, constant, interleaved
+from benchmarks.measure import Figure, Row, Timing, compare, constant, interleaved
 from vllm_spyre_mm.model_executor.compile import cpu_compile_context
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.memory import separate_large_blocks
@@ -22,7 +21,6 @@ GRIDS = {2: (1, 1), 5: (2, 2), 10: (3, 3)}
 """Rows and columns of tiles, by tiles altogether; LLaVA-Next has a base tile besides the grid."""
 
 CEILING = "ceiling"
-TARGET = 0.8
 PATCHES = (TOWER.tile // TOWER.patch) ** 2
 
 
@@ -62,21 +60,18 @@ def encoder_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
                 timings = interleaved({name: case, CEILING: product}, repeats)
                 floor = constant([part * seconds for seconds in timings[CEILING].seconds])
                 title = f"{tiles} tile{'s' if tiles > 1 else ''}, {name}"
-                yield _row(title, timings[name], floor, ours=name == "ours" and tiles > 1)
+                yield _row(title, timings[name], floor)
 
 
-def _row(name: str, timing: Timing, floor: Timing, *, ours: bool) -> Row:
-    pairs = zip(floor.seconds, timing.seconds, strict=True)
-    share = statistics.median(least / seconds for least, seconds in pairs)
-    return Row(
-        section="vision tower",
-        name=name,
-        measured=timing,
-        reference=floor,
-        reference_name="all operations at the bf16 ceiling",
-        ratio=share,
-        target=f"share of the ceiling, at least {TARGET:g}" if ours else "for comparison",
-        met=share >= TARGET if ours else None,
+def _row(name: str, timing: Timing, floor: Timing) -> Row:
+    return compare(
+        "vision tower",
+        name,
+        timing,
+        floor,
+        "all operations at the bf16 ceiling",
+        Figure.SHARE,
+        paired=True,
     )
 
 

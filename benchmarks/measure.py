@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timings: taken in turn, so that what else the machine does strikes all alike."""
 
+import enum
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,25 @@ class Timing:
         return min(self.seconds), max(self.seconds)
 
 
+class Figure(enum.StrEnum):
+    """The figure of a row, and which way its target bounds it."""
+
+    OVER = "over"
+    """Measured over reference; at most."""
+
+    FASTER = "faster"
+    """Reference over measured; at least."""
+
+    SHARE = "share"
+    """The same as a part of a ceiling; at least."""
+
+    VALUE = "value"
+    """What was measured, by itself; at most."""
+
+    COUNT = "count"
+    """What was counted; exactly."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A line of the results.
@@ -31,29 +51,62 @@ class Row:
         section: what is compared.
         name: of the case.
         measured: what this project takes.
-        reference: what it is compared with; None where there is none at hand.
-        reference_name: of the reference.
-        ratio: the figure that the target speaks of.
-        target: the target, in words.
-        met: whether the ratio meets it; None without a reference.
+        reference: what it is compared with; None where there is none, or none at hand.
+        reference_name: of the reference, or why it is not there.
+        ratio: measured over reference; None without a reference.
+        figure: what of this is shown, and what a target bounds.
     """
 
     section: str
     name: str
     measured: Timing
-    reference: Timing | None
-    reference_name: str
-    ratio: float | None
-    target: str
-    met: bool | None
+    reference: Timing | None = None
+    reference_name: str = ""
+    ratio: float | None = None
+    figure: Figure = Figure.OVER
+
+    @property
+    def value(self) -> float | None:
+        """The figure itself; None without a reference."""
+        if self.figure in (Figure.VALUE, Figure.COUNT):
+            return self.measured.median
+        if self.ratio is None or self.figure is Figure.OVER:
+            return self.ratio
+        return 1 / self.ratio
+
+    def meets(self, bound: float) -> bool | None:
+        """Whether the figure keeps to a bound; None where there is no figure."""
+        value = self.value
+        if value is None:
+            return None
+        if self.figure is Figure.COUNT:
+            return value == bound
+        return value >= bound if self.figure in (Figure.FASTER, Figure.SHARE) else value <= bound
 
 
 def interleaved(
-    cases: Mapping[str, Callable[[], object]], repeats: int, *, warmups: int = 1
+    cases: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warmups: int = 1,
+    least: int = 3,
+    budget: float = 60.0,
 ) -> dict[str, Timing]:
-    """Time each case ``repeats`` times, in turn."""
+    """Time each case in turn.
+
+    Args:
+        cases: by name.
+        repeats: of each, at most.
+        warmups: rounds before, which do not count.
+        least: repeats of each in any case.
+        budget: seconds after which no further round begins.
+    """
     taken: dict[str, list[float]] = {name: [] for name in cases}
+    began = time.perf_counter()
     for round_number in range(warmups + repeats):
+        enough = round_number >= warmups + least
+        if enough and time.perf_counter() - began > budget:
+            break
         for name, case in cases.items():
             started = time.perf_counter()
             case()
@@ -68,12 +121,11 @@ def compare(
     measured: Timing,
     reference: Timing | None,
     reference_name: str,
+    figure: Figure = Figure.OVER,
     *,
-    at_most: float | None = None,
-    at_least: float | None = None,
     paired: bool = False,
 ) -> Row:
-    """A row whose ratio is measured over reference, of medians.
+    """A row with the ratio of measured over reference, of medians.
 
     Args:
         section: of the row.
@@ -81,25 +133,17 @@ def compare(
         measured: this project's.
         reference: the other's.
         reference_name: what the other is.
-        at_most: the ratio's bound from above.
-        at_least: a speed-up instead: reference over measured is bounded from below.
+        figure: what is shown.
         paired: each measurement was taken beside one of the reference: the ratio is the median of
             their ratios, which the machine's drift leaves alone.
     """
-    ratio = met = None
-    target = f"at most {at_most:g} times" if at_most is not None else f"{at_least:g} times faster"
-    if reference is not None:
-        if paired:
-            pairs = zip(measured.seconds, reference.seconds, strict=True)
-            ratio = statistics.median(one / other for one, other in pairs)
-        else:
-            ratio = measured.median / reference.median
-        if at_least is not None:
-            ratio = 1 / ratio
-            met = ratio >= at_least
-        elif at_most is not None:
-            met = ratio <= at_most
-    return Row(section, name, measured, reference, reference_name, ratio, target, met)
+    ratio = None
+    if reference is not None and paired:
+        pairs = zip(measured.seconds, reference.seconds, strict=True)
+        ratio = statistics.median(one / other for one, other in pairs)
+    elif reference is not None:
+        ratio = measured.median / reference.median
+    return Row(section, name, measured, reference, reference_name, ratio, figure)
 
 
 def constant(seconds: float | Sequence[float]) -> Timing:

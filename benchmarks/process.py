@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs :mod:`benchmarks.driver` in processes of their own."""
+"""Runs ``drivers/driver.py`` in processes of their own."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DRIVER = Path(__file__).with_name("driver.py")
+DRIVER = Path(__file__).parent / "drivers" / "driver.py"
 
 
 class DriverError(RuntimeError):
@@ -23,11 +23,11 @@ class Driver:
 
     Args:
         model: folder of the checkpoint.
-        kind: ``vllm`` or ``transformers``.
+        kind: one of ``driver.KINDS``.
         python: the interpreter; its environment decides what is measured.
         environment: variables besides this process's own.
-        imports: modules to import before the clock starts, besides vLLM or Transformers.
-        engine: arguments of ``LLM``.
+        imports: modules to import before the clock starts, besides those of the kind.
+        engine: arguments of ``LLM``, or options of another kind.
 
     Raises:
         DriverError: it did not start.

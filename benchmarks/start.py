@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.checkpoints import SMALL
-from benchmarks.measure import Row, compare, constant
+from benchmarks.measure import Figure, Row, compare, constant
 from benchmarks.process import Driver
 from benchmarks.serving import ENGINE, WORKLOAD
 from vllm_spyre_mm.config import HOST_CHUNK_SIZE
@@ -28,22 +28,16 @@ def start_rows() -> Iterator[Row]:
     imports = []
     with tempfile.TemporaryDirectory() as cache:
         environment = {**IN_PROCESS, "TORCHINDUCTOR_CACHE_DIR": cache}
-        for name, target in (("cold compile cache", 8.0), ("warm compile cache", 4.0)):
+        for name in ("cold compile cache", "warm compile cache"):
             with Driver(
                 checkpoint_path(), environment=environment, imports=IMPORTS, **ENGINE
             ) as driver:
                 answer = driver.ask("workload", requests=1, max_tokens=1, seed=0)
             imports.append(driver.start["import_seconds"])
             seconds = driver.start["start_seconds"] + answer["seconds"]
-            yield compare(
-                "start",
-                f"LLM(...) to the first answer, {name}",
-                constant(seconds),
-                constant(target),
-                f"{target:g} s",
-                at_most=1,
-            )
-    yield Row("start", "imports", constant(imports), None, "", None, "reported apart", None)
+            name = f"LLM(...) to the first answer, {name}"
+            yield Row("start", name, constant(seconds), figure=Figure.VALUE)
+    yield Row("start", "imports", constant(imports), figure=Figure.VALUE)
 
 
 def memory_row(checkpoint: Path) -> Row:
@@ -64,7 +58,6 @@ def memory_row(checkpoint: Path) -> Row:
         constant(float(answer["peak_bytes"])),
         constant(float(expected)),
         "weights, KV cache, a chunk's activations",
-        at_most=1.2,
     )
 
 
