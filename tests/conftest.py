@@ -92,9 +92,9 @@ def tier(request: pytest.FixtureRequest, covers: Callable[[str], None]) -> Itera
     name: CpuTier = request.param
     if CPU_TIERS.index(name) > CPU_TIERS.index(detect_tier()):
         pytest.skip(f"this CPU has {detect_tier()} at most, not {name}")
+    covers(f"CPU tier {name}")
     with force_tier(name):
         yield name
-    covers(f"CPU tier {name}")
 
 
 @pytest.fixture

@@ -73,10 +73,11 @@ def arrays(seed: str) -> Iterator[Prompt]:
     }
     for name, value in whole.items():
         yield Prompt(name, showing(value), picture)
+    grey = pixels[:, :, 0]
+    yield Prompt("an array of two dimensions", showing(grey), Image.fromarray(grey).convert("RGB"))
     broken: dict[str, Any] = {
         "NaN": np.full((30, 40, 3), np.nan, np.float32),
         "one infinity": torch.zeros(3, 30, 40).index_fill(0, torch.tensor(0), float("inf")),
-        "two dimensions": pixels[:, :, 0],
         "five dimensions": pixels[None, None],
         "seven channels": np.zeros((30, 40, 7), np.uint8),
         "no height": np.zeros((0, 40, 3), np.uint8),

@@ -108,6 +108,7 @@ def test_gauge_and_counters_by_engine():
 def test_vllms_logger_is_replaced_and_its_names_are_free_again_for_the_next_engine():
     metrics.install()
     assert is_extended(loggers.PrometheusStatLogger, metrics.__name__)
+    loggers.unregister_vllm_metrics()  # of an engine that ran in this process
     registry = prometheus_client.REGISTRY
     for name, _ in metrics.COUNTERS.values():
         prometheus_client.Counter(name, "of an engine before")
