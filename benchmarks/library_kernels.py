@@ -11,7 +11,7 @@ from torch import nn
 Kernel = Callable[[], torch.Tensor]
 PLAIN, ONEDNN = "PyTorch", "oneDNN, packed"
 FROZEN, TUNED = "Inductor, frozen", "Inductor's GEMM templates"
-INDUCTOR, FLEX, NUMPY = "Inductor", "flex attention", "NumPy"
+INDUCTOR, FLEX = "Inductor", "flex attention"
 FREEZING = {"freezing": True}
 AUTOTUNE = {
     "freezing": True,
@@ -124,7 +124,6 @@ def argmax(logits: torch.Tensor) -> dict[str, Kernel]:
     """Of each row."""
     return {
         PLAIN: lambda: logits.argmax(-1),
-        NUMPY: lambda: torch.from_numpy(logits.numpy().argmax(-1)),
         INDUCTOR: _compiled(lambda x: x.argmax(-1), logits),
     }
 

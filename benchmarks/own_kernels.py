@@ -15,7 +15,7 @@ from vllm_spyre_mm.model_executor.attention import (
 )
 from vllm_spyre_mm.model_executor.linear import HostLinear
 from vllm_spyre_mm.model_executor.models import bidirectional
-from vllm_spyre_mm.worker.sampler import CompiledSampler
+from vllm_spyre_mm.worker.sampler import HostSampler
 
 Kernel = Callable[[], torch.Tensor]
 
@@ -64,7 +64,7 @@ def paged_attention(
 
 def argmax(logits: torch.Tensor) -> Kernel:
     """Of each row of fp32 ``(rows, width)``."""
-    return lambda: CompiledSampler.greedy_sample(logits)
+    return lambda: HostSampler.greedy_sample(logits)
 
 
 def rope(query: torch.Tensor, keys: torch.Tensor, table: torch.Tensor) -> Kernel:

@@ -10,7 +10,7 @@ import torch
 
 from tests.checkpoints import llava_next_config, save_random_checkpoint
 from tests.reference import Reference
-from tests.tiers import force_tier
+from tests.tiers import can_emulate_amx, emulated_amx, force_tier
 from vllm_spyre_mm.config import CPU_TIERS, CpuTier
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.model_executor.cpu_tier import detect_tier
@@ -85,15 +85,18 @@ def llava_next_reference(llava_next_checkpoint: Path) -> Reference:
 
 @pytest.fixture(params=CPU_TIERS)
 def tier(request: pytest.FixtureRequest, covers: Callable[[str], None]) -> Iterator[CpuTier]:
-    """Each tier of CPUs in turn; one that this CPU lacks is skipped.
+    """Each tier of CPUs in turn, one that this CPU lacks is skipped; AMX's kernels run in software.
 
-    ``parametrize("tier", [...], indirect=True)`` takes some of them.
+    ``parametrize("tier", [...], indirect=True)`` takes some of them. An engine, whose processes are
+    its own, is tested with what the CPU has.
     """
     name: CpuTier = request.param
-    if CPU_TIERS.index(name) > CPU_TIERS.index(detect_tier()):
+    lacking = CPU_TIERS.index(name) > CPU_TIERS.index(detect_tier())
+    emulated = lacking and "e2e" not in request.path.parts and can_emulate_amx()
+    if lacking and not (emulated and name == "amx"):
         pytest.skip(f"this CPU has {detect_tier()} at most, not {name}")
-    covers(f"CPU tier {name}")
-    with force_tier(name):
+    covers(f"CPU tier {name}{' (emulated)' if emulated else ''}")
+    with emulated_amx() if emulated else force_tier(name):
         yield name
 
 

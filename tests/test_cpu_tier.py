@@ -62,7 +62,7 @@ def test_another_architecture_is_generic(undetected: pytest.MonkeyPatch):
 
 def test_the_variable_lowers_the_tier(tier: CpuTier):
     assert cpu_tier.cpu_tier() == tier
-    assert kernel_registry.summary().startswith(f"{tier} (largest, paged_store, rotary,")
+    assert kernel_registry.summary().startswith(f"{tier} (paged_store, rotary,")
     tiled = "tiled_linear" in kernel_registry.summary()
     assert tiled == cpu_tier.has_tier("avx512")
     assert host_dtypes()[0] == (torch.bfloat16 if tiled else torch.float32)

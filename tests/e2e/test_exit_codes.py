@@ -77,11 +77,19 @@ class Run:
 
 
 ANSWER = "ANSWER a red circle at the top left"
+LOWEST = {"SPYRE_MM_CPU_TIER": "generic"}
+"""Kernels are PyTorch's, whatever the CPU has."""
+
+EMBED = (*CLI, "embed", "picture.png", "-o", "f.safetensors")
 RUNS = {
-    "embed": Run((*CLI, "embed", "picture.png", "-o", "f.safetensors"), ("1 pictures in",), {}),
+    "embed": Run(EMBED, ("1 pictures in",), {}),
+    "embed in the lowest tier": Run(EMBED, ("1 pictures in",), LOWEST),
     "show": Run((*CLI, "show", "picture.png", "-o", "drawn.png"), ("/",), {}),
     "models": Run((*CLI, "models"), ("Served, by model_type:",), {}),
     "engines": Run(("engines.py", "1"), (ANSWER, "CHILDREN", ANSWER), {}),
+    "an engine in its own process in the lowest tier": Run(
+        ("engines.py",), (ANSWER,), {**SHARED, **LOWEST}
+    ),
     "engines in its own process": Run(
         ("engines.py", "1", "2"), (ANSWER, "CHILDREN", ANSWER, "CHILDREN", ANSWER), SHARED
     ),

@@ -12,11 +12,10 @@ import pytest
 from vllm_spyre_mm.platform import SpyrePlatform
 from vllm_spyre_mm.request_queue import TurnsQueue
 from vllm_spyre_mm.scheduler import SpyreScheduler
-from vllm_spyre_mm.worker.sampler import CompiledSampler, HostSampler
+from vllm_spyre_mm.worker.sampler import HostSampler
 from vllm_spyre_mm.worker.worker import SpyreWorker
 
 SUBCLASSES = (
-    CompiledSampler,
     HostSampler,
     SpyrePlatform,
     SpyreScheduler,

@@ -6,12 +6,12 @@ import torch
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError
-from vllm_spyre_mm.worker.sampler import CompiledSampler, HostSampler
+from vllm_spyre_mm.worker.sampler import HostSampler
 
 
-@pytest.fixture(params=[HostSampler, CompiledSampler])
-def sampler(request: pytest.FixtureRequest) -> HostSampler:
-    return request.param()
+@pytest.fixture
+def sampler() -> HostSampler:
+    return HostSampler()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])

@@ -9,7 +9,6 @@ import torch
 
 from vllm_spyre_mm.model_executor import (
     blocked_attention,
-    largest,
     paged_decode,
     paged_store,
     rotary,
@@ -20,7 +19,6 @@ from vllm_spyre_mm.model_executor.cpu_tier import cpu_tier
 from vllm_spyre_mm.model_executor.kernels import Kernel
 
 KERNELS: tuple[Kernel, ...] = (
-    largest.KERNEL,
     paged_store.KERNEL,
     rotary.KERNEL,
     paged_decode.KERNEL,
@@ -54,7 +52,6 @@ class ModelShape:
 def loaders(shape: ModelShape) -> list[Callable[[], object]]:
     """What compiles each kernel of a step, when it is called; those that the tier has."""
     needed: list[Callable[[], object]] = [
-        largest.KERNEL.load,
         partial(paged_store.kernel, shape.kv_heads * shape.head_dim * shape.dtype.itemsize),
     ]
     needed += [

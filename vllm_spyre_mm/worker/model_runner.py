@@ -28,7 +28,7 @@ from vllm_spyre_mm.worker.requests import (
     RequestTable,
     SpyreModelRunnerOutput,
 )
-from vllm_spyre_mm.worker.sampler import CompiledSampler, HostSampler
+from vllm_spyre_mm.worker.sampler import HostSampler
 from vllm_spyre_mm.worker.steps import steps_for
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ class SpyreModelRunner:
         self.encoder_cache = EncoderCache()
         self.decodes = SamplingBatch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
         self.prefilled = SamplingBatch(vllm_config, 1)
-        sampler = CompiledSampler if model.backend == "inductor" else HostSampler
-        self.sampler = sampler(
+        self.sampler = HostSampler(
             logprobs_mode=vllm_config.model_config.logprobs_mode,
             use_fp64_gumbel=vllm_config.model_config.use_fp64_gumbel,
         )

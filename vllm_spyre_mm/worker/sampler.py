@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's sampler, with searches for the largest logit that suit a CPU."""
+"""vLLM's sampler, with an argmax that suits a CPU."""
 
 from typing import Any
 
 import torch
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_spyre_mm.model_executor.largest import largest
 from vllm_spyre_mm.vllm_hooks.contract import require_overridable
 
 
@@ -14,8 +13,8 @@ class HostSampler(Sampler):
     """Samples on the host.
 
     Raises:
-        UnsupportedVllmError: when it is made, if vLLM's sampler does not ask for the largest logits
-            as expected.
+        UnsupportedVllmError: when it is made, if vLLM's sampler does not ask for the argmax as
+            expected.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -35,12 +34,3 @@ class HostSampler(Sampler):
             int64 ``(rows,)``.
         """
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
-
-
-class CompiledSampler(HostSampler):
-    """Samples on the host; all threads search."""
-
-    @staticmethod
-    def greedy_sample(logits: torch.Tensor) -> torch.Tensor:
-        """As :meth:`HostSampler.greedy_sample`."""
-        return largest(logits.contiguous())
