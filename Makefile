@@ -38,10 +38,12 @@ hostile: setup
 	$(BIN)/python -m tests.hostile $(ARGS)
 
 # The tests of the C++ kernels once more, compiled with AddressSanitizer; needs g++. What is left out
-# measures memory, or compiles none. PyTorch leaks a little at its end, on purpose.
+# measures memory, or compiles none. PyTorch leaks a little at its end, on purpose; without libstdc++
+# its exceptions are unknown to the sanitizer.
 asan: setup
-	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-	$(BIN)/python -m pytest -p tests.address_sanitizer tests/model_executor $(NO_KERNELS) $(ARGS)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/python -m pytest $(PROCESSES) -p tests.address_sanitizer tests/model_executor $(NO_KERNELS) $(ARGS)
 
 NO_KERNELS := $(addprefix --ignore=tests/model_executor/test_,memory.py loader.py kv_cache.py)
 
