@@ -39,7 +39,7 @@ static inline void load_tile(const void* from) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2"
                : : "r"(from), "r"(int64_t{64}), "i"(REGISTER) : "memory");
 }
-// For what is not read again soon: it leaves more of the innermost cache to the rest.
+// For what is not read again soon: it leaves more of the L1 cache to the rest.
 template <int REGISTER>
 static inline void stream_tile(const void* from) {
   asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2"

@@ -10,7 +10,7 @@
 
 #include "simd.h"
 
-using Element = uint16_t;            // the bits of a bf16 number
+using Element = uint16_t;             // the bits of a bf16 number
 constexpr Element BF16_ONE = 0x3f80;  // 1.0
 
 template <typename Vector>
@@ -42,10 +42,12 @@ static inline __m512i round_to_bf16(__m512 high, __m512 low) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 #else
   auto round = [](__m512 values) {
-    __m512i bits = (__m512i)values, last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i bits = (__m512i)values;
+    __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     bits = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
     __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(_mm512_srli_epi32(bits, 16), is_nan, 0x7fc0));
+    bits = _mm512_mask_set1_epi32(_mm512_srli_epi32(bits, 16), is_nan, 0x7fc0);
+    return _mm512_cvtepi32_epi16(bits);
   };
   return _mm512_inserti64x4(_mm512_castsi256_si512(round(low)), round(high), 1);
 #endif

@@ -15,7 +15,6 @@ from vllm_spyre_mm.model_executor import (
     rows_linear,
     tiled_linear,
 )
-from vllm_spyre_mm.model_executor.cpu_tier import cpu_tier
 from vllm_spyre_mm.model_executor.kernels import Kernel
 
 KERNELS: tuple[Kernel, ...] = (
@@ -67,9 +66,3 @@ def loaders(shape: ModelShape) -> list[Callable[[], object]]:
             partial(rotary.kernel, shape.head_dim, shape.dtype),
         ]
     return needed
-
-
-def summary() -> str:
-    """The tier, and the kernels that run in it, for the start's summary."""
-    names = [each.name for each in KERNELS if any(map(each.takes, (torch.bfloat16, torch.float32)))]
-    return f"{cpu_tier()} ({', '.join(names)})"
