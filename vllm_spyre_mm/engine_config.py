@@ -17,6 +17,7 @@ from vllm_spyre_mm.config import (
 from vllm_spyre_mm.geometry import Geometry
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.cpu_tier import cpu_tier
+from vllm_spyre_mm.multimodal.feature_check import dtype_name
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 from vllm_spyre_mm.vllm_flags import SCHEDULER_CLASS, WORKER_CLASS, refuse_unsupported
 
@@ -62,8 +63,8 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     log = logger.debug if settings.resolved else logger.info  # vLLM builds configurations anew
     settings = settings.resolve(
         enforce_eager=model_config.enforce_eager,
-        decoder_dtype=_name(dtype),
-        host_dtypes=tuple(map(_name, host_dtypes)),
+        decoder_dtype=dtype_name(dtype),
+        host_dtypes=tuple(map(dtype_name, host_dtypes)),
         max_model_len=model_config.max_model_len,
         max_num_seqs=scheduler_config.max_num_seqs,
     )
@@ -82,7 +83,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
             settings,
             cpu_tier=cpu_tier(),
             mapping=type(mapping).__name__,
-            dtype=_name(dtype),
+            dtype=dtype_name(dtype),
             chunk_size=scheduler_config.max_num_batched_tokens,
             block_size=vllm_config.cache_config.block_size,
             max_num_seqs=scheduler_config.max_num_seqs,
@@ -98,10 +99,6 @@ def decoder_dtype_of(vllm_config: "VllmConfig") -> torch.dtype:
     dtype = vllm_config.model_config.dtype
     assert isinstance(dtype, torch.dtype), "vLLM resolves names when it makes the configuration"
     return dtype
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _leave_head_to_loader(model_config: "ModelConfig") -> None:
@@ -159,7 +156,7 @@ def _check_backend(
 ) -> None:
     if settings.backend == "sendnn":
         if dtype != torch.float16:
-            raise ValueError(f"the card runs the decoder in float16, not {_name(dtype)}")
+            raise ValueError(f"the card runs the decoder in float16, not {dtype_name(dtype)}")
         if chunk_size < 2 * BLOCK_SIZE:
             raise ValueError(
                 f"the card needs chunks of at least {2 * BLOCK_SIZE} tokens, got {chunk_size}: "
@@ -167,8 +164,8 @@ def _check_backend(
             )
     elif dtype not in host_dtypes:
         raise ValueError(
-            f"dtype={_name(dtype)!r} is not supported by the CPU's backends: use --dtype "
-            f"{' or '.join(_name(supported) for supported in host_dtypes)}"
+            f"dtype={dtype_name(dtype)!r} is not supported by the CPU's backends: use --dtype "
+            f"{' or '.join(dtype_name(supported) for supported in host_dtypes)}"
         )
 
 

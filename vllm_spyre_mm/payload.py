@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
+from vllm_spyre_mm.multimodal.feature_check import dtype_name
 
 EncodingFormat = Literal["base64", "float"]
 
@@ -69,7 +70,7 @@ def _description(
     """The fields that do not grow with the embedding."""
     return {
         "shape": list(embedding.shape),
-        "dtype": str(embedding.dtype).removeprefix("torch."),
+        "dtype": dtype_name(embedding.dtype),
         "encoding_format": encoding_format,
         "pooling": info.pooling,
         "items": msgspec.to_builtins(info.items),

@@ -3,7 +3,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_spyre_mm.config import BLOCK_SIZE
+from vllm_spyre_mm.multimodal.feature_check import dtype_name
 from vllm_spyre_mm.vllm_flags.decision import Decisions, Refused, only, unset, words
 
 if TYPE_CHECKING:
@@ -28,7 +31,9 @@ def _no_offloading(value: Any, _: "VllmConfig") -> bool:
 
 def _cache_dtype(value: str, vllm_config: "VllmConfig") -> bool:
     assert vllm_config.model_config is not None, "partial configurations are not checked"
-    return value in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch."))
+    dtype = vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype), "vLLM resolves names when it makes the configuration"
+    return value in ("auto", dtype_name(dtype))
 
 
 def _block_size(value: int, vllm_config: "VllmConfig") -> bool:
