@@ -45,7 +45,7 @@ asan: setup
 	ASAN_OPTIONS=detect_leaks=0 \
 	$(BIN)/python -m pytest $(PROCESSES) -p tests.address_sanitizer tests/model_executor $(NO_KERNELS) $(ARGS)
 
-NO_KERNELS := $(addprefix --ignore=tests/model_executor/test_,memory.py loader.py kv_cache.py)
+NO_KERNELS := $(addprefix --ignore=tests/model_executor/,cpu/test_memory.py test_loader.py test_kv_cache.py)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import Row, compare, interleaved
-from vllm_spyre_mm.model_executor.attention import (
+from vllm_spyre_mm.model_executor.cpu.attention import (
     CPU_COMPILED_ATTENTION,
     cpu_attention_kwargs,
     register_cpu_attention,

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from benchmarks.measure import Figure, Row, Timing, compare, constant
 from vllm_spyre_mm.cli.embed import AT_ONCE, encode_files
+from vllm_spyre_mm.cli.encoder import VisionEncoder, read_picture
 from vllm_spyre_mm.cli.shards import Shards
 from vllm_spyre_mm.demo import pictures
-from vllm_spyre_mm.encoder import VisionEncoder, read_picture
-from vllm_spyre_mm.model_executor.memory import return_free_memory
+from vllm_spyre_mm.model_executor.cpu.memory import return_free_memory
 from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
 
 ROUNDS = 4

@@ -11,9 +11,9 @@ from transformers import AutoConfig
 from benchmarks.ceilings import CeilingProduct
 from benchmarks.checkpoints import TOWER
 from benchmarks.measure import Figure, Row, Timing, compare, constant, interleaved
-from vllm_spyre_mm.model_executor.compile import cpu_compile_context
+from vllm_spyre_mm.model_executor.cpu.compile import cpu_compile_context
+from vllm_spyre_mm.model_executor.cpu.memory import separate_large_blocks
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
-from vllm_spyre_mm.model_executor.memory import separate_large_blocks
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 

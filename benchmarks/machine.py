@@ -5,7 +5,7 @@ import os
 import platform
 from dataclasses import dataclass
 
-from vllm_spyre_mm.model_executor.cpu_tier import cpu_tier
+from vllm_spyre_mm.model_executor.cpu.tier import cpu_tier
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from vllm_spyre_mm.model_executor import rotary
-from vllm_spyre_mm.model_executor.attention import (
+from vllm_spyre_mm.model_executor.cpu import bidirectional
+from vllm_spyre_mm.model_executor.cpu.attention import (
     CPU_COMPILED_ATTENTION,
     cpu_attention_kwargs,
     register_cpu_attention,
     store,
 )
-from vllm_spyre_mm.model_executor.linear import HostLinear
-from vllm_spyre_mm.model_executor.models import bidirectional
+from vllm_spyre_mm.model_executor.cpu.kernels import rotary
+from vllm_spyre_mm.model_executor.cpu.linear import HostLinear
 from vllm_spyre_mm.worker.sampler import HostSampler
 
 Kernel = Callable[[], torch.Tensor]

@@ -13,7 +13,7 @@ from tests.reference import Reference
 from tests.tiers import can_emulate_amx, emulated_amx, force_tier
 from vllm_spyre_mm.config import CPU_TIERS, CpuTier
 from vllm_spyre_mm.demo import checkpoint_path
-from vllm_spyre_mm.model_executor.cpu_tier import detect_tier
+from vllm_spyre_mm.model_executor.cpu.tier import detect_tier
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

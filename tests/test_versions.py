@@ -50,7 +50,7 @@ def test_the_matrix_declares_a_candidate_in_its_copy_alone(tmp_path: Path) -> No
     before = (ROOT / "pyproject.toml").read_text()
     copy_source(tmp_path / "copy", "0.99.1")
     assert '"vllm==0.99.1"' in (tmp_path / "copy" / "pyproject.toml").read_text()
-    assert (tmp_path / "copy" / "vllm_spyre_mm" / "scheduler.py").exists()
+    assert (tmp_path / "copy" / "vllm_spyre_mm" / "platform.py").exists()
     assert (ROOT / "pyproject.toml").read_text() == before
     copy_source(tmp_path / "pinned", pinned("vllm"))
     assert (tmp_path / "pinned" / "pyproject.toml").read_text() == before

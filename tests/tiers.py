@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from vllm_spyre_mm.config import CPU_TIERS, CpuTier
-from vllm_spyre_mm.model_executor import cpu_tier, kernels
+from vllm_spyre_mm.model_executor.cpu import tier as cpu_tier
+from vllm_spyre_mm.model_executor.cpu.kernels import kernel as kernels
 
 VECTOR_TIERS: tuple[CpuTier, ...] = ("avx512", "avx512_bf16", "amx")
 """Tiers with bf16 kernels of their own; the others leave bf16 to PyTorch."""
@@ -19,7 +20,7 @@ on_vector_tiers = pytest.mark.parametrize("tier", VECTOR_TIERS, indirect=True)
 on_distinct_tiers = pytest.mark.parametrize("tier", ["generic", *VECTOR_TIERS], indirect=True)
 """Each tier whose code differs: that of ``avx2`` is the generic one, compiled for it."""
 
-EMULATION = Path(__file__).parent / "model_executor" / "emulated_amx.h"
+EMULATION = Path(__file__).parent / "model_executor/cpu/kernels/emulated_amx.h"
 
 INLINE_ASSEMBLY = re.compile(r'asm volatile\("tile(\w+) [^;]*;')
 EMULATED = {

@@ -24,9 +24,10 @@ KEPT = ("torch", "torchvision", "ibm-fms", "numpy")
 """Whose pinned versions hold for every vLLM; it has ranges of its own for the rest."""
 
 TESTS = (
-    "tests/vllm_hooks",
-    "tests/test_scheduler.py",
-    "tests/test_engine_config.py",
+    "tests/upstream",
+    "tests/frontend",
+    "tests/vllm_fixes",
+    "tests/scheduler",
     "tests/worker",
     "tests/e2e/test_parity.py",
 )
@@ -78,7 +79,7 @@ def test(version: str) -> str:
     run([*pip, *build], VLLM_VERSION_OVERRIDE=version, VLLM_TARGET_DEVICE="empty")
     pytest = [str(python), "-m", "pytest", "--quiet"]
     if version not in declared_versions():
-        pytest += ["--ignore", "tests/vllm_hooks/test_contract.py"]  # it is about what is declared
+        pytest += ["--ignore", "tests/upstream/test_contract.py"]  # it is about what is declared
     passed, failed = [], []
     for tests in TESTS:  # a process each
         try:

@@ -25,13 +25,13 @@ def register_hooks() -> None:
     """Entry point of the group ``vllm.general_plugins``: adds the embedding to vLLM's outputs.
 
     Raises:
-        vllm_spyre_mm.vllm_hooks.UnsupportedVllmError: vLLM's classes are not what the hooks expect.
+        UnsupportedVllmError: vLLM's classes are not what the hooks expect.
     """
     from vllm.platforms import current_platform
 
     cls = type(current_platform)
     if f"{cls.__module__}.{cls.__qualname__}" != PLATFORM_CLASS:
         return  # the platform was opted out of with VLLM_PLUGINS: leave vLLM as it is
-    from vllm_spyre_mm.vllm_hooks import install
+    from vllm_spyre_mm.frontend.hooks import install
 
     install()

@@ -26,7 +26,7 @@ Backend = Literal["sendnn", "inductor", "eager"]
 CpuTier = Literal["generic", "avx2", "avx512", "avx512_bf16", "amx"]
 
 CPU_TIERS: tuple[CpuTier, ...] = get_args(CpuTier)
-"""Sets of a CPU's instructions, each with those before it; see ``model_executor.cpu_tier``."""
+"""Sets of a CPU's instructions, each with those before it; see ``model_executor.cpu.tier``."""
 
 BLOCK_SIZE = 64
 """Tokens in a block of the KV cache: what the card's compiler expects."""

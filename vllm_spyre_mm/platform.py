@@ -17,11 +17,11 @@ from vllm_spyre_mm.config import (
     engine_runs_in_own_process,
     prepare_process_environment,
 )
+from vllm_spyre_mm.frontend.engine_args import DeviceFlag, install_engine_args_hooks
+from vllm_spyre_mm.frontend.main_guard import check_main_guard
 from vllm_spyre_mm.host_memory import host_memory
 from vllm_spyre_mm.log import get_logger
-from vllm_spyre_mm.vllm_hooks.contract import check_versions
-from vllm_spyre_mm.vllm_hooks.engine_args import DeviceFlag, install_engine_args_hooks
-from vllm_spyre_mm.vllm_hooks.main_guard import check_main_guard
+from vllm_spyre_mm.upstream.contract import check_versions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,7 +43,7 @@ def host_dtypes() -> tuple[torch.dtype, ...]:
 
     fp16 is left out on purpose: on a CPU it is many times slower than either.
     """
-    from vllm_spyre_mm.model_executor.cpu_tier import computes_in_bf16
+    from vllm_spyre_mm.model_executor.cpu.tier import computes_in_bf16
 
     if computes_in_bf16():
         return (torch.bfloat16, torch.float32)
@@ -152,8 +152,8 @@ class SpyrePlatform(Platform):
             ValueError: with a sentence that says what is not supported and what to do.
             UnsupportedVllmError: one of vLLM's classes is not as the hooks expect.
         """
-        from vllm_spyre_mm.engine_config import check_and_resolve
-        from vllm_spyre_mm.vllm_hooks import install
+        from vllm_spyre_mm.frontend.engine_config import check_and_resolve
+        from vllm_spyre_mm.frontend.hooks import install
 
         # vLLM loads its plugins once, and goes on without one whose failure somebody caught.
         install()
@@ -164,6 +164,6 @@ class SpyrePlatform(Platform):
         cls, processed_inputs: "EngineInput", params: "SamplingParams | PoolingParams"
     ) -> None:
         """Refuse a request that asks for what the platform cannot do (HTTP 400)."""
-        from vllm_spyre_mm.requests import validate_params
+        from vllm_spyre_mm.frontend.request_validation import validate_params
 
         validate_params(params)

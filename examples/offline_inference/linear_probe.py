@@ -8,9 +8,9 @@ import random
 
 import torch
 
+from vllm_spyre_mm.cli.encoder import VisionEncoder
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.demo.pictures import COLOURS, KINDS, PLACES, Shape, draw_picture
-from vllm_spyre_mm.encoder import VisionEncoder
 from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
 
 NAMES = list(COLOURS)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from vllm_spyre_mm.cli.encoder import VisionEncoder, read_picture
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.demo.pictures import PLACES, Shape, draw_picture
-from vllm_spyre_mm.encoder import VisionEncoder, read_picture
 from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
 
 COLOURS = ("red", "green", "blue", "yellow")

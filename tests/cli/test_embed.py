@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from tests.multimodal.mm_mappings.suite import assert_close
 from tests.reference import Reference
 from vllm_spyre_mm.cli import embed, main, shards
+from vllm_spyre_mm.cli.encoder import VisionEncoder
 from vllm_spyre_mm.demo import pictures
-from vllm_spyre_mm.encoder import VisionEncoder
 
 QUESTION = "<|user|>\n<image>\nWhat?\n<|assistant|>\n"
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from vllm_spyre_mm.cli import main
-from vllm_spyre_mm.coloring import CAPTION_HEIGHT, PANEL_HEIGHT
 from vllm_spyre_mm.demo.pictures import Shape, draw_picture
+from vllm_spyre_mm.multimodal.coloring import CAPTION_HEIGHT, PANEL_HEIGHT
 
 
 def save(path: Path, place: str) -> Path:

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.exits import check_end
-from vllm_spyre_mm.vllm_hooks.server_end import INTERRUPTED
+from vllm_spyre_mm.vllm_fixes.shutdown_errors import INTERRUPTED
 
 VLLM = str(Path(sys.executable).parent / "vllm")
 START_SECONDS = 480

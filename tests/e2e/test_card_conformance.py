@@ -14,8 +14,8 @@ from vllm import LLM
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy
 from tests.reference import Reference
-from vllm_spyre_mm.geometry import Geometry
-from vllm_spyre_mm.model_executor.compile import CardError
+from vllm_spyre_mm.model_executor.cpu.compile import CardError
+from vllm_spyre_mm.scheduler.geometry import Geometry
 
 CHUNK = 128
 MAX_MODEL_LEN = 448  # seven blocks: a prompt of six or seven is padded to eight

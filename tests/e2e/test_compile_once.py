@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from vllm import LLM, SamplingParams
 
 from tests.e2e.engines import engine
-from vllm_spyre_mm.model_executor.kernels import compile_kernel
+from vllm_spyre_mm.model_executor.cpu.kernels.kernel import compile_kernel
 
 MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_IMAGES = 1024, 4, 3
 NUM_REQUESTS = 300

@@ -14,7 +14,7 @@ import pytest
 
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.demo.pictures import Shape, draw_picture
-from vllm_spyre_mm.vllm_flags import TABLE
+from vllm_spyre_mm.frontend.flags import TABLE
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vllm_spyre_mm"

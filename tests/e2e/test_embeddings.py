@@ -18,7 +18,7 @@ from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy, relative_error
 from tests.reference import Reference
 from vllm_spyre_mm.demo import pictures
-from vllm_spyre_mm.scheduler import SpyreScheduler
+from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 
 T = TypeVar("T")

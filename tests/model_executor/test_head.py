@@ -17,7 +17,7 @@ from vllm.config import ModelConfig
 
 from tests import architectures
 from tests.checkpoints import edit_config, edit_tensors, model_class, write_index
-from vllm_spyre_mm.engine_config import _leave_head_to_loader
+from vllm_spyre_mm.frontend.engine_config import _leave_head_to_loader
 from vllm_spyre_mm.model_executor.checkpoint import CheckpointError
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping

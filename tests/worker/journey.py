@@ -35,12 +35,12 @@ from vllm.v1.structured_output import StructuredOutputManager
 from tests import architectures
 from tests.checkpoints import edit_tensors
 from vllm_spyre_mm.config import Backend
-from vllm_spyre_mm.engine_config import geometry_of
+from vllm_spyre_mm.frontend.engine_config import geometry_of
 from vllm_spyre_mm.model_executor.kv_cache import allocate_kv_cache
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
-from vllm_spyre_mm.scheduler import SpyreScheduler
+from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 
 VOCABULARY = architectures.DECODER["vocab_size"]

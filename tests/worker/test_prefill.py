@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_spyre_mm.geometry import Geometry
 from vllm_spyre_mm.multimodal.merge import TEXT
+from vllm_spyre_mm.scheduler.geometry import Geometry
 from vllm_spyre_mm.worker.prefill import PrefillChunk, prefill_chunk
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=300)

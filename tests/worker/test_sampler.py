@@ -5,7 +5,7 @@ import pytest
 import torch
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_spyre_mm.vllm_hooks import UnsupportedVllmError
+from vllm_spyre_mm.upstream.contract import UnsupportedVllmError
 from vllm_spyre_mm.worker.sampler import HostSampler
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
-    from vllm_spyre_mm.encoder import ProcessedPicture, VisionEncoder
+    from vllm_spyre_mm.cli.encoder import ProcessedPicture, VisionEncoder
     from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
 
 SUMMARY = "write the features of pictures to safetensors or Parquet"
@@ -179,8 +179,8 @@ def _images_of(line: bytes, where: str) -> list[str]:
 def _encoder(arguments: argparse.Namespace) -> "VisionEncoder":
     import torch
 
+    from vllm_spyre_mm.cli.encoder import VisionEncoder
     from vllm_spyre_mm.demo import checkpoint_path
-    from vllm_spyre_mm.encoder import VisionEncoder
 
     dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     return VisionEncoder(
@@ -207,7 +207,7 @@ def _features(
     """Features of each picture that can be encoded, in order; the next are read meanwhile."""
     import torch
 
-    from vllm_spyre_mm.encoder import read_picture
+    from vllm_spyre_mm.cli.encoder import read_picture
 
     def read(path: Path) -> "ProcessedPicture":
         return encoder.process(read_picture(path))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from vllm_spyre_mm.coloring import Panel
+    from vllm_spyre_mm.multimodal.coloring import Panel
     from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 
 SUMMARY = "draw a picture, its tiles and its features as a PNG"
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw; the exit status is 1 where a picture cannot be encoded or the place is not in it."""
-    from vllm_spyre_mm.coloring import figure
+    from vllm_spyre_mm.cli.encoder import VisionEncoder, read_picture
     from vllm_spyre_mm.demo import checkpoint_path
-    from vllm_spyre_mm.encoder import VisionEncoder, read_picture
+    from vllm_spyre_mm.multimodal.coloring import figure
     from vllm_spyre_mm.multimodal.feature_check import FeatureError
 
     paths = [path for path in (arguments.picture, arguments.other) if path is not None]
@@ -101,7 +101,7 @@ class Seen:
 
     def principal_components(self) -> "list[Panel]":
         """The picture with its tiles, and its features over it."""
-        from vllm_spyre_mm.coloring import laid_over, place_colours, tiles
+        from vllm_spyre_mm.multimodal.coloring import laid_over, place_colours, tiles
 
         colours = place_colours(self.features, self.layout)
         return [
@@ -111,8 +111,8 @@ class Seen:
 
 
 def look(encoder: object, picture: "Image.Image") -> Seen:
-    """Encode a picture with a :class:`~vllm_spyre_mm.encoder.VisionEncoder`."""
-    from vllm_spyre_mm.encoder import VisionEncoder
+    """Encode a picture with a :class:`~vllm_spyre_mm.cli.encoder.VisionEncoder`."""
+    from vllm_spyre_mm.cli.encoder import VisionEncoder
     from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
 
     assert isinstance(encoder, VisionEncoder)
@@ -125,7 +125,7 @@ def look(encoder: object, picture: "Image.Image") -> Seen:
 
 def similarities(seen: list[Seen], row: int, column: int) -> "list[list[Panel]]":
     """How alike every place of both pictures is to one place of the first."""
-    from vllm_spyre_mm.coloring import heat, laid_over, marked, similarity_to
+    from vllm_spyre_mm.multimodal.coloring import heat, laid_over, marked, similarity_to
 
     first = seen[0]
     chosen = first.features[first.finest.indices()[row, column]]

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
 
-from vllm_spyre_mm.coloring import pca_figure
 from vllm_spyre_mm.config import card_backend_available
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.demo.pictures import (
@@ -24,6 +23,7 @@ from vllm_spyre_mm.demo.pictures import (
     questions_about,
     random_shapes,
 )
+from vllm_spyre_mm.multimodal.coloring import pca_figure
 from vllm_spyre_mm.multimodal.feature_layout import FeatureLayout
 
 PICTURE_SIZE = (192, 144)

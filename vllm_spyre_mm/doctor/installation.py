@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 
 from vllm_spyre_mm.doctor.finding import Finding
 from vllm_spyre_mm.doctor.probe import ProbeError, probe
-from vllm_spyre_mm.vllm_hooks.contract import DISTRIBUTION, faulty_versions, requirements
+from vllm_spyre_mm.upstream.contract import DISTRIBUTION, faulty_versions, requirements
 
 ANEW = "install it anew as docs/installation.md says, into an environment of its own"
 

@@ -54,7 +54,7 @@ def host() -> dict[str, Any]:
     import torch
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    from vllm_spyre_mm.model_executor.cpu_tier import computes_in_bf16, cpu_tier
+    from vllm_spyre_mm.model_executor.cpu.tier import computes_in_bf16, cpu_tier
 
     try:
         compiler, fault = get_cpp_compiler(), ""
@@ -120,7 +120,7 @@ def hooks() -> dict[str, Any]:
         import vllm.v1.engine.core  # noqa: F401 - the hooks on both act when they are loaded
 
         import vllm_spyre_mm.worker.worker  # noqa: F401
-        from vllm_spyre_mm.scheduler import SpyreScheduler
+        from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 
         register_hooks()
         SpyreScheduler.check_base()

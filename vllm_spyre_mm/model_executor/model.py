@@ -10,23 +10,23 @@ import torch
 from torch import nn
 
 from vllm_spyre_mm.config import Backend
-from vllm_spyre_mm.model_executor import kernel_registry
-from vllm_spyre_mm.model_executor.attention import (
+from vllm_spyre_mm.model_executor.cpu.attention import (
     CARD_ATTENTION,
     CPU_ATTENTION,
     CPU_COMPILED_ATTENTION,
     register_cpu_attention,
 )
-from vllm_spyre_mm.model_executor.compile import (
+from vllm_spyre_mm.model_executor.cpu.compile import (
     compile_decoder_blocks,
     compile_encoder_blocks,
     compile_for_card,
     cpu_compile_context,
     warmup_context,
 )
+from vllm_spyre_mm.model_executor.cpu.kernels import registry as kernel_registry
+from vllm_spyre_mm.model_executor.cpu.kernels.rotary import replace_rotary
+from vllm_spyre_mm.model_executor.cpu.linear import replace_linears
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
-from vllm_spyre_mm.model_executor.linear import replace_linears
-from vllm_spyre_mm.model_executor.rotary import replace_rotary
 from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, MMUtils
 
 
@@ -34,8 +34,8 @@ from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, MMUtils
 class DecoderInputs:
     """One forward pass of the decoder; made by ``worker.prefill`` and ``worker.decode``.
 
-    All on the host; *padded* as in :mod:`vllm_spyre_mm.geometry`. On the CPU the batch is 1: the
-    tokens of all sequences are in one row.
+    All on the host; *padded* as in :mod:`vllm_spyre_mm.scheduler.geometry`. On the CPU the batch is
+    1: the tokens of all sequences are in one row.
 
     Attributes:
         embeds: ``(batch, length, hidden_size)``, the decoder's dtype.
@@ -43,7 +43,7 @@ class DecoderInputs:
         attention: keyword arguments of the attention op: ``slot_mapping`` int64
             ``(batch, length)``; for the card ``block_table`` int64 ``(batch, blocks)`` and
             ``current_tkv_mask`` and ``left_padded_prompt_mask`` int64 ``(batch,)``; for the CPU
-            what ``worker.host_steps`` describes.
+            what ``cpu.inputs`` describes.
         last_n_tokens: how many positions from the end get logits; 0: all.
     """
 

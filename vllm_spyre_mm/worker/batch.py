@@ -60,7 +60,7 @@ class SamplingBatch:
             logitsprocs=build_logitsprocs(vllm_config, device, False, False, custom),
             logitsprocs_need_output_token_ids=bool(custom),
             reasoning_config=vllm_config.reasoning_config,
-            # The rows' cache slots are computed in worker.decode and worker.host_steps.
+            # The rows' cache slots are computed in model_executor.card and .cpu.
             slot_mapping_modes=[SlotMappingMode.NONE],
         )
 

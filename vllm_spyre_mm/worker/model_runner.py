@@ -12,13 +12,13 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from vllm_spyre_mm.config import SpyreSettings
-from vllm_spyre_mm.engine_config import decoder_dtype_of
-from vllm_spyre_mm.geometry import Geometry
+from vllm_spyre_mm.frontend.engine_config import decoder_dtype_of
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.embedding import EmbeddingOverflowError, MMEmbeddingInfo, assemble
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
 from vllm_spyre_mm.multimodal.merge import first_feature, looked_up, plan_merge
+from vllm_spyre_mm.scheduler.geometry import Geometry
 from vllm_spyre_mm.worker.batch import SamplingBatch
 from vllm_spyre_mm.worker.encoding import ImageEncodingError, encode_images
 from vllm_spyre_mm.worker.prefill import prefill_chunk

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_spyre_mm.geometry import Geometry
 from vllm_spyre_mm.multimodal.merge import TEXT
+from vllm_spyre_mm.scheduler.geometry import Geometry
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_spyre_mm.vllm_hooks.contract import require_overridable
+from vllm_spyre_mm.upstream.contract import require_overridable
 
 
 class HostSampler(Sampler):

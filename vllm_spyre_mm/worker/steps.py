@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from vllm_spyre_mm.geometry import Geometry
+from vllm_spyre_mm.model_executor.card.inputs import CardSteps
+from vllm_spyre_mm.model_executor.cpu.inputs import HostSteps
 from vllm_spyre_mm.model_executor.model import DecoderInputs
+from vllm_spyre_mm.scheduler.geometry import Geometry
 from vllm_spyre_mm.worker.batch import DecodeRows
-from vllm_spyre_mm.worker.card_steps import CardSteps
-from vllm_spyre_mm.worker.host_steps import HostSteps
 from vllm_spyre_mm.worker.prefill import PrefillChunk
 
 if TYPE_CHECKING:

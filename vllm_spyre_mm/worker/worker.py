@@ -13,17 +13,17 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from vllm_spyre_mm.config import SpyreSettings, export_card_environment
-from vllm_spyre_mm.engine_config import decoder_dtype_of, geometry_of
+from vllm_spyre_mm.frontend.engine_config import decoder_dtype_of, geometry_of
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
-from vllm_spyre_mm.model_executor.compile import prepare_cpu_compiler
+from vllm_spyre_mm.model_executor.cpu.compile import prepare_cpu_compiler
+from vllm_spyre_mm.model_executor.cpu.memory import return_free_memory, separate_large_blocks
 from vllm_spyre_mm.model_executor.kv_cache import (
     allocate_kv_cache,
     kv_cache_bytes,
     kv_cache_spec,
 )
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
-from vllm_spyre_mm.model_executor.memory import return_free_memory, separate_large_blocks
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 from vllm_spyre_mm.worker.encoding import ImageEncodingError

@@ -20,7 +20,7 @@ STALLED = "the faulty encoder stalls in process"
 
 def register() -> None:
     """Wrap the encoder where it is loaded, or will be."""
-    from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
+    from vllm_spyre_mm.upstream.module_loading import when_loaded
 
     when_loaded("vllm_spyre_mm.model_executor.model", _make_faulty)
 

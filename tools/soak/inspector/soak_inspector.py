@@ -47,11 +47,11 @@ work = Work()
 
 def register() -> None:
     """Extend the classes where they are loaded, or will be."""
-    from vllm_spyre_mm.vllm_hooks.module_loading import when_loaded
+    from vllm_spyre_mm.upstream.module_loading import when_loaded
 
     when_loaded("vllm.v1.engine.async_llm", _extend_front_end)
     when_loaded("vllm_spyre_mm.worker.worker", _extend_worker)
-    when_loaded("vllm_spyre_mm.scheduler", _watch_scheduler)
+    when_loaded("vllm_spyre_mm.scheduler.scheduler", _watch_scheduler)
     when_loaded("vllm.v1.engine.core", _watch_aborts)
 
 

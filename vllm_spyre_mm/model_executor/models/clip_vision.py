@@ -14,7 +14,7 @@ from fms.utils import serialization
 from fms.utils.activation import str_to_activation
 from torch import nn
 
-from vllm_spyre_mm.model_executor.models.bidirectional import hidden_states
+from vllm_spyre_mm.model_executor.cpu.bidirectional import hidden_states
 
 ARCHITECTURE = "clip_vision"
 """FMS's name of the architecture, by which its adapter is found."""

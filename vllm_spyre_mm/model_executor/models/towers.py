@@ -11,8 +11,8 @@ from fms.models.siglip_vision import SiglipVision, SiglipVisionConfig
 from fms.utils.config import ModelConfig
 from torch import nn
 
+from vllm_spyre_mm.model_executor.cpu.bidirectional import BIDIRECTIONAL, hidden_states
 from vllm_spyre_mm.model_executor.models import clip_vision
-from vllm_spyre_mm.model_executor.models.bidirectional import BIDIRECTIONAL, hidden_states
 from vllm_spyre_mm.model_executor.models.clip_vision import CLIPVision, CLIPVisionConfig
 from vllm_spyre_mm.model_executor.models.decoders import width_mismatch
 

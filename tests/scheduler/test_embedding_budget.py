@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is held, encoded and returned, on vLLM's real scheduler with a pretended model."""
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig
+from vllm.multimodal.inputs import PlaceholderRange
+from vllm.v1.request import RequestStatus
+
+from tests.scheduler.test_scheduler import (
+    Simulation,
+    make_request,
+    make_scheduler,
+    run,
+    vllm_config,
+)
+from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.scheduler.embedding_budget import EmbeddingAccounts
+from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
+
+__all__ = ["vllm_config"]
+
+ROWS = 100
+ROW_BYTES = 256 * 4  # fp32
+
+
+def bounded(vllm_config: VllmConfig, max_held: int) -> SpyreScheduler:
+    scheduler = make_scheduler(vllm_config)
+    settings = SpyreSettings.from_vllm_config(vllm_config)
+    scheduler._accounts = EmbeddingAccounts(
+        settings.model_copy(update={"max_held_mm_embedding_bytes": max_held}),
+        vllm_config.model_config,
+    )
+    return scheduler
+
+
+def with_image(name: str, **more: Any) -> Any:
+    request = make_request(name, 128, images={name: (5, ROWS)}, max_tokens=20, **more)
+    assert request.sampling_params is not None
+    request.sampling_params.extra_args = {"return_mm_embedding": {"dtype": "float32"}}
+    return request
+
+
+def run_counting(scheduler: SpyreScheduler, bound: int) -> int:
+    """Run to the end; the largest number of requests that held an embedding at once."""
+    simulation, most = Simulation(scheduler), 0
+    while scheduler.has_unfinished_requests():
+        simulation.step()
+        held = scheduler._accounts.held(scheduler.requests)
+        assert held <= bound
+        most = max(most, held // (ROWS * ROW_BYTES))
+    simulation.check_nothing_is_held()
+    assert scheduler._accounts.held(scheduler.requests) == 0
+    return most
+
+
+@pytest.mark.parametrize(("bound", "at_once"), [(1, 1), (2, 2), (2.9, 2), (100, 4)])
+def test_requests_wait_at_the_bound_and_all_are_served(
+    vllm_config: VllmConfig, bound: float, at_once: int
+) -> None:
+    max_held = int(bound * ROWS * ROW_BYTES)
+    scheduler = bounded(vllm_config, max_held)
+    for name in "abcdef":
+        scheduler.add_request(with_image(name, fill=ord(name)))
+    assert run_counting(scheduler, max_held) == at_once
+
+
+def test_text_holds_nothing_and_is_not_kept_waiting_by_what_is_held(
+    vllm_config: VllmConfig,
+) -> None:
+    scheduler = bounded(vllm_config, ROWS * ROW_BYTES)
+    scheduler.add_request(with_image("picture"))
+    scheduler.add_request(make_request("text", 70, fill=9))
+    simulation = Simulation(scheduler)
+    for _ in range(4):
+        simulation.step()
+    assert {request.request_id for request in scheduler.running} == {"picture", "text"}
+
+
+def test_a_request_that_waits_for_its_grammar_does_not_let_another_exceed_the_bound(
+    vllm_config: VllmConfig,
+) -> None:
+    """vLLM passes over the first one, and the second would be admitted in its place."""
+    scheduler = bounded(vllm_config, ROWS * ROW_BYTES)
+    scheduler.add_request(with_image("running"))
+    simulation = Simulation(scheduler)
+    simulation.step()
+    blocked = make_request("blocked", 70, fill=9)
+    blocked.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    scheduler.add_request(blocked)
+    scheduler.add_request(with_image("next", fill=8))
+    for _ in range(3):
+        simulation.step()
+    assert [request.request_id for request in scheduler.running] == ["running"]
+    scheduler.finish_requests("blocked", RequestStatus.FINISHED_ABORTED)
+    simulation.run()
+
+
+def test_an_aborted_request_gives_its_room_back(vllm_config: VllmConfig) -> None:
+    scheduler = bounded(vllm_config, ROWS * ROW_BYTES)
+    for name in "ab":
+        scheduler.add_request(with_image(name, fill=ord(name)))
+    simulation = Simulation(scheduler)
+    for _ in range(3):
+        simulation.step()
+    assert set(simulation.outputs) == {"a"}
+    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    simulation.step()
+    assert simulation.kinds[-1][:2] == ("prefill", "b")
+    simulation.run()
+
+
+def note_counts(scheduler: SpyreScheduler) -> list[tuple[int, int]]:
+    """Runs of the encoder and hits of its cache, of each step from now on."""
+    counts: list[tuple[int, int]] = []
+    extend = scheduler._accounts.extend
+
+    def note(*args: Any) -> Any:
+        stats = extend(*args)
+        counts.append((stats.encoder_runs, stats.encoder_cache_hits))
+        return stats
+
+    scheduler._accounts.extend = note  # type: ignore[method-assign]
+    return counts
+
+
+def test_each_image_is_a_run_or_a_hit_once(vllm_config: VllmConfig) -> None:
+    """Also where it spans chunks, or where the prefix cache covers it."""
+    scheduler = bounded(vllm_config, 1 << 30)
+    images = {"x": (10, 200), "y": (260, 30)}
+    simulation = Simulation(scheduler)
+    scheduler.add_request(make_request("a", 300, images=images))
+    counts = note_counts(scheduler)
+
+    def total() -> tuple[int, int]:
+        sums = (sum(runs for runs, _ in counts), sum(hits for _, hits in counts))
+        counts.clear()
+        return sums
+
+    simulation.run()
+    assert total() == (2, 0)
+    run(scheduler, make_request("covered and collected", 300, images=images))
+    assert total() == (0, 2)
+    run(scheduler, make_request("another prompt", 280, images={"y": (20, 30)}, fill=9))
+    assert total() == (0, 1)
+    run(scheduler, make_request("the same twice", 300, images={"z": (0, 90)}, fill=4))
+    assert total() == (1, 0)
+    unwanted = make_request("covered, not collected", 300, images=images)
+    assert unwanted.sampling_params is not None
+    unwanted.sampling_params.extra_args = {"return_mm_embedding": False}
+    run(scheduler, unwanted)
+    # The prefix cache has four whole blocks, and x lies within them; y reaches beyond.
+    assert total() == (0, 1)
+
+
+def test_an_image_is_counted_where_its_first_feature_is(vllm_config: VllmConfig) -> None:
+    """Its placeholder begins in the first chunk, its features in the second: one run, no hit."""
+    scheduler = bounded(vllm_config, 1 << 30)
+    request = make_request("a", 256, images={"x": (100, 60)})
+    (feature,) = request.mm_features
+    mask = torch.tensor([False] * 40 + [True] * 20)
+    feature.mm_position = PlaceholderRange(100, 60, mask)
+    counts = note_counts(scheduler)
+    simulation = run(scheduler, request)
+    assert simulation.kinds[0] == ("prefill", "a", 0, 128)
+    assert counts[:2] == [(0, 0), (1, 0)]
+    assert sum(hits for _, hits in counts) == 0

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hook knows what is its own, whoever else has wrapped vLLM's functions before or after it."""
+
+import functools
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vllm_spyre_mm
+from vllm_spyre_mm.frontend import hooks, metrics
+from vllm_spyre_mm.upstream.marks import extending, is_extended, mark
+
+TARGETS = {
+    ("vllm_fixes.array_pictures", "_extend_parser", "vllm.multimodal.parse"): [
+        "MultiModalDataParser._parse_image_data"
+    ],
+    ("vllm_fixes.mistral_format", "_extend_engine_args", "vllm.engine.arg_utils"): [
+        "EngineArgs.create_model_config"
+    ],
+    ("vllm_fixes.sender_cache", "_extend_output_processor", "vllm.v1.engine.output_processor"): [
+        "OutputProcessor.add_request"
+    ],
+    ("frontend.unasked", "_extend_async_llm", "vllm.v1.engine.async_llm"): [
+        "AsyncLLM.__init__",
+    ],
+    (
+        "frontend.http.openai_api",
+        "_extend_batch",
+        "vllm.entrypoints.openai.chat_completion.batch_serving",
+    ): [
+        "OpenAIServingChatBatch.create_batch_chat_completion",
+        "OpenAIServingChatBatch.render_batch_chat_request",
+        "OpenAIServingChatBatch.chat_completion_full_generator_batch",
+    ],
+    ("vllm_fixes.chat_parts", "_extend_renderer", "vllm.renderers.base"): [
+        "BaseRenderer.render_chat_async"
+    ],
+    ("vllm_fixes.chat_parts", "_extend_embeds", "vllm.renderers.chat_utils"): [
+        "_load_embeds_dict",
+    ],
+    ("frontend.engine_args", "_extend_engine_args", "vllm.engine.arg_utils"): [
+        "EngineArgs.__init__",
+        "EngineArgs.from_cli_args",
+        "AsyncEngineArgs.__init__",
+    ],
+    ("frontend.engine_args", "_name_the_alternative", "vllm.config.multimodal"): [
+        "MultiModalConfig.__init__"
+    ],
+    ("frontend.input_processor", "_extend_input_processor", "vllm.v1.engine.input_processor"): [
+        "InputProcessor.process_inputs"
+    ],
+    (
+        "frontend.input_processor",
+        "_extend_multimodal_processor",
+        "vllm.multimodal.processing.processor",
+    ): [
+        "BaseMultiModalProcessor.apply",
+        "BaseMultiModalProcessor._matched_updates_from_result",
+    ],
+    ("vllm_fixes.media", "_extend_image_loaders", "vllm.multimodal.media.image"): [
+        "ImageMediaIO.load_bytes",
+        "ImageEmbeddingMediaIO.load_bytes",
+    ],
+    ("vllm_fixes.media", "_decode_first", "vllm.multimodal.media.image"): [
+        "normalize_image",
+    ],
+    ("vllm_fixes.media", "_decode_first", "vllm.multimodal.parse"): [
+        "normalize_image",
+    ],
+    ("vllm_fixes.media", "_extend_connector", "vllm.multimodal.media.connector"): [
+        "MediaConnector.__init__",
+        "MediaConnector.load_from_url",
+        "MediaConnector.load_from_url_async",
+    ],
+    ("frontend.mixed_images", "_extend_parser", "vllm.multimodal.parse"): [
+        "MultiModalDataParser._parse_image_data"
+    ],
+    ("frontend.mixed_images", "_extend_processor", "vllm.multimodal.processing.processor"): [
+        "BaseMultiModalProcessor._cached_apply_hf_processor"
+    ],
+    ("frontend.mixed_images", "_extend_chat", "vllm.renderers.chat_utils"): [
+        "BaseMultiModalItemTracker.add",
+        "_resolve_items",
+    ],
+    (
+        "frontend.http.openai_api",
+        "_extend_chat",
+        "vllm.entrypoints.openai.chat_completion.serving",
+    ): [
+        "OpenAIServingChat.create_chat_completion",
+        "OpenAIServingChat.chat_completion_full_generator",
+        "OpenAIServingChat.chat_completion_stream_generator",
+    ],
+    (
+        "frontend.http.openai_api",
+        "_extend_completion",
+        "vllm.entrypoints.openai.completion.serving",
+    ): [
+        "OpenAIServingCompletion.create_completion",
+        "OpenAIServingCompletion.completion_stream_generator",
+        "OpenAIServingCompletion.request_output_to_completion_response",
+    ],
+    ("frontend.http.openai_api", "_extend_models", "vllm.entrypoints.openai.models.serving"): [
+        "OpenAIServingModels.show_available_models"
+    ],
+    ("frontend.http.openai_api", "_add_routes", "vllm.entrypoints.launchers.app"): [
+        "attach_endpoint_plugins"
+    ],
+    ("frontend.output_processor", "_extend_outputs", "vllm.outputs"): [
+        "CompletionOutput.__repr__",
+        "RequestOutput.add",
+    ],
+    ("frontend.output_processor", "_extend_output_processor", "vllm.v1.engine.output_processor"): [
+        "OutputProcessor.process_outputs",
+        "RequestState._new_completion_output",
+    ],
+    ("vllm_fixes.request_errors", "_extend_async_llm", "vllm.v1.engine.async_llm"): [
+        "AsyncLLM.generate"
+    ],
+    ("vllm_fixes.shutdown_errors", "_extend_async_llm", "vllm.v1.engine.async_llm"): [
+        "AsyncLLM.shutdown"
+    ],
+    (
+        "vllm_fixes.shutdown_errors",
+        "_extend_entry",
+        "vllm.entrypoints.launchers.api_server.entry",
+    ): [
+        "build_and_serve",
+        "run_server_worker",
+    ],
+    ("vllm_fixes.shutdown_errors", "_let_interrupts_through", "vllm.v1.engine.utils"): [
+        "zmq_socket_ctx"
+    ],
+}
+"""What each action replaces."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> None:
+    """What a test replaces, and puts back, is what the platform's entry point leaves."""
+    hooks.install()
+
+
+def owner_of(module: Any, target: str) -> tuple[Any, str]:
+    *classes, name = target.split(".")
+    return functools.reduce(getattr, classes, module), name
+
+
+def wrapped_by_somebody(owner: Any, name: str) -> Any:
+    """What stands at ``owner.name``, without the hook, in a wrapper that is none of its own."""
+    found = vars(owner)[name]
+    function = found.__func__ if isinstance(found, classmethod) else found
+    original = inspect.unwrap(function, stop=lambda each: not is_ours(each))
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    return classmethod(wrapper) if isinstance(found, classmethod) else wrapper
+
+
+def is_ours(function: Any) -> bool:
+    return any(is_extended(function, f"vllm_spyre_mm.{hook}") for hook, *_ in TARGETS)
+
+
+@pytest.mark.parametrize(("action", "targets"), TARGETS.items(), ids=lambda each: str(each[0]))
+def test_what_others_wrapped_is_extended_once(
+    action: tuple[str, str, str], targets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = importlib.import_module(f"vllm_spyre_mm.{action[0]}")
+    module = importlib.import_module(action[2])
+    owners = [owner_of(module, target) for target in targets]
+    for cls in {owner for owner, _ in owners if isinstance(owner, type)}:
+        for field in ("mm_embedding", "mm_embedding_info"):
+            if action[0] == "frontend.output_processor" and field in vars(cls):
+                monkeypatch.delattr(cls, field)
+    for owner, name in owners:
+        monkeypatch.setattr(owner, name, wrapped_by_somebody(owner, name))
+    getattr(hook, action[1])(module)
+    once = [getattr(owner, name) for owner, name in owners]
+    assert all(is_extended(each, hook.__name__) for each in once)
+    for owner, name in owners:
+        foreign = functools.wraps(getattr(owner, name))(lambda *args, **kwargs: None)
+        if name != "from_cli_args":
+            monkeypatch.setattr(owner, name, foreign)
+    before = [getattr(owner, name) for owner, name in owners]
+    getattr(hook, action[1])(module)
+    assert [getattr(owner, name) for owner, name in owners] == before
+
+
+def test_a_logger_of_somebody_is_extended(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.metrics import loggers
+
+    own = next(
+        cls for cls in loggers.PrometheusStatLogger.__mro__ if cls.__module__ == loggers.__name__
+    )
+
+    class Logger(own):  # type: ignore[misc, valid-type]
+        __wrapped__ = own
+
+    monkeypatch.setattr(loggers, metrics.NAME, Logger)
+    metrics._replace_logger(loggers)
+    extended = loggers.PrometheusStatLogger
+    assert issubclass(extended, Logger)
+    assert extended is not Logger
+    metrics._replace_logger(loggers)
+    assert loggers.PrometheusStatLogger is extended
+
+
+def test_hooks_do_not_know_each_others_marks() -> None:
+    def original() -> None: ...
+
+    first = extending(original, "first")(lambda: None)
+    both = extending(first, "second")(lambda: None)
+    assert is_extended(first, "first")
+    assert not is_extended(first, "second")
+    assert is_extended(both, "first")
+    assert is_extended(both, "second")
+    assert not is_extended(original, "first")
+
+
+def test_a_mark_is_found_below_what_hides_it() -> None:
+    class Hiding:
+        """A wrapper that copies nothing."""
+
+        def __init__(self, wrapped: Any) -> None:
+            self.__wrapped__ = wrapped
+
+    class Derived(mark(type("Base", (), {}), "hook")):  # type: ignore[misc]
+        """Of a class that is marked."""
+
+    assert is_extended(Hiding(extending(len, "hook")(lambda: None)), "hook")
+    assert is_extended(Derived, "hook")
+
+
+def test_every_hook_uses_the_mark() -> None:
+    """A new one too: what wraps in another way would not know itself."""
+    for file in Path(vllm_spyre_mm.__path__[0]).rglob("*.py"):
+        if file.name != "marks.py":
+            source = file.read_text()
+            assert "functools.wraps" not in source, file.name
+            assert '"__wrapped__"' not in source, file.name

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is overridden of vLLM's classes is called as vLLM calls its own.
+
+Found here by ``make upstream`` before a user finds it.
+"""
+
+import inspect
+from collections.abc import Iterator
+
+import pytest
+
+from vllm_spyre_mm.platform import SpyrePlatform
+from vllm_spyre_mm.scheduler.request_queue import TurnsQueue
+from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
+from vllm_spyre_mm.worker.sampler import HostSampler
+from vllm_spyre_mm.worker.worker import SpyreWorker
+
+SUBCLASSES = (
+    HostSampler,
+    SpyrePlatform,
+    SpyreScheduler,
+    SpyreWorker,
+    TurnsQueue,
+)
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def overrides() -> Iterator[tuple[type, str]]:
+    """Methods of the subclasses that vLLM's class has too."""
+    for cls in SUBCLASSES:
+        inherited = set(dir(cls.__mro__[1])) - set(dir(object))
+        for name, member in vars(cls).items():
+            if name in inherited and callable(getattr(member, "__func__", member)):
+                yield cls, name
+
+
+def test_there_are_overrides_of_each_class() -> None:
+    assert {cls for cls, _ in overrides()} == set(SUBCLASSES)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [pytest.param(*each, id=f"{each[0].__name__}.{each[1]}") for each in overrides()],
+)
+def test_an_override_takes_what_the_base_takes(cls: type, name: str) -> None:
+    own = inspect.signature(getattr(cls, name)).parameters
+    if any(parameter.kind in VARIADIC for parameter in own.values()):
+        return  # it hands on whatever comes
+    base = inspect.signature(getattr(cls.__mro__[1], name)).parameters
+    assert list(own)[: len(base)] == list(base)

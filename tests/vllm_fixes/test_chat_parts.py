@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client's name for an image is not its key in the caches, unless the server trusts it."""
+
+import asyncio
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers import chat_utils
+from vllm.renderers.base import BaseRenderer
+
+from vllm_spyre_mm.vllm_fixes import chat_parts
+from vllm_spyre_mm.vllm_fixes.chat_parts import without_uuids
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+TEXT = {"type": "text", "text": "hello", "uuid": None}
+NAMED = IMAGE | {"uuid": "mine"}
+
+
+@pytest.fixture(autouse=True)
+def installed() -> None:
+    """As the platform's entry point does it; more than once is harmless."""
+    chat_parts.install()
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+def test_the_name_of_an_image_is_taken_from_it():
+    message = user(NAMED, TEXT, "plain", {"image_embeds": "AAAA", "uuid": 5})
+    assert without_uuids(message) == user(IMAGE, TEXT, "plain", {"image_embeds": "AAAA"})
+    assert message["content"][0] is NAMED
+    assert NAMED["uuid"] == "mine"
+
+
+@pytest.mark.parametrize(
+    "message", [{"role": "user", "content": "hello"}, {"role": "user"}, {"content": None}, "hello"]
+)
+def test_what_has_no_parts_stays_as_it_is(message: Any):
+    assert without_uuids(message) is message
+
+
+def test_parts_that_can_be_read_once_are_kept():
+    def parts() -> Iterator[Any]:
+        yield NAMED
+        yield TEXT
+
+    assert without_uuids({"role": "user", "content": parts()}) == user(IMAGE, TEXT)
+
+
+def test_content_as_the_server_validates_it():
+    request = ChatCompletionRequest.model_validate({"messages": [user(NAMED, TEXT)]})
+    first, second = without_uuids(request.messages[0])["content"]
+    assert "uuid" not in first
+    assert first["image_url"] == IMAGE["image_url"]
+    assert second["text"] == "hello"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": None, "uuid": "another's"},
+        {"type": "image_embeds", "image_embeds": None, "uuid": "another's"},
+        {"uuid": "another's"},
+    ],
+)
+def test_an_image_that_is_only_named_is_refused(part: dict[str, Any]):
+    with pytest.raises(VLLMValidationError, match="send the image") as error:
+        without_uuids(user(TEXT, part))
+    assert error.value.parameter == "uuid"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({}, IMAGE), ({"trust_client_image_uuids": True}, NAMED)]
+)
+def test_what_the_renderer_is_given(
+    settings: dict[str, Any], expected: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """``trust_client_image_uuids`` leaves it to vLLM."""
+    rendered: list[Any] = []
+
+    class Renderer:
+        def __init__(self, config: Any) -> None:
+            self.config = config
+
+        async def render_chat_async(self, conversations: Any, params: Any) -> None:
+            rendered.extend((conversations, params))
+
+    module: Any = ModuleType("vllm.renderers.base")
+    module.BaseRenderer = Renderer
+    chat_parts._extend_renderer(module)
+    renderer = Renderer(SimpleNamespace(additional_config=settings))
+    asyncio.run(renderer.render_chat_async([[user(NAMED)]], "params"))
+    assert rendered == [[[user(expected)]], "params"]
+
+
+@pytest.mark.parametrize("value", [None, 5, {"deep": "AAAA"}, True])
+def test_an_embedding_of_fields_that_are_none_is_refused(value: Any):
+    """vLLM fails at it with an AttributeError, HTTP 500."""
+
+    async def fetch(_: str) -> Any:
+        raise AssertionError("there is no base64")
+
+    with pytest.raises(VLLMValidationError, match="'x' of an embedding must be base64 text"):
+        asyncio.run(chat_utils._load_embeds_dict({"y": [1, 2], "x": value}, fetch))
+
+
+def test_installing_again_wraps_nothing_twice():
+    chat_parts.install()
+    assert not hasattr(BaseRenderer.render_chat_async.__wrapped__, "__wrapped__")
+    assert not hasattr(chat_utils._load_embeds_dict.__wrapped__, "__wrapped__")

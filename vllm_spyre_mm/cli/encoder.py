@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision encoder by itself: a model without its decoder, and without an engine.
+
+It is loaded by the worker's one loader, packed and compiled as in the worker, and fed by vLLM's own
+processor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.utils import group_and_batch_mm_kwargs
+
+from vllm_spyre_mm.config import Backend
+from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
+from vllm_spyre_mm.model_executor.cpu.compile import compile_encoder_blocks
+from vllm_spyre_mm.model_executor.cpu.linear import replace_linears
+from vllm_spyre_mm.model_executor.cpu.memory import separate_large_blocks
+from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
+from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, convert, pool
+from vllm_spyre_mm.multimodal.feature_check import check_features, dtype_name
+from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError, get_mm_mapping
+from vllm_spyre_mm.platform import host_dtypes
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalKwargsItem
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessedPicture:
+    """A picture as the encoder takes it.
+
+    Attributes:
+        item: what vLLM's processor makes of it.
+        num_features: places that it would have in a prompt.
+    """
+
+    item: "MultiModalKwargsItem"
+    num_features: int
+
+
+class VisionEncoder:
+    """Encodes pictures on the host.
+
+    Args:
+        model: folder in the Hugging Face layout, or hub name.
+        dtype: of the encoder; None for the host's fastest.
+        backend: ``inductor`` compiles the tower's blocks at the first picture; ``eager`` does not.
+        revision: of a hub model.
+
+    Raises:
+        UnsupportedModelError: the model has no vision encoder, or is not served.
+        CheckpointError: the encoder's tensors are not complete.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        dtype: torch.dtype | None = None,
+        backend: Backend = "inductor",
+        revision: str | None = None,
+    ) -> None:
+        arguments = EngineArgs(model=model, revision=revision)
+        model_config = arguments.create_model_config()
+        self.mapping = get_mm_mapping(model_config.hf_config)
+        if self.mapping.image_token_id is None:
+            raise UnsupportedModelError(f"{model} is a text model: it has no vision encoder")
+        self.dtype = dtype or host_dtypes()[0]
+        checkpoint = find_checkpoint(model_config, arguments.create_load_config())
+        options = LoadOptions(decoder_dtype=self.dtype, encoder_dtype=self.dtype, encoder_only=True)
+        with separate_large_blocks():
+            self.model = load_model(self.mapping, checkpoint, options)
+            replace_linears(self.model, compiled=backend == "inductor")
+        if backend == "inductor":
+            compile_encoder_blocks(self.mapping.load_overrides().encoder_blocks(self.model))
+        self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+
+    def process(self, picture: Image.Image) -> ProcessedPicture:
+        """What the encoder takes of a picture; may run in another thread than :meth:`encode`."""
+        items = self._processor.info.parse_mm_data({"image": [picture]}, validate=False)
+        assert self.mapping.image_token_id is not None, "checked when it was made"
+        processed = self._processor([self.mapping.image_token_id], items)
+        item = processed["mm_kwargs"]["image"][0]
+        assert item is not None, "no cache is in between"
+        (place,) = processed["mm_placeholders"]["image"]
+        return ProcessedPicture(item, place.get_num_embeds())
+
+    @torch.inference_mode()
+    def encode(
+        self, pictures: Sequence[ProcessedPicture], choice: EmbeddingChoice
+    ) -> list[torch.Tensor]:
+        """Features of processed pictures, pooled and converted.
+
+        Returns:
+            For each ``(rows, hidden_size)``, contiguous memory of its own.
+
+        Raises:
+            FeatureError: features of one of them cannot be used; as the worker refuses them.
+            EmbeddingOverflowError: the chosen dtype cannot hold features of one of them.
+        """
+        kwargs: list[tuple[str, Any]] = [("image", each.item) for each in pictures]
+        features = [
+            each
+            for _, _, batch in group_and_batch_mm_kwargs(kwargs)
+            for each in self.mapping.compute_features(self.model, batch)
+        ]
+        for picture, each in zip(pictures, features, strict=True):
+            check_features(each, picture.num_features)
+        name = dtype_name(self.dtype) if choice.dtype == "auto" else choice.dtype
+        rows = (
+            pool(each, self.mapping.feature_layout(picture.item), choice)
+            for each, picture in zip(features, pictures, strict=True)
+        )
+        return [convert(each, name)[0].contiguous() for each in rows]
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture from a file, as vLLM reads it: RGB, turned as its EXIF says, bombs refused.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no picture.
+    """
+    from vllm.multimodal.media.image import ImageMediaIO
+
+    return ImageMediaIO().load_file(path).media

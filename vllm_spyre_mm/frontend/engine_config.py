@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks and defaults for a new engine: what does not fit together, and what each ``auto`` becomes.
+
+What is refused of vLLM's flags, one by one, is said in :mod:`vllm_spyre_mm.frontend.flags`.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_spyre_mm.config import (
+    BLOCK_SIZE,
+    SpyreSettings,
+    rust_frontend_requested,
+    settings_summary,
+)
+from vllm_spyre_mm.frontend.flags import SCHEDULER_CLASS, WORKER_CLASS, refuse_unsupported
+from vllm_spyre_mm.log import get_logger
+from vllm_spyre_mm.model_executor.cpu.tier import cpu_tier
+from vllm_spyre_mm.multimodal.feature_check import dtype_name
+from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
+from vllm_spyre_mm.scheduler.geometry import Geometry
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+logger = get_logger(__name__)
+
+
+def geometry_of(vllm_config: "VllmConfig") -> Geometry:
+    """The geometry of a resolved configuration."""
+    settings = SpyreSettings.from_vllm_config(vllm_config)
+    assert settings.max_batch_tkv is not None, "resolved in check_and_resolve"
+    return Geometry(
+        block_size=vllm_config.cache_config.block_size,
+        chunk_size=vllm_config.scheduler_config.max_num_batched_tokens,
+        max_batch_tkv=settings.max_batch_tkv,
+        whole_chunks=settings.backend == "sendnn",
+    )
+
+
+def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype, ...]) -> None:
+    """Check a configuration and make it the platform's, in place.
+
+    Args:
+        vllm_config: what vLLM built from the user's arguments.
+        host_dtypes: what the host computes in, fastest first.
+
+    Raises:
+        ValueError: the configuration asks for something that the platform cannot do.
+    """
+    settings = SpyreSettings.parse(vllm_config.additional_config)
+    if vllm_config.model_config is None:
+        return  # vLLM builds partial configurations for its own tools
+    if rust_frontend_requested():
+        raise ValueError("not supported on Spyre: vLLM's Rust front end (VLLM_USE_RUST_FRONTEND)")
+    refuse_unsupported(vllm_config)
+    _leave_head_to_loader(vllm_config.model_config)
+    mapping = get_mm_mapping(vllm_config.model_config.hf_config)
+    model_config, scheduler_config = vllm_config.model_config, vllm_config.scheduler_config
+    dtype = decoder_dtype_of(vllm_config)
+
+    log = logger.debug if settings.resolved else logger.info  # vLLM builds configurations anew
+    settings = settings.resolve(
+        enforce_eager=model_config.enforce_eager,
+        decoder_dtype=dtype_name(dtype),
+        host_dtypes=tuple(map(dtype_name, host_dtypes)),
+        max_model_len=model_config.max_model_len,
+        max_num_seqs=scheduler_config.max_num_seqs,
+    )
+    _check_backend(settings, dtype, scheduler_config.max_num_batched_tokens, host_dtypes)
+    _check_divisible(vllm_config, mapping, settings)
+    _check_embeddings(vllm_config, mapping)
+    _check_tokenizer(vllm_config, mapping)
+    vllm_config.additional_config = settings.model_dump()
+
+    _take_over_execution(vllm_config)
+    _size_caches(vllm_config, settings)
+    geometry_of(vllm_config)  # checks the chunk size
+    log(
+        "Spyre platform: %s",
+        settings_summary(
+            settings,
+            cpu_tier=cpu_tier(),
+            mapping=type(mapping).__name__,
+            dtype=dtype_name(dtype),
+            chunk_size=scheduler_config.max_num_batched_tokens,
+            block_size=vllm_config.cache_config.block_size,
+            max_num_seqs=scheduler_config.max_num_seqs,
+            max_model_len=model_config.max_model_len,
+            tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
+            prefix_caching=vllm_config.cache_config.enable_prefix_caching,
+        ),
+    )
+
+
+def decoder_dtype_of(vllm_config: "VllmConfig") -> torch.dtype:
+    """The dtype vLLM resolved for the model: of the decoder, the text embeddings and the cache."""
+    dtype = vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype), "vLLM resolves names when it makes the configuration"
+    return dtype
+
+
+def _leave_head_to_loader(model_config: "ModelConfig") -> None:
+    """Undo what vLLM does where a tied head is stored: the loader compares it with the embedding.
+
+    vLLM unties them in the configuration, and ties equal ones again in a loader of its own.
+    """
+    if model_config.word_embeddings_untied_by_checkpoint:
+        model_config.hf_config.tie_word_embeddings = True
+
+
+def _check_divisible(vllm_config: "VllmConfig", mapping: MMUtils, settings: SpyreSettings) -> None:
+    """Raise ValueError if heads cannot be padded for the card, or anything divided among ranks."""
+    size = vllm_config.parallel_config.tensor_parallel_size
+    num_kv_heads = mapping.kv_cache_options(for_card=settings.backend == "sendnn").num_kv_heads
+    if num_kv_heads % size:  # vLLM has checked the query heads
+        raise ValueError(
+            f"tensor_parallel_size={size} does not divide the model's {num_kv_heads} KV heads"
+        )
+    width = mapping.text_config.intermediate_size
+    if width % size:
+        raise ValueError(
+            f"tensor_parallel_size={size} does not divide the model's intermediate_size, {width}"
+        )
+
+
+def _check_embeddings(vllm_config: "VllmConfig", mapping: MMUtils) -> None:
+    """Raise ValueError if ready-made features are allowed and vLLM cannot lay them out."""
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal is not None and multimodal.enable_mm_embeds and not mapping.takes_embeddings:
+        raise ValueError(
+            "image embeddings as input (--enable-mm-embeds) are not supported for "
+            f"{type(mapping).__name__}: vLLM cannot tell the rows of an image from its features"
+        )
+
+
+def _check_tokenizer(vllm_config: "VllmConfig", mapping: MMUtils) -> None:
+    """Raise ValueError if the model's processor would be given a tokenizer without image tags."""
+    from vllm_spyre_mm.vllm_fixes.mistral_format import uses_own_tokenizer
+
+    if mapping.image_token_id is not None and uses_own_tokenizer(vllm_config.model_config):
+        raise ValueError(
+            "Mistral's own tokenizer (--tokenizer-mode mistral, or a repository without "
+            "tokenizer.json) does not go with the processor of Hugging Face, which the images "
+            "need: name a repository that has a tokenizer.json with --tokenizer, and use "
+            "--tokenizer-mode hf"
+        )
+
+
+def _check_backend(
+    settings: SpyreSettings,
+    dtype: torch.dtype,
+    chunk_size: int,
+    host_dtypes: tuple[torch.dtype, ...],
+) -> None:
+    if settings.backend == "sendnn":
+        if dtype != torch.float16:
+            raise ValueError(f"the card runs the decoder in float16, not {dtype_name(dtype)}")
+        if chunk_size < 2 * BLOCK_SIZE:
+            raise ValueError(
+                f"the card needs chunks of at least {2 * BLOCK_SIZE} tokens, got {chunk_size}: "
+                "raise --max-num-batched-tokens"
+            )
+    elif dtype not in host_dtypes:
+        raise ValueError(
+            f"dtype={dtype_name(dtype)!r} is not supported by the CPU's backends: use --dtype "
+            f"{' or '.join(dtype_name(supported) for supported in host_dtypes)}"
+        )
+
+
+def _take_over_execution(vllm_config: "VllmConfig") -> None:
+    """Put the platform's scheduler and worker in place and turn vLLM's own compilation off."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    scheduler_config, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    scheduler_config.scheduler_cls = SCHEDULER_CLASS
+    # The runner hands its tokens over before the next step is scheduled.
+    scheduler_config.async_scheduling = False
+    parallel.worker_cls = WORKER_CLASS
+    if parallel.world_size == 1:
+        parallel.distributed_executor_backend = "uni"
+    parallel.disable_custom_all_reduce = True
+    vllm_config.compilation_config.mode = CompilationMode.NONE
+    vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal is not None:
+        # For some models vLLM leaves the pixels' normalisation to its own model class.
+        multimodal.mm_device_do_normalize = False
+
+
+def _size_caches(vllm_config: "VllmConfig", settings: SpyreSettings) -> None:
+    """Block size, and an encoder cache that holds the images of one prompt at least.
+
+    vLLM sets both encoder bounds to the chunk size; an image that did not fit would end a chunk
+    in the middle of a block, or never be scheduled.
+    """
+    vllm_config.cache_config.block_size = BLOCK_SIZE
+    assert settings.encoder_cache_tokens is not None, "resolved before"
+    vllm_config.scheduler_config.encoder_cache_size = settings.encoder_cache_tokens
+    vllm_config.scheduler_config.max_num_encoder_input_tokens = settings.encoder_cache_tokens

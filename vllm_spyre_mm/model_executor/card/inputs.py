@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of a step for the card: chunks with their padding, and a decode of two rows at least.
+
+Each tensor is marked with the dimensions that vary between steps; the card's compiler makes one
+graph for prefill and one for decode of that.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_spyre_mm.model_executor.card.decode import decode_batch
+from vllm_spyre_mm.model_executor.cpu.compile import mark_for_card
+from vllm_spyre_mm.model_executor.model import DecoderInputs
+from vllm_spyre_mm.worker.batch import DecodeRows
+from vllm_spyre_mm.worker.prefill import PrefillChunk
+
+
+class CardSteps:
+    """Lays out steps for the card; see :class:`vllm_spyre_mm.worker.steps.Steps`.
+
+    Args:
+        block_size: tokens in a block.
+    """
+
+    padded = True
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+
+    def chunk_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
+        """A whole chunk of the grid."""
+        # The card's attention masks padding by adding -inf, which a NaN would survive.
+        embeds = embeds.masked_fill(chunk.is_padding.unsqueeze(-1), 0.0)
+        for tensor in (embeds, chunk.position_ids, chunk.slot_mapping):
+            mark_for_card(tensor, static=tuple(range(tensor.ndim)))
+        attention = {
+            "slot_mapping": chunk.slot_mapping,
+            "block_table": mark_for_card(chunk.block_table, dynamic=(1,), static=(0,)),
+            "current_tkv_mask": mark_for_card(chunk.current_tkv, static=(0,)),
+            "left_padded_prompt_mask": mark_for_card(chunk.left_padding, static=(0,)),
+        }
+        # The chunk may end with padding inside the last block: the whole block gets logits.
+        return DecoderInputs(embeds, chunk.position_ids, attention, last_n_tokens=self.block_size)
+
+    def chunk_logits(self, logits: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
+        """The last real token's, inside the last block."""
+        return logits[:, chunk.last_row]
+
+    def decode_inputs(
+        self, rows: DecodeRows, embed: Callable[[torch.Tensor], torch.Tensor]
+    ) -> DecoderInputs:
+        """A row for each request, left-padded to the longest."""
+        batch = decode_batch(
+            token_ids=rows.token_ids,
+            num_computed=rows.num_computed,
+            block_rows=rows.block_rows[: len(rows.token_ids)],
+            block_size=self.block_size,
+            at_least=2,
+        )
+        embeds = mark_for_card(embed(batch.token_ids), dynamic=(0,), static=(1, 2))
+        attention = {
+            "slot_mapping": mark_for_card(batch.slot_mapping, dynamic=(0,), static=(1,)),
+            "block_table": mark_for_card(batch.block_table, dynamic=(0, 1)),
+            "current_tkv_mask": mark_for_card(batch.current_tkv, dynamic=(0,)),
+            "left_padded_prompt_mask": mark_for_card(batch.left_padding, dynamic=(0,)),
+        }
+        position_ids = mark_for_card(batch.position_ids, dynamic=(0,), static=(1,))
+        return DecoderInputs(embeds, position_ids, attention, last_n_tokens=1)
+
+    def decode_logits(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Without the rows that are there to make two."""
+        return logits[:num_rows, -1]

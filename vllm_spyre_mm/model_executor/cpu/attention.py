@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paged attention on the CPU, as FMS attention algorithms.
+
+They take the keyword arguments of FMS's ``spyre_paged_attn`` (which the card runs, and which on a
+CPU copies the whole cache at every store and loops over tokens in Python), or what is derived from
+them once a step rather than once a layer: see :func:`cpu_attention_kwargs`.
+
+The operations are opaque to the compiler, so that one compiled block serves every step.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention, paged_decode, paged_store
+
+CPU_ATTENTION = "spyre_mm_cpu_paged_attn"
+"""Name of the algorithm made of PyTorch's operations, FMS's ``attn_name``."""
+
+CPU_COMPILED_ATTENTION = "spyre_mm_cpu_paged_attn_compiled"
+"""Name of the algorithm that is compiled (:mod:`paged_store`, :mod:`paged_decode`,
+:mod:`blocked_attention`)."""
+
+CARD_ATTENTION = "spyre_paged_attn"
+"""Name of FMS's own algorithm for the card."""
+
+
+@functools.cache
+def register_cpu_attention() -> None:
+    """Make both CPU algorithms known to FMS; repeatable."""
+    from fms.modules.attention import register_attention_op
+
+    define_attention()
+    for name, compiled in ((CPU_ATTENTION, False), (CPU_COMPILED_ATTENTION, True)):
+        register_attention_op(
+            name,
+            store_op=functools.partial(_store, compiled=compiled),
+            compute_op=functools.partial(_compute, compiled=compiled),
+            is_prefill_op=lambda **_: True,
+        )
+
+
+def cpu_attention_kwargs(
+    block_table: torch.Tensor,
+    current_tkv_mask: torch.Tensor,
+    left_padded_prompt_mask: torch.Tensor,
+    query_length: int,
+    block_size: int,
+) -> dict[str, torch.Tensor]:
+    """What each sequence's queries attend to; the same for every layer of a step.
+
+    A step is one query of each sequence, or several of one. Its queries may be laid out as
+    ``(sequences, queries)`` or all in one row.
+
+    Args:
+        block_table: int64 ``(batch, blocks)``.
+        current_tkv_mask: int64 ``(batch,)``: end of each sequence, in padded positions.
+        left_padded_prompt_mask: int64 ``(batch,)``: padding before each sequence, whole blocks.
+        query_length: queries of each sequence; the last of its positions.
+        block_size: tokens in a block.
+
+    Returns:
+        ``kv_blocks``: int32 ``(batch, width)``, the blocks of each sequence from the left; what
+        follows them is not read.
+        ``kv_lengths``: int32 ``(batch,)``, tokens of each.
+        ``query_lengths``: int32 ``(batch,)``, queries of each.
+    """
+    padding_blocks = (left_padded_prompt_mask // block_size).unsqueeze(1)
+    columns = torch.arange(block_table.shape[1]) + padding_blocks
+    lengths = current_tkv_mask - left_padded_prompt_mask
+    return {
+        "kv_blocks": block_table.gather(1, columns.clamp(max=block_table.shape[1] - 1)).int(),
+        "kv_lengths": lengths.int(),
+        "query_lengths": torch.full_like(lengths, query_length, dtype=torch.int32),
+    }
+
+
+def _store(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_cache: torch.Tensor | None,
+    value_cache: torch.Tensor | None,
+    *,
+    compiled: bool,
+    **attn_kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    assert key_cache is not None, "paged attention needs a cache"
+    assert value_cache is not None, "paged attention needs a cache"
+    torch.ops.spyre_mm.paged_store(
+        keys, values, key_cache, value_cache, attn_kwargs["slot_mapping"], compiled
+    )
+    return key_cache, value_cache, key_cache, value_cache
+
+
+def _compute(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    nheads: int,
+    kvheads: int,
+    p_dropout: float,
+    scale_factor: float | None,
+    *,
+    compiled: bool,
+    **attn_kwargs: Any,
+) -> torch.Tensor:
+    scale = scale_factor if scale_factor is not None else query.shape[-1] ** -0.5
+    if "kv_blocks" not in attn_kwargs:
+        attn_kwargs |= cpu_attention_kwargs(
+            attn_kwargs["block_table"],
+            attn_kwargs["current_tkv_mask"],
+            attn_kwargs["left_padded_prompt_mask"],
+            query.shape[1],
+            key_cache.shape[1],
+        )
+    names = ("kv_blocks", "kv_lengths", "query_lengths")
+    return torch.ops.spyre_mm.paged_attention(
+        query, key_cache, value_cache, *(attn_kwargs[name] for name in names), scale, compiled
+    )
+
+
+@functools.cache
+def define_attention() -> torch.library.Library:
+    """Define the operators; they live as long as the returned library, which the cache keeps."""
+    library = torch.library.Library("spyre_mm", "FRAGMENT")
+    library.define(
+        "paged_store(Tensor keys, Tensor values, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+        "Tensor slot_mapping, bool compiled) -> ()"
+    )
+    library.define(
+        "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor kv_blocks, "
+        "Tensor kv_lengths, Tensor query_lengths, float scale, bool compiled) -> Tensor"
+    )
+    library.impl("paged_store", store, "CPU")
+    library.impl("paged_store", lambda *_: None, "Meta")
+    library.impl("paged_attention", attend, "CPU")
+    library.impl("paged_attention", lambda query, *_: query.new_empty(query.shape), "Meta")
+    return library
+
+
+def store(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    compiled: bool,
+) -> None:
+    """Write keys and values ``(batch, length, kv_heads, head_dim)`` to their cache rows, in place.
+
+    The caches are ``(blocks, block_size, kv_heads, head_dim)``; ``slot_mapping`` is int64
+    ``(batch, length)``.
+    """
+    if compiled and len(keys) == 1:
+        paged_store.paged_store(keys, values, key_cache, value_cache, slot_mapping)
+        return
+    slots = slot_mapping.flatten()
+    for new, cache in ((keys, key_cache), (values, value_cache)):
+        cache.flatten(0, 1).index_copy_(0, slots, new.flatten(0, 1))
+
+
+def attend(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    kv_blocks: torch.Tensor,
+    kv_lengths: torch.Tensor,
+    query_lengths: torch.Tensor,
+    scale: float,
+    compiled: bool,
+) -> torch.Tensor:
+    """Attention of ``query`` ``(batch, length, heads, head_dim)``, in either layout of a step."""
+    caches = (key_cache, value_cache)
+    one_each = int(query_lengths[0]) <= 1
+    if one_each and compiled and paged_decode.supports(query.shape[-1], query.dtype):
+        return paged_decode.paged_decode(query, *caches, kv_blocks, kv_lengths, scale)
+    rows = query.flatten(0, 1)
+    if one_each:
+        attended = _attend_tokens(rows, *caches, kv_blocks, kv_lengths, scale)
+    else:
+        blocked = compiled and blocked_attention.supports(query.shape[-1], query.dtype)
+        attend = blocked_attention.attend_to_earlier if blocked else _attend_chunk
+        attended = attend(rows, *caches, kv_blocks[0], int(kv_lengths[0]), scale)
+    return attended.view(query.shape)
+
+
+def _attend_chunk(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    num_keys: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of the last tokens of one sequence, ``(length, heads, head_dim)``, to all of it.
+
+    The tokens before the chunk are seen by every query, those of the chunk by the later ones. Each
+    part goes without a mask, and their softmaxes are joined by their logarithms of sums.
+    """
+    length, heads, head_dim = query.shape
+    block_size, kv_heads = key_cache.shape[1:3]
+    group, context = heads // kv_heads, num_keys - length
+    blocks = blocks[: -(-num_keys // block_size)]
+    # KV heads take the place of the batch, so that those who share one need no copy of it.
+    queries = query.view(length, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    keys, values = (
+        cache.index_select(0, blocks).flatten(0, 1).permute(1, 0, 2).unsqueeze(1)
+        for cache in (key_cache, value_cache)
+    )
+
+    def attend(first: int, last: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        shared = (part[:, :, first:last].expand(-1, group, -1, -1) for part in (keys, values))
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, *shared, 0.0, causal, scale=scale
+        )
+
+    attended, log_sum = attend(context, num_keys, True)
+    if context:
+        before, log_sum_before = attend(0, context, False)
+        share = torch.sigmoid(log_sum_before - log_sum).unsqueeze(-1)
+        attended = torch.lerp(attended.float(), before.float(), share).to(query.dtype)
+    return attended.permute(2, 0, 1, 3).reshape(query.shape)
+
+
+def _attend_tokens(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    kv_blocks: torch.Tensor,
+    kv_lengths: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one token of each sequence, ``(sequences, heads, head_dim)``.
+
+    Beyond the end of a shorter sequence that sequence's last token is read again, so that nothing
+    else ever is: neither block 0 nor another request's block, whatever they hold. Rows of padding,
+    whose length is 0, come last, have no blocks, and yield zeros.
+    """
+    rows = int(kv_lengths[: len(query)].count_nonzero())
+    padding, query = len(query) - rows, query[:rows]
+    heads, head_dim = query.shape[1:]
+    block_size, kv_heads = key_cache.shape[1:3]
+    lengths = kv_lengths[:rows].long().unsqueeze(1)
+    positions = torch.arange(int(lengths.max()))
+    own = torch.minimum(positions, lengths - 1)
+    slots = kv_blocks[:rows].gather(1, own // block_size) * block_size + own % block_size
+    keys, values = (
+        cache.flatten(0, 1)
+        .index_select(0, slots.flatten())
+        .view(rows, -1, kv_heads, head_dim)
+        .transpose(1, 2)
+        for cache in (key_cache, value_cache)
+    )
+    # The query heads that share a KV head become rows of one head: no key is repeated.
+    attended = F.scaled_dot_product_attention(
+        query.view(rows, kv_heads, heads // kv_heads, head_dim),
+        keys,
+        values,
+        attn_mask=(positions < lengths)[:, None, None],
+        scale=scale,
+    )
+    return F.pad(attended.reshape(query.shape), (0, 0, 0, 0, 0, padding))

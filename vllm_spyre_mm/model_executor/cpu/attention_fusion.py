@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotation, store and attention of a layer as one operation.
+
+FMS calls them one after the other. In the graph of a block that is about to be compiled they are
+put together: a layer of a decode has one call into C++ and one parallel region instead of three.
+"""
+
+import functools
+import operator
+
+import torch
+from torch import fx
+
+from vllm_spyre_mm.model_executor.cpu import attention
+from vllm_spyre_mm.model_executor.cpu.kernels import paged_decode, rotary
+
+
+def fuse_attention(graph_module: fx.GraphModule) -> None:
+    """Replace each rotation whose results are stored and attended with, in place.
+
+    Args:
+        graph_module: of a decoder's block, as Dynamo gives it to a compiler. What is not of this
+            form (no rotation, or not the compiled one) is left as it is.
+    """
+    rotary.define_rotary()
+    attention.define_attention()
+    _define_op()
+    ops = torch.ops.spyre_mm
+    for rotation in graph_module.graph.find_nodes(op="call_function", target=ops.rotary):
+        parts = {node.args[1]: node for node in rotation.users if node.target is operator.getitem}
+        users = [user for part in parts.values() for user in part.users]
+        stores = [user for user in users if user.target is ops.paged_store]
+        attends = [user for user in users if user.target is ops.paged_attention]
+        if len(parts) == 2 and len(users) == 2 and len(stores) == len(attends) == 1:
+            _fuse(graph_module.graph, rotation, stores[0], attends[0])
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+def _fuse(graph: fx.Graph, rotation: fx.Node, store: fx.Node, attend: fx.Node) -> None:
+    query, keys, position_ids, table = rotation.args
+    _, values, key_cache, value_cache, slot_mapping, stores_compiled = store.args
+    _, _, _, kv_blocks, kv_lengths, query_lengths, scale, attends_compiled = attend.args
+    if not (stores_compiled and attends_compiled) or attend.args[1:3] != (key_cache, value_cache):
+        return
+    with graph.inserting_before(attend):
+        fused = graph.call_function(
+            torch.ops.spyre_mm.rotate_store_attend,
+            (
+                *(query, keys, values, key_cache, value_cache, position_ids, table),
+                *(slot_mapping, kv_blocks, kv_lengths, query_lengths, scale),
+            ),
+        )
+    fused.meta = dict(attend.meta)
+    attend.replace_all_uses_with(fused)
+    for node in (attend, store):
+        graph.erase_node(node)
+
+
+@functools.cache
+def _define_op() -> torch.library.Library:
+    """Define the operator; it lives as long as the returned library, which the cache keeps."""
+    library = torch.library.Library("spyre_mm", "FRAGMENT")
+    library.define(
+        "rotate_store_attend(Tensor query, Tensor keys, Tensor values, Tensor(a!) key_cache, "
+        "Tensor(b!) value_cache, Tensor position_ids, Tensor table, Tensor slot_mapping, "
+        "Tensor kv_blocks, Tensor kv_lengths, Tensor query_lengths, float scale) -> Tensor"
+    )
+    library.impl("rotate_store_attend", rotate_store_attend, "CPU")
+    library.impl("rotate_store_attend", lambda query, *_: query.new_empty(query.shape), "Meta")
+    return library
+
+
+def rotate_store_attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    position_ids: torch.Tensor,
+    table: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_blocks: torch.Tensor,
+    kv_lengths: torch.Tensor,
+    query_lengths: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """What ``rotary``, ``paged_store`` and ``paged_attention`` do one after the other."""
+    one_each = int(query_lengths[0]) <= 1
+    if one_each and paged_decode.supports(query.shape[-1], query.dtype):
+        return paged_decode.place_and_decode(
+            *(query, keys, values, key_cache, value_cache, position_ids, table, slot_mapping),
+            *(kv_blocks, kv_lengths, scale),
+        )
+    query, keys = rotary.rotate(query, keys, position_ids, table)
+    attention.store(keys, values, key_cache, value_cache, slot_mapping, True)
+    return attention.attend(
+        *(query, key_cache, value_cache, kv_blocks, kv_lengths, query_lengths, scale, True)
+    )

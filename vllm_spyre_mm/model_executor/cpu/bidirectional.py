@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a vision tower, as an FMS attention algorithm.
+
+FMS's own, ``sdpa_bidirectional``, tells the layout of keys by comparing their length with the
+number of heads, and is wrong for an image that has as many patches as the tower has heads.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fms.modules.attention import register_attention_op
+
+from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention
+
+BIDIRECTIONAL = "spyre_mm_bidirectional"
+"""Name of the algorithm, FMS's ``attn_name``."""
+
+
+def hidden_states(embeddings: torch.Tensor, layers: Any) -> Iterator[torch.Tensor]:
+    """The embeddings, and what each layer of FMS's SigLIP encoder makes of them, in turn.
+
+    The encoder itself would keep all of them.
+    """
+    states = embeddings
+    yield states
+    for layer in layers:
+        states = layer(hidden_states=states, attn_name=BIDIRECTIONAL)
+        yield states
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    nheads: int,
+    kvheads: int,
+    p_dropout: float,
+    scale_factor: float | None,
+    **_: Any,
+) -> torch.Tensor:
+    """Every position attends to every other; all are ``(batch, positions, heads, head_dim)``."""
+    assert nheads == kvheads, "a tower's heads share no keys"
+    scale = scale_factor if scale_factor is not None else query.shape[-1] ** -0.5
+    # Where nothing is compiled no compiler may be needed.
+    if torch.compiler.is_compiling():
+        return torch.ops.spyre_mm.bidirectional_attention(query, keys, values, scale)
+    return _attend_plainly(query, keys, values, scale)
+
+
+def _attend_plainly(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    attended = F.scaled_dot_product_attention(
+        query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), scale=scale
+    )
+    return attended.transpose(1, 2).contiguous()
+
+
+def attend_compiled(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    if blocked_attention.supports(query.shape[-1], query.dtype):
+        return blocked_attention.attend_to_all(query, keys, values, scale)
+    return _attend_plainly(query, keys, values, scale)
+
+
+def _store(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError  # a vision tower has no cache
+
+
+@functools.cache
+def _define_op() -> torch.library.Library:
+    """Define the operator; it lives as long as the returned library, which the cache keeps."""
+    library = torch.library.Library("spyre_mm", "FRAGMENT")
+    library.define(
+        "bidirectional_attention(Tensor query, Tensor keys, Tensor values, float scale) -> Tensor"
+    )
+    library.impl("bidirectional_attention", attend_compiled, "CPU")
+    library.impl("bidirectional_attention", lambda query, *_: query.new_empty(query.shape), "Meta")
+    return library
+
+
+_define_op()
+register_attention_op(BIDIRECTIONAL, store_op=_store, compute_op=_attend)

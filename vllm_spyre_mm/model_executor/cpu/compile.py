@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compilation: one block at a time for the CPU, the whole decoder for the card."""
+
+import contextlib
+import contextvars
+import functools
+import linecache
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_spyre_mm.model_executor.cpu.linear_fusion import replace_norms
+from vllm_spyre_mm.model_executor.cpu.shared_graph import share_graph
+
+MAX_COMPILE_THREADS = 4
+"""Processes that compile kernels at the same time; a graph has about as many."""
+
+
+def compile_encoder_blocks(blocks: nn.ModuleList) -> None:
+    """Compile the repeated blocks of an encoder for the CPU, in place; one graph serves all.
+
+    The number of positions is dynamic, and that of tiles, unless a mapping encodes one at a time.
+    """
+    replace_norms(blocks)
+    share_graph(blocks, _mark_positions_dynamic)
+
+
+def compile_decoder_blocks(blocks: nn.ModuleList) -> None:
+    """Compile the repeated blocks of a decoder for the CPU, in place; one graph serves all.
+
+    Only the number of tokens is dynamic: each further symbol costs time at every call.
+    """
+    replace_norms(blocks)
+    share_graph(blocks, _mark_tokens_dynamic)
+
+
+def _mark_tokens_dynamic(inputs: dict[str, Any]) -> None:
+    for name in ("x", "position_ids", "slot_mapping"):
+        torch._dynamo.mark_dynamic(inputs[name], 1)
+
+
+def _mark_positions_dynamic(inputs: dict[str, Any]) -> None:
+    for tensor in inputs.values():
+        if isinstance(tensor, torch.Tensor):
+            for dim, size in enumerate(tensor.shape[:-1]):
+                if size > 1:
+                    torch._dynamo.mark_dynamic(tensor, dim)
+
+
+class CardError(RuntimeError):
+    """The card's compiler or its runtime failed; the message names the step by its shapes."""
+
+
+def compile_for_card(model: nn.Module) -> Callable[..., Any]:
+    """The decoder as one graph for the card's compiler; a failure says of which step.
+
+    Importing ``torch_sendnn`` registers the backend; it reads ``VLLM_DT_*`` at that moment.
+    """
+    import torch_sendnn  # noqa: F401
+
+    compiled = torch.compile(model, backend="sendnn", dynamic=False, fullgraph=True)
+
+    def run(embeds: torch.Tensor, **inputs: Any) -> Any:
+        try:
+            return compiled(embeds, **inputs)
+        except Exception as error:
+            # PyTorch wraps what a backend raises, with a page about how to debug it.
+            cause = getattr(error, "inner_exception", error)
+            raise CardError(
+                f"the card could not compile or run {_step_of(embeds, inputs)}: "
+                f"{type(cause).__name__}: {cause}"
+            ) from error
+
+    return run
+
+
+def _step_of(embeds: torch.Tensor, inputs: Mapping[str, Any]) -> str:
+    """A step in words, with the shapes of its inputs."""
+    rows, length = embeds.shape[:2]
+    step = f"a decode of {rows} rows" if length == 1 else f"a chunk of {length} tokens"
+    shapes = {"embeds": embeds.shape}
+    shapes |= {name: each.shape for name, each in inputs.items() if isinstance(each, torch.Tensor)}
+    listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+    caches = inputs["past_key_value_states"]
+    return f"{step} ({listed}; {len(caches)} layers of KV cache {tuple(caches[0][0].shape)})"
+
+
+@functools.cache
+def prepare_cpu_compiler() -> Future[None]:
+    """Begin, in a thread, what the compiler does once in a process before it compiles.
+
+    It waits for other programs and reads files, for which there is time while weights are read.
+    """
+    # Imported here: two threads that import PyTorch's modules get in each other's way.
+    from torch._inductor import config
+    from torch._inductor.codecache import CacheBase
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    def prepare() -> None:
+        with config.patch({"cpp.vec_isa_ok": True} if _compiler_knows_cpu() else {}):
+            pick_vec_isa()
+        CacheBase.get_system()  # hashes Triton's files, where it is installed
+
+    with contextlib.ExitStack() as stack:
+        pool = ThreadPoolExecutor(1)
+        stack.callback(pool.shutdown, wait=False)
+        return pool.submit(prepare)
+
+
+@contextlib.contextmanager
+def cpu_compile_context(kernels: Sequence[Callable[[], object]] = ()) -> Iterator[None]:
+    """Make the CPU's graphs in as little time as may be; the second start finds them on disk.
+
+    Args:
+        kernels: what else will be compiled, each when it is called. They are called beside what
+            happens in the context, so that the first use finds them or waits for them. An error
+            is left to the first use.
+    """
+    from torch._dynamo import config as dynamo_config
+    from torch._inductor import config
+    from torch._inductor.async_compile import shutdown_compile_workers
+
+    # Kernels are found again by the instruction sets that they are compiled for. Threads that look
+    # for those at the same time change each other's findings.
+    prepare_cpu_compiler().result()
+    # Numbers of a module, an epsilon for one, are constants; only lengths vary.
+    with (
+        config.patch(compile_threads=min(MAX_COMPILE_THREADS, os.cpu_count() or 1)),
+        dynamo_config.patch(specialize_float=True),
+        ThreadPoolExecutor() as pool,
+    ):
+        sources = set(linecache.cache)
+        for kernel in kernels:
+            pool.submit(contextvars.copy_context().run, kernel)  # with these settings
+        try:
+            yield
+        finally:
+            shutdown_compile_workers()
+            for file in linecache.cache.keys() - sources:  # 5 MB of what Dynamo has traced
+                del linecache.cache[file]
+
+
+def _compiler_knows_cpu() -> bool:
+    """Whether the C++ compiler takes the flags of every instruction set that Inductor may use.
+
+    Inductor builds and runs a program for each, which takes seconds; asking takes milliseconds.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    if platform.machine() != "x86_64":
+        return False
+    flags = ["-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mavx512vnni"]
+    command = [get_cpp_compiler(), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@contextlib.contextmanager
+def warmup_context() -> Iterator[None]:
+    """The card compiler's context for making graphs."""
+    import torch_sendnn
+
+    with torch_sendnn.warmup_mode():
+        yield
+
+
+def mark_for_card(
+    tensor: torch.Tensor, *, dynamic: tuple[int, ...] = (), static: tuple[int, ...] = ()
+) -> torch.Tensor:
+    """Tell the compiler which dimensions vary between calls and which never do."""
+    for dim in dynamic:
+        torch._dynamo.mark_dynamic(tensor, dim)
+    for dim in static:
+        torch._dynamo.mark_static(tensor, dim)
+    return tensor

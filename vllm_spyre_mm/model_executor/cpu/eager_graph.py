@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block of nothing but the project's operations, called without a compiler or a dispatcher.
+
+With the kernels of AVX-512 or AMX, fusing leaves five operations of a block, and views. There is
+nothing for Inductor to compile; its code around them, AOTAutograd's, and PyTorch's way from an
+operator to Python take as long as the Python itself: a tenth of a step that decodes one sequence.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from vllm_spyre_mm.model_executor.cpu import attention_fusion, bidirectional, linear_fusion
+
+VIEWS = ("split", "view")
+"""Methods of a tensor that compute nothing."""
+
+
+def call_directly(graph_module: fx.GraphModule) -> Callable[..., Any] | None:
+    """What runs a graph as it stands.
+
+    Args:
+        graph_module: of a block, after fusing; its operators are replaced, in place.
+
+    Returns:
+        A function of the graph's inputs; None, and the graph is as it was, if it computes anything
+        that is not an operation of the project's.
+    """
+    nodes = graph_module.graph.nodes
+    if not all(map(_computes_nothing_else, nodes)):
+        return None
+    implementations = _implementations()
+    for node in nodes:
+        node.target = implementations.get(node.target, node.target)
+    graph_module.recompile()
+    return graph_module.forward
+
+
+def _computes_nothing_else(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target is operator.getitem or "spyre_mm." in str(node.target)
+    return node.op in ("placeholder", "output") or node.target in VIEWS
+
+
+def _implementations() -> Mapping[Any, Callable[..., Any]]:
+    ops = torch.ops.spyre_mm
+    return {
+        ops.bidirectional_attention: bidirectional.attend_compiled,
+        ops.linear_in_block: linear_fusion.linear_in_block,
+        ops.rotate_store_attend: attention_fusion.rotate_store_attend,
+    }

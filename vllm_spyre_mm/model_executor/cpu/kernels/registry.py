@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel of the project, and which of them a model needs: compiled beside the warmup."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from vllm_spyre_mm.model_executor.cpu.kernels import (
+    blocked_attention,
+    paged_decode,
+    paged_store,
+    rotary,
+    rows_linear,
+    tiled_linear,
+)
+from vllm_spyre_mm.model_executor.cpu.kernels.kernel import Kernel
+
+KERNELS: tuple[Kernel, ...] = (
+    paged_store.KERNEL,
+    rotary.KERNEL,
+    paged_decode.KERNEL,
+    blocked_attention.KERNEL,
+    tiled_linear.KERNEL,
+    rows_linear.KERNEL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What kernels are compiled for.
+
+    Attributes:
+        dtype: of keys, values and activations.
+        head_dim: of the decoder's heads.
+        kv_heads: of the decoder, of this rank.
+        group: query heads that share a KV head.
+        block_size: tokens in a block of the KV cache.
+        tower_head_dim: of the vision tower's heads, None without a tower.
+    """
+
+    dtype: torch.dtype
+    head_dim: int
+    kv_heads: int
+    group: int
+    block_size: int
+    tower_head_dim: int | None
+
+
+def loaders(shape: ModelShape) -> list[Callable[[], object]]:
+    """What compiles each kernel of a step, when it is called; those that the tier has."""
+    needed: list[Callable[[], object]] = [
+        partial(paged_store.kernel, shape.kv_heads * shape.head_dim * shape.dtype.itemsize),
+    ]
+    needed += [
+        each.KERNEL.load for each in (tiled_linear, rows_linear) if each.KERNEL.takes(shape.dtype)
+    ]
+    for head_dim in {shape.head_dim, shape.tower_head_dim or shape.head_dim}:
+        if blocked_attention.supports(head_dim, shape.dtype):
+            needed.append(partial(blocked_attention.KERNEL.load, HEAD_DIM=head_dim))
+    if paged_decode.supports(shape.head_dim, shape.dtype):
+        heads = (shape.head_dim, shape.group, shape.kv_heads)
+        needed += [
+            partial(paged_decode.kernel, *heads, shape.block_size, shape.dtype),
+            partial(rotary.kernel, shape.head_dim, shape.dtype),
+        ]
+    return needed

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled rotation of queries and keys.
+
+FMS rotates neighbouring pairs of numbers, which Inductor computes one number at a time: a tenth of
+a prefill. The kernel computes the same, in FMS's own order of the weights.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fms.modules.positions import PositionEncoder, RotaryEmbedding
+from torch import nn
+
+from vllm_spyre_mm.model_executor.cpu.kernels.kernel import (
+    POINTER,
+    SIZE,
+    Kernel,
+    heads_side_by_side,
+)
+from vllm_spyre_mm.model_executor.cpu.memory import empty_result
+
+LANES = 16
+"""The kernel takes heads whose width is a multiple of this."""
+
+KERNEL = Kernel(
+    "rotary", ("generic",), (torch.bfloat16, torch.float32), (*[POINTER] * 6, *[SIZE] * 6), SIZE
+)
+
+
+class HostRotary(PositionEncoder):
+    """FMS's rotation by a table of the positions that the model has.
+
+    Args:
+        rotary: what it replaces; its own table has been made.
+    """
+
+    def __init__(self, rotary: RotaryEmbedding) -> None:
+        define_rotary()
+        ((rotations,),) = (tables.values() for tables in rotary.cached_freqs.values())
+        self.table = rotations[..., 0].contiguous()  # cosine and sine: the matrix's first column
+
+    def adjusted_qk(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        past_kv_state: Any = None,
+        use_cache: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate ``(1, length, heads, head_dim)`` at int64 ``(1, length)``, contiguous."""
+        assert position_ids is not None, "positions are given"
+        assert len(q) == 1, "the tokens of a step are in one row"
+        return torch.ops.spyre_mm.rotary(q, k, position_ids, self.table)
+
+
+def replace_rotary(blocks: nn.ModuleList) -> None:
+    """Let the blocks of a decoder share a :class:`HostRotary`, where that computes the same.
+
+    The tables of what is replaced are dropped.
+    """
+    attentions: list[Any] = [
+        part
+        for part in blocks.modules()
+        if type(getattr(part, "position_encoder", None)) is RotaryEmbedding
+    ]
+    for rotary in {attention.position_encoder for attention in attentions}:
+        if rotary.rope_type == "yarn" or rotary.partial_rope != 1.0 or rotary.dim % LANES:
+            continue
+        replacement = HostRotary(rotary)
+        for attention in attentions:
+            if attention.position_encoder is rotary:
+                attention.position_encoder = replacement
+        rotary.cached_freqs.clear()
+
+
+@functools.cache
+def define_rotary() -> torch.library.Library:
+    """Define the operator; it lives as long as the returned library, which the cache keeps."""
+    library = torch.library.Library("spyre_mm", "FRAGMENT")
+    library.define(
+        "rotary(Tensor query, Tensor keys, Tensor position_ids, Tensor table) -> (Tensor, Tensor)"
+    )
+    library.impl("rotary", rotate, "CPU")
+    library.impl("rotary", lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)), "Meta")
+    return library
+
+
+def rotate(
+    query: torch.Tensor, keys: torch.Tensor, position_ids: torch.Tensor, table: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate both.
+
+    Raises:
+        IndexError: a position is not in the table.
+    """
+    _, length, heads, head_dim = query.shape
+    query, keys = heads_side_by_side(query), heads_side_by_side(keys)
+    rotated_query, rotated_keys = (empty_result(part, part.shape) for part in (query, keys))
+    beyond = kernel(head_dim, query.dtype)(
+        query.data_ptr(),
+        keys.data_ptr(),
+        rotated_query.data_ptr(),
+        rotated_keys.data_ptr(),
+        position_ids.data_ptr(),
+        table.data_ptr(),
+        length,
+        heads,
+        keys.shape[2],
+        query.stride(1),
+        keys.stride(1),
+        len(table),
+    )
+    if beyond:
+        raise IndexError(f"{beyond} positions are beyond the model's {len(table)}")
+    return rotated_query, rotated_keys
+
+
+def kernel(head_dim: int, dtype: torch.dtype) -> Callable[..., int]:
+    """Compile for heads of this width, or find it in Inductor's cache."""
+    return KERNEL.load(HEAD_DIM=head_dim, BF16=int(dtype == torch.bfloat16))

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the embeddings of running requests hold, and what was encoded and returned for them.
+
+A request's embedding takes memory from its prefill until it finishes: in the worker first, then in
+the front end. The scheduler knows both ends of that time, and the size of the embedding beforehand,
+so that the bound is kept where requests are admitted.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from vllm_spyre_mm.frontend.metrics import SpyreSchedulerStats
+from vllm_spyre_mm.multimodal.embedding import choice_of
+from vllm_spyre_mm.multimodal.merge import first_feature
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.request import Request
+
+    from vllm_spyre_mm.config import SpyreSettings
+
+
+class EmbeddingAccounts:
+    """The scheduler's books on embeddings.
+
+    Args:
+        settings: of the engine; it has the bound.
+        model_config: of the engine; it has the width of a row.
+    """
+
+    def __init__(self, settings: "SpyreSettings", model_config: "ModelConfig") -> None:
+        self._settings = settings
+        self._hidden_size = model_config.get_hidden_size()
+        self._held: dict[str, int] = {}
+        self._encoder_runs = 0
+        self._encoder_cache_hits = 0
+        self._returned = 0
+
+    def num_bytes(self, request: "Request") -> int:
+        """Bytes of the embedding that a request will hold; 0 where it wants none."""
+        if not request.mm_features:
+            return 0
+        choice = choice_of(request.sampling_params, self._settings)
+        if choice is None:
+            return 0
+        counts = [feature.mm_position.get_num_embeds() for feature in request.mm_features]
+        return choice.num_bytes(counts, self._hidden_size, self._settings.encoder_dtype)
+
+    def held(self, requests: Collection[str]) -> int:
+        """Bytes held for the requests that were admitted and are not finished.
+
+        Args:
+            requests: ids of all unfinished requests; what others held is forgotten.
+        """
+        for req_id in [req_id for req_id in self._held if req_id not in requests]:
+            del self._held[req_id]
+        return sum(self._held.values())
+
+    def has_room(self, request: "Request", requests: Collection[str]) -> bool:
+        """Whether a waiting request may be admitted beside the others.
+
+        No request waits for ever: one that exceeds the bound alone is refused when it is submitted.
+
+        Args:
+            request: the one that waits; a preempted one has been counted.
+            requests: ids of all unfinished requests.
+        """
+        if request.request_id in self._held:
+            return True
+        num_bytes = self.num_bytes(request)
+        return (
+            num_bytes == 0
+            or self.held(requests) + num_bytes <= self._settings.max_held_mm_embedding_bytes
+        )
+
+    def record_prefill(self, output: "SchedulerOutput", requests: "Mapping[str, Request]") -> None:
+        """Count what a step that prefills admits and encodes.
+
+        Args:
+            output: vLLM's, after which ``num_computed_tokens`` of its requests is the step's end.
+            requests: all unfinished requests.
+        """
+        admitted = {new.req_id for new in output.scheduled_new_reqs}
+        for req_id in admitted:
+            if num_bytes := self.num_bytes(requests[req_id]):
+                self._held[req_id] = num_bytes
+        admitted |= output.scheduled_cached_reqs.resumed_req_ids
+        for req_id, num_tokens in output.num_scheduled_tokens.items():
+            self._count_images(
+                requests[req_id],
+                scheduled=output.scheduled_encoder_inputs.get(req_id, ()),
+                num_tokens=num_tokens,
+                admitted=req_id in admitted,
+            )
+
+    def _count_images(
+        self, request: "Request", scheduled: Collection[int], num_tokens: int, admitted: bool
+    ) -> None:
+        """Count each image once: in the step that reaches its first feature, or else in the
+        admitting one.
+
+        Images that a prefix-cache hit covers are needed where the embedding is to be collected, and
+        not looked at otherwise. Images that are given as embeddings are neither runs nor hits.
+        """
+        end = request.num_computed_tokens
+        start = end - num_tokens
+        collects = admitted and request.request_id in self._held and not request.num_output_tokens
+        for index, feature in enumerate(request.mm_features or ()):
+            position = feature.mm_position
+            if "image_embeds" in (feature.data or {}):
+                continue
+            if index in scheduled:
+                self._encoder_runs += 1
+            elif (0 if admitted else start) <= first_feature(position) < end and (
+                collects or position.offset + position.length > start
+            ):
+                self._encoder_cache_hits += 1
+
+    def record_returned(self, num_embeddings: int) -> None:
+        """Count embeddings that the worker has handed over."""
+        self._returned += num_embeddings
+
+    def extend(self, stats: "SchedulerStats", requests: Collection[str]) -> SpyreSchedulerStats:
+        """vLLM's statistics of a step, with what was counted since the last ones.
+
+        Args:
+            stats: of the step.
+            requests: ids of all unfinished requests.
+        """
+        extended = SpyreSchedulerStats(
+            **vars(stats),
+            mm_embedding_held_bytes=self.held(requests),
+            encoder_runs=self._encoder_runs,
+            encoder_cache_hits=self._encoder_cache_hits,
+            mm_embeddings_returned=self._returned,
+        )
+        self._encoder_runs = self._encoder_cache_hits = self._returned = 0
+        return extended

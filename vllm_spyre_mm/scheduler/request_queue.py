@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order in which waiting requests are admitted: those with images and those without in turn.
+
+First come, first served alone would let a few hundred requests with images, each a prefill of many
+chunks, stand before every short question that comes after them.
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from itertools import zip_longest
+
+from vllm.v1.core.sched.request_queue import RequestQueue
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_spyre_mm.upstream.contract import require
+
+
+def next_candidates(waiting: Iterable[Request], deferred: Collection[Request]) -> Iterator[Request]:
+    """The waiting requests of which one may be admitted next.
+
+    That is the first one; where it waits for something else (its grammar), vLLM passes over it.
+
+    Args:
+        waiting: all that wait, in their order.
+        deferred: those that vLLM has passed over.
+    """
+    for request in waiting:
+        yield request
+        if request not in deferred:
+            return
+
+
+class TurnsQueue(RequestQueue):
+    """Two queues, each first come, first served, that take turns while both have requests.
+
+    So a request waits, besides those of its own kind before it, for at most one of the other kind
+    for each of them and for itself. A request that was preempted comes before all that have not
+    run yet, as in vLLM's own queue.
+    """
+
+    def __init__(self) -> None:
+        self._preempted: deque[Request] = deque()
+        self._kinds: tuple[deque[Request], deque[Request]] = (deque(), deque())
+        self._turn = 0
+
+    @classmethod
+    def check_base(cls) -> None:
+        """Check that vLLM's queue has no method that is not written here.
+
+        Raises:
+            UnsupportedVllmError: names what is missing.
+        """
+        missing = sorted(cls.__abstractmethods__)
+        require(not missing, f"its queue of waiting requests has {', '.join(missing)} too")
+
+    @property
+    def _queues(self) -> tuple[deque[Request], ...]:
+        return (self._preempted, *self._kinds)
+
+    def _queue_of(self, request: Request) -> deque[Request]:
+        if request.status == RequestStatus.PREEMPTED:
+            return self._preempted
+        return self._kinds[bool(request.mm_features)]
+
+    def _next(self) -> deque[Request]:
+        """The queue whose first request is the next; an empty one if there is none."""
+        turn, other = self._kinds[self._turn], self._kinds[1 - self._turn]
+        return self._preempted or turn or other
+
+    def add_request(self, request: Request) -> None:
+        """Put a request behind the others of its kind."""
+        self._queue_of(request).append(request)
+
+    def pop_request(self) -> Request:
+        """Take the next request; the other kind has the turn then."""
+        queue = self._next()
+        if queue is not self._preempted:
+            self._turn = int(queue is self._kinds[0])
+        return queue.popleft()
+
+    def peek_request(self) -> Request:
+        """The next request, which stays."""
+        return self._next()[0]
+
+    def prepend_request(self, request: Request) -> None:
+        """Put a request before the others of its kind; one that was preempted before all."""
+        self._queue_of(request).appendleft(request)
+
+    def prepend_requests(self, requests: Iterable[Request]) -> None:
+        """Put requests in front one by one, so that the last of them comes first."""
+        for request in requests:
+            self.prepend_request(request)
+
+    def remove_request(self, request: Request) -> None:
+        """Remove a request that waits here."""
+        self.remove_requests([request])
+
+    def remove_requests(self, requests: Iterable[Request]) -> None:
+        """Remove those of the requests that wait here."""
+        removed = set(requests)
+        for queue in self._queues:
+            kept = [request for request in queue if request not in removed]
+            queue.clear()
+            queue.extend(kept)
+
+    def __bool__(self) -> bool:
+        return any(self._queues)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues))
+
+    def __iter__(self) -> Iterator[Request]:
+        """All requests, in the order in which they would be taken."""
+        yield from self._preempted
+        for pair in zip_longest(self._kinds[self._turn], self._kinds[1 - self._turn]):
+            yield from (request for request in pair if request is not None)

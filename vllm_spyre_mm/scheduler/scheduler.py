@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which step comes next: one chunk of one prefill, or a decode of the running requests.
+
+vLLM's scheduler does all the bookkeeping: blocks and whom to preempt for them, encoder cache,
+queues, finished requests. This subclass says which of the running requests take part in a step, and
+keeps every chunk on Spyre's grid (:mod:`vllm_spyre_mm.scheduler.geometry`). Its rules are those of
+:class:`SpyreScheduler`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.frontend.engine_config import geometry_of
+from vllm_spyre_mm.frontend.engine_output import attach_mm_embeddings, give_reason
+from vllm_spyre_mm.model_executor.cpu.memory import return_free_memory
+from vllm_spyre_mm.multimodal.embedding import choice_of
+from vllm_spyre_mm.scheduler.embedding_budget import EmbeddingAccounts
+from vllm_spyre_mm.scheduler.request_queue import TurnsQueue, next_candidates
+from vllm_spyre_mm.scheduler.step import Step, carry_over
+from vllm_spyre_mm.upstream.contract import require_attributes, require_overridable
+from vllm_spyre_mm.worker.requests import FailedEncoding, SpyreModelRunnerOutput
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.engine import EngineCoreOutputs
+
+
+class SpyreScheduler(Scheduler):
+    """vLLM's synchronous scheduler in Spyre's geometry.
+
+    1. *A step is one chunk of one prefill, or a decode.* The two alternate while there is work for
+       both, so that a running request waits for one chunk at most between two tokens, and a prompt
+       for one decode between two chunks. A request is admitted by its first chunk, when no other
+       prefill is under way. Where nothing can be prefilled after all, for want of blocks or of room
+       in the encoder cache, the step is a decode: none is empty while anything can be computed.
+    2. *Running requests have an order*, in which ``running`` is kept: that of their admission, or
+       with the priority policy that of priority and arrival. In a decode the bound on batch ×
+       padded length is filled in that order: the first always takes part, others may pause.
+    3. *Blocks are taken from the last in that order*, whether it decodes, pauses or is in the
+       middle of its prefill: the first never loses its blocks while another holds any.
+    4. *Waiting requests are admitted in turns*, with images and without, and preempted ones before
+       both (:mod:`.request_queue`); with the priority policy in vLLM's order.
+
+    vLLM sees all running requests in every step, and gives no tokens to those that do not take part
+    (:meth:`_reserve_prefill_lookahead`).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.check_base()
+        self._check_parts()
+        if self.policy == SchedulingPolicy.FCFS:
+            self.waiting = TurnsQueue()
+        self.geometry = geometry_of(self.vllm_config)
+        self.settings = SpyreSettings.from_vllm_config(self.vllm_config)
+        self._accounts = EmbeddingAccounts(self.settings, self.vllm_config.model_config)
+        self._last_step_was_prefill = False
+        self._step = Step(False, frozenset())
+        # To learn how many tokens a picture may have, vLLM has processed the largest.
+        return_free_memory()
+
+    @classmethod
+    def check_base(cls) -> None:
+        """Check that vLLM's scheduler has, and calls as expected, what is overridden here.
+
+        Raises:
+            UnsupportedVllmError: names what is missing or differs.
+        """
+        require_overridable(Scheduler, cls._get_local_prefix_cache_hit, returned=4)
+        require_overridable(Scheduler, cls._reserve_prefill_lookahead)
+        require_overridable(Scheduler, cls._try_schedule_encoder_inputs, returned=5)
+        require_overridable(Scheduler, cls.schedule)
+        require_overridable(Scheduler, cls.update_from_output)
+        require_attributes(Scheduler, ("make_stats",))
+        TurnsQueue.check_base()
+
+    def _check_parts(self) -> None:
+        """Check what this subclass reads and sets of vLLM's scheduler and its parts."""
+        require_attributes(
+            self,
+            (
+                "deferred_waiting",
+                "encoder_cache_mismatch_reqs",
+                "max_num_active_reqs",
+                "num_waiting_for_streaming_input",
+                "waiting",
+            ),
+        )
+        require_attributes(
+            type(self.kv_cache_manager), ("evict_blocks", "truncate_computed_blocks")
+        )
+        require_attributes(
+            self.encoder_cache_manager,
+            ("cached", "freeable", "num_embeds_by_hash", "num_free_slots"),
+        )
+
+    # -- the kind of step ---------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Schedule one chunk of one prefill, or a decode, as the rules of the class say."""
+        if self.policy == SchedulingPolicy.PRIORITY:
+            # vLLM's loop ends at the first request that gets no blocks.
+            self.running.sort(key=lambda request: (request.priority, request.arrival_time))
+        step = self._next_step()
+        self._last_step_was_prefill = step.is_prefill
+        output = self._run(step, throttle_prefills)
+        if step.is_prefill:
+            if not output.num_scheduled_tokens and (decode := self._decode_step()).taking_part:
+                return carry_over(output, self._run(decode, throttle_prefills))
+            self._accounts.record_prefill(output, self.requests)
+        for new in output.scheduled_new_reqs:
+            # vLLM leaves out the pixels of images that a prefix-cache hit covers. The worker may
+            # need them: for the embedding, or after a preemption that lost the hit.
+            new.mm_features = self.requests[new.req_id].mm_features
+        return output
+
+    def _next_step(self) -> Step:
+        decode = self._decode_step()
+        if decode.taking_part and self._last_step_was_prefill:
+            return decode
+        prefilling = [each.request_id for each in self.running if each.is_prefill_chunk]
+        may_admit = not prefilling and self._may_admit(len(decode.taking_part))
+        if prefilling or may_admit:
+            return Step(True, frozenset(prefilling[:1]), may_admit)
+        return decode
+
+    def _decode_step(self) -> Step:
+        """A decode of the running requests that the bound on batch × padded length allows."""
+        decoding = [request for request in self.running if not request.is_prefill_chunk]
+        rows = self.geometry.decode_rows_that_fit([request.num_tokens for request in decoding])
+        return Step(False, frozenset(decoding[row].request_id for row in rows))
+
+    def _may_admit(self, num_decoding: int) -> bool:
+        """Whether one of the waiting requests may run too, as far as that is known beforehand.
+
+        Args:
+            num_decoding: running requests that the next decode has room for.
+        """
+        return (
+            bool(self.waiting)
+            and self.pause_state == PauseState.UNPAUSED
+            and len(self.running) + self.num_waiting_for_streaming_input < self.max_num_active_reqs
+            and num_decoding == len(self.running)
+            and self._has_room()
+        )
+
+    def _has_room(self) -> bool:
+        """Whether one more request fits beside the running ones, all of which decode.
+
+        By the bound on batch × length, in which a prompt is counted with the token that it will
+        decode, and by the bound on the embeddings held.
+        """
+        lengths = [request.num_tokens for request in self.running]
+        return all(
+            len(self.geometry.decode_rows_that_fit([*lengths, request.num_tokens + 1]))
+            == len(lengths) + 1
+            and self._accounts.has_room(request, self.requests)
+            for request in next_candidates(self.waiting, self.deferred_waiting)
+        )
+
+    def _run(self, step: Step, throttle_prefills: bool) -> SchedulerOutput:
+        """Let vLLM schedule the requests that take part, and admit one where the step may."""
+        self._step = step
+        with self._admitting(int(step.may_admit)):
+            return super().schedule(throttle_prefills)
+
+    @contextlib.contextmanager
+    def _admitting(self, count: int) -> Iterator[None]:
+        """Let vLLM admit at most ``count`` waiting requests."""
+        limit = self.max_num_active_reqs
+        taken = len(self.running) + self.num_waiting_for_streaming_input
+        self.max_num_active_reqs = min(limit, taken + count)
+        try:
+            yield
+        finally:
+            self.max_num_active_reqs = limit
+
+    def _sits_out(self, request: Request) -> bool:
+        """Whether a request runs and does not take part in the step that is being scheduled."""
+        return (
+            request.status == RequestStatus.RUNNING
+            and request.request_id not in self._step.taking_part
+        )
+
+    # -- the grid of chunks -------------------------------------------------------------------
+
+    def _get_local_prefix_cache_hit(
+        self, request: Request
+    ) -> "tuple[KVCacheBlocks, int, int, bool]":
+        """Round a prefix-cache hit down to where a prefill may start; nothing is allocated yet."""
+        blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        start = self.geometry.prefill_start(request.num_tokens, num_hit)
+        if start < num_hit:
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, start)
+        return blocks, start, boundary, diverged
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """End a chunk where the grid says; vLLM asks this last, for every request.
+
+        With no tokens, vLLM goes on to the next request.
+        """
+        if self._sits_out(request):
+            return 0
+        if num_new_tokens <= 1:
+            return num_new_tokens  # no chunk is shorter
+        return min(num_new_tokens, self._chunk_tokens(request, num_computed_tokens))
+
+    def _chunk_tokens(self, request: Request, num_computed_tokens: int) -> int:
+        end = self.geometry.chunk_end(request.num_tokens, num_computed_tokens)
+        return end - num_computed_tokens
+
+    # -- encoding -----------------------------------------------------------------------------
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        shift_computed_tokens: int = 0,
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        """Encode what the chunk needs, and what the request's embedding needs besides.
+
+        A request that returns its embedding wants the features of images that a prefix-cache hit
+        covers too: at its admission the window starts at the prompt's start. Cached features are
+        referenced, evicted ones encoded once more, and the hit is kept.
+        """
+        if self._sits_out(request):
+            return [], 0, encoder_compute_budget, [], []
+        chunk = min(num_new_tokens, self._chunk_tokens(request, num_computed_tokens))
+        start = 0 if self._collects_from_start(request) else num_computed_tokens
+        window = num_computed_tokens + chunk - start
+        inputs, scheduled, budget, external, duplicates = super()._try_schedule_encoder_inputs(
+            request, start, window, encoder_compute_budget, shift_computed_tokens
+        )
+        if scheduled < window:
+            # An image does not fit now. The chunk cannot end before it, in the middle of a
+            # block: the request waits, holding no features.
+            if request.status != RequestStatus.RUNNING:
+                self.encoder_cache_manager.free(request)
+            return [], 0, encoder_compute_budget, [], []
+        return inputs, chunk, budget, external, duplicates
+
+    def _collects_from_start(self, request: Request) -> bool:
+        """Whether this is the admission of a request whose embedding is still to be collected."""
+        return (
+            request.status != RequestStatus.RUNNING
+            and request.num_output_tokens == 0
+            and choice_of(request.sampling_params, self.settings) is not None
+        )
+
+    # -- outputs ------------------------------------------------------------------------------
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> "dict[int, EngineCoreOutputs]":
+        """vLLM's bookkeeping, with each embedding put on its request's first output."""
+        if not isinstance(model_runner_output, SpyreModelRunnerOutput):
+            return super().update_from_output(scheduler_output, model_runner_output)
+        failed = model_runner_output.failed_encoding
+        if failed is None:
+            self._accounts.record_returned(len(model_runner_output.mm_embeddings))
+            outputs = super().update_from_output(scheduler_output, model_runner_output)
+            attach_mm_embeddings(
+                outputs,
+                model_runner_output.mm_embeddings,
+                model_runner_output.mm_embedding_infos,
+            )
+            return outputs
+        # vLLM ends these with FinishReason.ERROR; one that was aborted meanwhile is unknown to it.
+        self.encoder_cache_mismatch_reqs.add(failed.req_id)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._take_back(failed)
+        give_reason(outputs, failed.req_id, failed.reason)
+        return outputs
+
+    def _take_back(self, failed: FailedEncoding) -> None:
+        """Undo what vLLM noted when it scheduled a step whose request failed.
+
+        Blocks are offered to other prompts as soon as they are allocated, images to other requests
+        as soon as they are scheduled, and neither was computed. No other request has seen them:
+        only its own step came since, and the request itself is gone.
+        """
+        self.kv_cache_manager.evict_blocks(set(failed.block_ids))
+        images = self.encoder_cache_manager
+        for identifier in set(failed.identifiers):
+            del images.cached[identifier], images.num_embeds_by_hash[identifier]
+            images.num_free_slots += images.freeable.pop(identifier)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's statistics of a step, with those of the embeddings."""
+        stats = super().make_stats(*args, **kwargs)
+        return None if stats is None else self._accounts.extend(stats, self.requests)
