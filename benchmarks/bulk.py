@@ -16,7 +16,7 @@ from vllm_spyre_mm.cli.embed import AT_ONCE, encode_files
 from vllm_spyre_mm.cli.encoder import VisionEncoder, read_picture
 from vllm_spyre_mm.cli.shards import Shards
 from vllm_spyre_mm.demo import pictures
-from vllm_spyre_mm.model_executor.cpu.memory import return_free_memory
+from vllm_spyre_mm.host_memory import return_free_memory
 from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
 
 ROUNDS = 4

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from benchmarks.ceilings import CeilingProduct
 from benchmarks.checkpoints import TOWER
 from benchmarks.measure import Figure, Row, Timing, compare, constant, interleaved
+from vllm_spyre_mm.model_executor.backend import StepSizes, make_backend
 from vllm_spyre_mm.model_executor.cpu.compile import cpu_compile_context
 from vllm_spyre_mm.model_executor.cpu.memory import separate_large_blocks
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
@@ -31,8 +32,17 @@ def encoder_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
     """
     mapping = get_mm_mapping(AutoConfig.from_pretrained(checkpoint))
     options = LoadOptions(torch.bfloat16, torch.bfloat16)
+    sizes = StepSizes(
+        block_size=64,
+        chunk_size=1536,
+        context_len=4608,
+        max_batch_tkv=4608,
+        max_num_seqs=1,
+        max_blocks=72,
+    )
     with separate_large_blocks():
-        compiled = SpyreModel(load_model(mapping, checkpoint, options), mapping, "inductor")
+        fms_model = load_model(mapping, checkpoint, options)
+        compiled = SpyreModel(fms_model, mapping, make_backend("inductor", sizes))
     compiled.compile()
     eager = load_model(mapping, checkpoint, options)
     product = CeilingProduct()

@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_spyre_mm.log import get_logger
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
 
 logger = get_logger(__name__)
 
-Backend = Literal["sendnn", "inductor", "eager"]
+BackendName = Literal["sendnn", "inductor", "eager"]
 
 CpuTier = Literal["generic", "avx2", "avx512", "avx512_bf16", "amx"]
 
@@ -177,7 +178,7 @@ class SpyreSettings(BaseModel):
             }
         )
 
-    def resolve_backend(self, enforce_eager: bool) -> Backend:
+    def resolve_backend(self, enforce_eager: bool) -> BackendName:
         """What runs the decoder, ``auto`` replaced.
 
         Raises:
@@ -197,6 +198,15 @@ class SpyreSettings(BaseModel):
         if enforce_eager:
             return "eager"
         return "sendnn" if card_backend_available() else "inductor"
+
+
+def decoder_dtype_of(vllm_config: "VllmConfig") -> "torch.dtype":
+    """The dtype vLLM resolved for the model: of the decoder, the text embeddings and the cache."""
+    import torch
+
+    dtype = vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype), "vLLM resolves names when it makes the configuration"
+    return dtype
 
 
 def card_backend_available() -> bool:

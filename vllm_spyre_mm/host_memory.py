@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory that this process may use: the host's, or what a container has of it."""
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,3 +83,13 @@ def _reclaimable_of_group() -> int:
     sizes = {name: int(size) for name, size in map(str.split, file.read_text().splitlines())}
     # The first version of control groups has sums with the groups inside under names of their own.
     return sum(sizes.get(f"total_{name}", sizes.get(name, 0)) for name in GROUP_RECLAIMABLE)
+
+
+def return_free_memory() -> None:
+    """Give the operating system what is free; glibc would keep it.
+
+    For the moments after a great deal was needed once: replaced weights, a compilation.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -38,18 +38,6 @@ ensure_torchvision_importable()
 install_engine_args_hooks()
 
 
-def host_dtypes() -> tuple[torch.dtype, ...]:
-    """What the host computes in, fastest first: bf16 where the CPU has it, fp32 always.
-
-    fp16 is left out on purpose: on a CPU it is many times slower than either.
-    """
-    from vllm_spyre_mm.model_executor.cpu.tier import computes_in_bf16
-
-    if computes_in_bf16():
-        return (torch.bfloat16, torch.float32)
-    return (torch.float32,)
-
-
 class SpyrePlatform(Platform):
     """Vision-language models on IBM Spyre, and on a CPU where there is no card."""
 
@@ -69,6 +57,8 @@ class SpyrePlatform(Platform):
         """dtypes of the decoder, the default first."""
         if card_backend_available():
             return [torch.float16]  # host dtypes on request: --dtype with a CPU backend
+        from vllm_spyre_mm.model_executor.cpu.tier import host_dtypes
+
         return list(host_dtypes())
 
     @classmethod
@@ -154,6 +144,7 @@ class SpyrePlatform(Platform):
         """
         from vllm_spyre_mm.frontend.engine_config import check_and_resolve
         from vllm_spyre_mm.frontend.hooks import install
+        from vllm_spyre_mm.model_executor.cpu.tier import host_dtypes
 
         # vLLM loads its plugins once, and goes on without one whose failure somebody caught.
         install()

@@ -75,7 +75,7 @@ def test_every_stored_dtype_is_served_in_the_hosts_fastest(
 ) -> None:
     checkpoint = shutil.copytree(demo_checkpoint, tmp_path / stored)
     edit_config(checkpoint, dtype=stored)
-    from vllm_spyre_mm.platform import host_dtypes
+    from vllm_spyre_mm.model_executor.cpu.tier import host_dtypes
 
     config = configure(checkpoint)
     assert config.model_config.dtype == host_dtypes()[0]
@@ -95,7 +95,7 @@ def test_the_cpu_beside_a_card_takes_its_own_dtype(
     demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
 ) -> None:
     """Where the card's compiler can be imported, vLLM is told of the card's float16 alone."""
-    from vllm_spyre_mm.platform import host_dtypes
+    from vllm_spyre_mm.model_executor.cpu.tier import host_dtypes
 
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "e2e" / "stand_in"))
     assert configure(demo_checkpoint).model_config.dtype == torch.float16

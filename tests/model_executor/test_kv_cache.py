@@ -16,7 +16,7 @@ from vllm_spyre_mm.model_executor.kv_cache import (
     kv_cache_bytes,
     kv_cache_spec,
 )
-from vllm_spyre_mm.multimodal.mm_mappings import KVCacheOptions
+from vllm_spyre_mm.model_executor.spec import KVCacheOptions
 
 OPTIONS = KVCacheOptions(num_layers=3, num_kv_heads=4, head_dim=32)
 GIB = 1 << 30

@@ -34,14 +34,16 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests import architectures
 from tests.checkpoints import edit_tensors
-from vllm_spyre_mm.config import Backend
-from vllm_spyre_mm.frontend.engine_config import geometry_of
+from vllm_spyre_mm.config import BackendName
+from vllm_spyre_mm.model_executor.backend import make_backend
 from vllm_spyre_mm.model_executor.kv_cache import allocate_kv_cache
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
+from vllm_spyre_mm.worker.worker import step_sizes
 
 VOCABULARY = architectures.DECODER["vocab_size"]
 HIDDEN_SIZE = architectures.DECODER["hidden_size"]
@@ -154,8 +156,7 @@ class Journey:
             card's layout and FMS's own attention. Nothing is compiled by ``torch.compile``.
     """
 
-    def __init__(self, checkpoint: Path, backend: Backend) -> None:
-        self.backend = backend
+    def __init__(self, checkpoint: Path, backend: BackendName) -> None:
         self.vllm_config = EngineArgs(
             model=str(checkpoint),
             max_model_len=MAX_MODEL_LEN,
@@ -163,11 +164,13 @@ class Journey:
             enforce_eager=True,
             logprobs_mode="raw_logits",
             max_logprobs=-1,
-            additional_config={"encoder_dtype": "float32"},
+            additional_config={"encoder_dtype": "float32", "max_batch_tkv": MAX_MODEL_LEN},
         ).create_engine_config()
         mapping = get_mm_mapping(self.vllm_config.model_config.hf_config)
         fms_model = load_model(mapping, checkpoint, LoadOptions(torch.float32, torch.float32))
-        self.model = SpyreModel(fms_model, mapping, backend)
+        self.backend = backend
+        sizes = step_sizes(self.vllm_config)
+        self.model = SpyreModel(fms_model, mapping, make_backend(backend, sizes))
         self._poisoned: set[int] = set()
 
     def serve(self, setup: Setup, asks: Sequence[Ask]) -> list[Answer]:
@@ -207,6 +210,7 @@ class Journey:
             for cache in self._caches():
                 cache.fill_(POISONS[setup.poison])
         self._poisoned = set(range(setup.num_blocks))
+        self.model.backend.inputs = make_backend(self.backend, step_sizes(config)).inputs
         runner = SpyreModelRunner(
             config, self.model, geometry_of(config), return_mm_embedding=setup.collects
         )

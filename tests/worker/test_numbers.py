@@ -26,7 +26,7 @@ from tests.worker.journey import (
     Setup,
     save_checkpoint,
 )
-from vllm_spyre_mm.config import Backend
+from vllm_spyre_mm.config import BackendName
 
 TOLERANCE = 1e-4
 """Largest difference of a logit; the logits spread over several units."""
@@ -36,7 +36,7 @@ FOUND = (73,)
 
 BLOCKS_OF_A_REQUEST = 20
 
-PATHS: tuple[tuple[Backend, int], ...] = (
+PATHS: tuple[tuple[BackendName, int], ...] = (
     ("eager", 32),
     ("inductor", 32),
     ("inductor", 40),
@@ -177,7 +177,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("backend", "head_dim"), PATHS)
 def test_logits_are_those_of_a_plain_forward_pass(
-    backend: Backend, head_dim: int, tmp_path: Path, request: pytest.FixtureRequest
+    backend: BackendName, head_dim: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     checkpoint = save_checkpoint(tmp_path, head_dim)
     plain, journey, tally = PlainModel(checkpoint), Journey(checkpoint, backend), Tally()

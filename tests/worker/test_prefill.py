@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_spyre_mm.model_executor.step_inputs import PrefillChunk
 from vllm_spyre_mm.multimodal.merge import TEXT
 from vllm_spyre_mm.scheduler.geometry import Geometry
-from vllm_spyre_mm.worker.prefill import PrefillChunk, prefill_chunk
+from vllm_spyre_mm.worker.prefill import prefill_chunk
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=300)
 

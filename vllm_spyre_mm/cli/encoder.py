@@ -16,16 +16,15 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
-from vllm_spyre_mm.config import Backend
+from vllm_spyre_mm.config import BackendName
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
-from vllm_spyre_mm.model_executor.cpu.compile import compile_encoder_blocks
-from vllm_spyre_mm.model_executor.cpu.linear import replace_linears
+from vllm_spyre_mm.model_executor.cpu.encoder import compile_encoder, place_encoder
 from vllm_spyre_mm.model_executor.cpu.memory import separate_large_blocks
+from vllm_spyre_mm.model_executor.cpu.tier import host_dtypes
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, convert, pool
 from vllm_spyre_mm.multimodal.feature_check import check_features, dtype_name
 from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError, get_mm_mapping
-from vllm_spyre_mm.platform import host_dtypes
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalKwargsItem
@@ -62,7 +61,7 @@ class VisionEncoder:
         self,
         model: str,
         dtype: torch.dtype | None = None,
-        backend: Backend = "inductor",
+        backend: BackendName = "inductor",
         revision: str | None = None,
     ) -> None:
         arguments = EngineArgs(model=model, revision=revision)
@@ -75,9 +74,10 @@ class VisionEncoder:
         options = LoadOptions(decoder_dtype=self.dtype, encoder_dtype=self.dtype, encoder_only=True)
         with separate_large_blocks():
             self.model = load_model(self.mapping, checkpoint, options)
-            replace_linears(self.model, compiled=backend == "inductor")
+            overrides = self.mapping.load_overrides()
+            place_encoder(self.model, overrides, compiled=backend == "inductor")
         if backend == "inductor":
-            compile_encoder_blocks(self.mapping.load_overrides().encoder_blocks(self.model))
+            compile_encoder(self.model, overrides)
         self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)
 
     def process(self, picture: Image.Image) -> ProcessedPicture:

@@ -3,7 +3,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.model is None:
         print("\n".join(_listing()))
         return 0
+    from vllm_spyre_mm.multimodal.lookup import look_up
+
     try:
         config, mapping = look_up(arguments.model)
     except (OSError, ValueError) as error:
@@ -37,26 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     print("\n".join(_description(config, mapping)))
     return 0
-
-
-def look_up(model: str) -> "tuple[Any, MMUtils]":
-    """A model's configuration and the mapping that serves it.
-
-    Raises:
-        OSError: there is no configuration.
-        ValueError: nothing serves it; says why.
-    """
-    from vllm_spyre_mm.compat import ensure_torchvision_importable
-
-    ensure_torchvision_importable()  # Transformers looks for it
-    from transformers import AutoConfig
-
-    from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
-
-    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.endswith(".json")):
-        raise FileNotFoundError("no such file or folder")
-    config = AutoConfig.from_pretrained(model)
-    return config, get_mm_mapping(config)
 
 
 def _listing() -> list[str]:

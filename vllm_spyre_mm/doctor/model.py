@@ -121,6 +121,6 @@ def weights(folder: Path) -> Iterator[Finding]:
 
 
 def _mapping(folder: Path) -> Any:
-    from vllm_spyre_mm.cli.models import look_up
+    from vllm_spyre_mm.multimodal.lookup import look_up
 
     return look_up(str(folder))[1]

@@ -102,7 +102,7 @@ def _host_dtype() -> torch.dtype:
     vLLM asks the platform what it computes in before it knows the backend, and is told of the
     card's dtype alone.
     """
-    from vllm_spyre_mm.platform import host_dtypes
+    from vllm_spyre_mm.model_executor.cpu.tier import host_dtypes
 
     return host_dtypes()[0]
 

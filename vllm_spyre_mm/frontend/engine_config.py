@@ -11,6 +11,7 @@ import torch
 from vllm_spyre_mm.config import (
     BLOCK_SIZE,
     SpyreSettings,
+    decoder_dtype_of,
     rust_frontend_requested,
     settings_summary,
 )
@@ -19,24 +20,12 @@ from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.cpu.tier import cpu_tier
 from vllm_spyre_mm.multimodal.feature_check import dtype_name
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
-from vllm_spyre_mm.scheduler.geometry import Geometry
+from vllm_spyre_mm.scheduler.geometry import geometry_of
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 logger = get_logger(__name__)
-
-
-def geometry_of(vllm_config: "VllmConfig") -> Geometry:
-    """The geometry of a resolved configuration."""
-    settings = SpyreSettings.from_vllm_config(vllm_config)
-    assert settings.max_batch_tkv is not None, "resolved in check_and_resolve"
-    return Geometry(
-        block_size=vllm_config.cache_config.block_size,
-        chunk_size=vllm_config.scheduler_config.max_num_batched_tokens,
-        max_batch_tkv=settings.max_batch_tkv,
-        whole_chunks=settings.backend == "sendnn",
-    )
 
 
 def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype, ...]) -> None:
@@ -92,13 +81,6 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
             prefix_caching=vllm_config.cache_config.enable_prefix_caching,
         ),
     )
-
-
-def decoder_dtype_of(vllm_config: "VllmConfig") -> torch.dtype:
-    """The dtype vLLM resolved for the model: of the decoder, the text embeddings and the cache."""
-    dtype = vllm_config.model_config.dtype
-    assert isinstance(dtype, torch.dtype), "vLLM resolves names when it makes the configuration"
-    return dtype
 
 
 def _leave_head_to_loader(model_config: "ModelConfig") -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_spyre_mm.host_memory import host_memory
-from vllm_spyre_mm.multimodal.mm_mappings.base import KVCacheOptions
+from vllm_spyre_mm.model_executor.spec import KVCacheOptions
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, VllmConfig

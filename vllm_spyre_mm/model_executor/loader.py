@@ -31,7 +31,7 @@ from vllm_spyre_mm.model_executor.checkpoint import (
     open_checkpoint,
     weight_files,
 )
-from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, LoadOverrides, MMUtils
+from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides, ModelSpec
 
 logger = get_logger(__name__)
 
@@ -68,7 +68,7 @@ class NoDecoder(nn.Module):
         """There is nothing to tie or to compute."""
 
 
-def load_model(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -> FmsModel:
+def load_model(mapping: ModelSpec, checkpoint: Path, options: LoadOptions) -> FmsModel:
     """Build an FMS model and fill it from a checkpoint.
 
     Args:
@@ -98,7 +98,7 @@ def load_model(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -> FmsM
     return model.eval().requires_grad_(False)
 
 
-def check_checkpoint(mapping: MMUtils, checkpoint: Path, options: LoadOptions) -> int:
+def check_checkpoint(mapping: ModelSpec, checkpoint: Path, options: LoadOptions) -> int:
     """Look at a checkpoint as :func:`load_model` does before it reads any weights.
 
     Returns:

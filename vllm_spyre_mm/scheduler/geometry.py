@@ -12,6 +12,12 @@ Positions below are counted in real tokens unless they are called *padded*.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_spyre_mm.config import SpyreSettings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +97,15 @@ class Geometry:
             chosen.append(row)
             longest = candidate
         return chosen
+
+
+def geometry_of(vllm_config: "VllmConfig") -> Geometry:
+    """The geometry of a resolved configuration."""
+    settings = SpyreSettings.from_vllm_config(vllm_config)
+    assert settings.max_batch_tkv is not None, "resolved at start"
+    return Geometry(
+        block_size=vllm_config.cache_config.block_size,
+        chunk_size=vllm_config.scheduler_config.max_num_batched_tokens,
+        max_batch_tkv=settings.max_batch_tkv,
+        whole_chunks=settings.backend == "sendnn",
+    )

@@ -2,7 +2,6 @@
 """The requests that are sampled together: vLLM's input batch, and what it keeps of the tokens."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -11,26 +10,11 @@ from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker.block_table import SlotMappingMode
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
+from vllm_spyre_mm.model_executor.step_inputs import DecodeRows
 from vllm_spyre_mm.worker.requests import RequestState
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """The members of a batch by row, in vLLM's own arrays.
-
-    Attributes:
-        token_ids: int32 ``(batch,)``, the last token of each request.
-        num_computed: int32 ``(batch,)``, tokens of each that are in the KV cache.
-        block_rows: int32 ``(num_rows, blocks)``, the block ids of each, from the left; rows
-            beyond the batch are of no meaning.
-    """
-
-    token_ids: np.ndarray
-    num_computed: np.ndarray
-    block_rows: np.ndarray
 
 
 class SamplingBatch:

@@ -11,13 +11,13 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
-from vllm_spyre_mm.config import SpyreSettings
-from vllm_spyre_mm.frontend.engine_config import decoder_dtype_of
+from vllm_spyre_mm.config import SpyreSettings, decoder_dtype_of
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.embedding import EmbeddingOverflowError, MMEmbeddingInfo, assemble
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
 from vllm_spyre_mm.multimodal.merge import first_feature, looked_up, plan_merge
+from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
 from vllm_spyre_mm.scheduler.geometry import Geometry
 from vllm_spyre_mm.worker.batch import SamplingBatch
 from vllm_spyre_mm.worker.encoding import ImageEncodingError, encode_images
@@ -29,7 +29,6 @@ from vllm_spyre_mm.worker.requests import (
     SpyreModelRunnerOutput,
 )
 from vllm_spyre_mm.worker.sampler import HostSampler
-from vllm_spyre_mm.worker.steps import steps_for
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -66,7 +65,7 @@ class SpyreModelRunner:
     def __init__(
         self,
         vllm_config: "VllmConfig",
-        model: SpyreModel,
+        model: SpyreModel[MMUtils],
         geometry: Geometry,
         return_mm_embedding: bool,
     ) -> None:
@@ -85,7 +84,7 @@ class SpyreModelRunner:
             use_fp64_gumbel=vllm_config.model_config.use_fp64_gumbel,
         )
         self.vocab_size = vllm_config.model_config.get_vocab_size()
-        self.steps = steps_for(model.backend, geometry, vllm_config)
+        self.inputs = model.backend.inputs
         self._pending: PendingSample | None = None
 
     @property
@@ -218,7 +217,7 @@ class SpyreModelRunner:
             blocks=state.blocks,
             feature_index=feature_index,
             geometry=self.geometry,
-            padded=self.steps.padded,
+            padded=self.inputs.padded,
         )
         embeds = self.spyre_model.embed(looked_up(chunk.token_ids, chunk.feature_index))
         if slices:
@@ -229,8 +228,8 @@ class SpyreModelRunner:
         state.prefilled = end == num_tokens
         if state.choice is not None and not state.choice.generate:
             return embeds.new_zeros(1, self.vocab_size)  # nobody reads its token or its blocks
-        logits = self.spyre_model.forward(self.steps.chunk_inputs(chunk, embeds))
-        return self.steps.chunk_logits(logits, chunk)
+        logits = self.spyre_model.forward(self.inputs.chunk_inputs(chunk, embeds))
+        return self.inputs.chunk_logits(logits, chunk)
 
     def _collect(self, state: RequestState, end: int) -> None:
         """Take what the merge consumed: the images with features before ``end``, in prompt order.
@@ -260,8 +259,8 @@ class SpyreModelRunner:
 
     def _decode(self) -> torch.Tensor:
         """Run the decode batch; returns logits ``(batch, vocab_size)``."""
-        inputs = self.steps.decode_inputs(self.decodes.decode_rows(), self.spyre_model.embed)
-        return self.steps.decode_logits(self.spyre_model.forward(inputs), len(self.decodes))
+        inputs = self.inputs.decode_inputs(self.decodes.decode_rows(), self.spyre_model.embed)
+        return self.inputs.decode_logits(self.spyre_model.forward(inputs), len(self.decodes))
 
 
 def _failed_embedding(req_id: str, reason: str) -> SpyreModelRunnerOutput:

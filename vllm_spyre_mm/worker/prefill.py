@@ -1,41 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs of one chunk of one prefill."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
+from vllm_spyre_mm.model_executor.step_inputs import PrefillChunk
 from vllm_spyre_mm.multimodal.merge import TEXT
 from vllm_spyre_mm.scheduler.geometry import Geometry
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """One chunk of a prompt, laid out for the decoder; the batch is one request.
-
-    Attributes:
-        token_ids: int64 ``(1, length)``, 0 on padding.
-        position_ids: int64 ``(1, length)`` in real tokens, 0 on padding.
-        feature_index: int64 ``(1, length)``; see ``multimodal.merge``.
-        is_padding: bool ``(1, length)``.
-        slot_mapping: int64 ``(1, length)``: the cache row of each token; padding before the
-            prompt goes to block 0, padding after it to the rest of the last block.
-        block_table: int64 ``(1, blocks)``, block 0 for the padding before the prompt.
-        current_tkv: int64 ``(1,)``: end of the chunk in padded positions.
-        left_padding: int64 ``(1,)``: padding before the prompt.
-        last_row: row of the chunk's last real token, counted from the end (negative).
-    """
-
-    token_ids: torch.Tensor
-    position_ids: torch.Tensor
-    feature_index: torch.Tensor
-    is_padding: torch.Tensor
-    slot_mapping: torch.Tensor
-    block_table: torch.Tensor
-    current_tkv: torch.Tensor
-    left_padding: torch.Tensor
-    last_row: int
 
 
 def prefill_chunk(

@@ -46,13 +46,10 @@ def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
     Uses the first blocks of the KV cache, which no request owns yet.
     """
     requests = list(_requests(vllm_config, runner))
-    backend = runner.spyre_model.backend
     together = min(2, vllm_config.scheduler_config.max_num_seqs)
-    with runner.spyre_model.warmup():
-        _run_all(runner, requests, together, "Warming up" if backend == "eager" else "Compiling")
-    if backend == "sendnn":
-        # What was compiled inside the card's warmup context is deployed by a run outside it.
-        _run_all(runner, requests, together, "Deploying")
+    for title, context in runner.spyre_model.warmup_passes():
+        with context:
+            _run_all(runner, requests, together, title)
     shapes = ", ".join(request.name for request in requests)
     logger.info("The warmup ran %d made-up requests: %s", len(requests), shapes)
 

@@ -12,12 +12,12 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from vllm_spyre_mm.config import SpyreSettings, export_card_environment
-from vllm_spyre_mm.frontend.engine_config import decoder_dtype_of, geometry_of
+from vllm_spyre_mm.config import SpyreSettings, decoder_dtype_of
+from vllm_spyre_mm.host_memory import return_free_memory
 from vllm_spyre_mm.log import get_logger
+from vllm_spyre_mm.model_executor.backend import StepSizes, make_backend
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
-from vllm_spyre_mm.model_executor.cpu.compile import prepare_cpu_compiler
-from vllm_spyre_mm.model_executor.cpu.memory import return_free_memory, separate_large_blocks
+from vllm_spyre_mm.model_executor.cpu.memory import separate_large_blocks
 from vllm_spyre_mm.model_executor.kv_cache import (
     allocate_kv_cache,
     kv_cache_bytes,
@@ -25,7 +25,8 @@ from vllm_spyre_mm.model_executor.kv_cache import (
 )
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
-from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
+from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.worker.encoding import ImageEncodingError
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 from vllm_spyre_mm.worker.warmup import warm_up
@@ -35,6 +36,19 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 logger = get_logger(__name__)
+
+
+def step_sizes(vllm_config: "VllmConfig") -> StepSizes:
+    """Bounds of the steps of a resolved configuration."""
+    geometry, max_model_len = geometry_of(vllm_config), vllm_config.model_config.max_model_len
+    return StepSizes(
+        block_size=geometry.block_size,
+        chunk_size=geometry.chunk_size,
+        context_len=geometry.padded_length(max_model_len),
+        max_batch_tkv=geometry.max_batch_tkv,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        max_blocks=geometry.num_blocks(max_model_len),
+    )
 
 
 class SpyreWorker(WorkerBase):
@@ -55,26 +69,17 @@ class SpyreWorker(WorkerBase):
         self.geometry = geometry_of(vllm_config)
         self.decoder_dtype = decoder_dtype_of(vllm_config)
         self.mapping = get_mm_mapping(self.model_config.hf_config)
-        self.for_card = self.settings.backend == "sendnn"
-        self.kv_options = self.mapping.kv_cache_options(self.for_card)
-        self.model: SpyreModel
+        assert self.settings.backend != "auto", "resolved at start"
+        self.backend = make_backend(self.settings.backend, step_sizes(vllm_config))
+        self.kv_options = self.mapping.kv_cache_options(self.backend.for_card)
+        self.model: SpyreModel[MMUtils]
 
     # -- start --------------------------------------------------------------------------------
 
     def init_device(self) -> None:
-        """Join the process group and seed; for the card, set what its compiler reads at import."""
+        """Prepare the backend, join the process group, seed."""
         self.device = torch.device("cpu")
-        if self.settings.backend == "inductor":
-            prepare_cpu_compiler()
-        if self.for_card:
-            assert self.settings.max_batch_tkv is not None, "resolved at start"
-            longest = self.geometry.padded_length(self.model_config.max_model_len)
-            export_card_environment(
-                chunk_size=self.geometry.chunk_size,
-                context_len=longest,
-                max_num_seqs=self.scheduler_config.max_num_seqs,
-                max_batch_tkv=max(self.settings.max_batch_tkv, longest),
-            )
+        self.backend.prepare()
         self._join_process_group()
         if self.parallel_config.world_size > 1:
             # The ranks share the host's cores; more threads than cores thrash.
@@ -110,16 +115,15 @@ class SpyreWorker(WorkerBase):
             )
         started = time.perf_counter()
         checkpoint = find_checkpoint(self.model_config, self.load_config)
-        assert self.settings.backend != "auto", "resolved at start"
         options = LoadOptions(
             decoder_dtype=self.decoder_dtype,
             encoder_dtype=getattr(torch, self.settings.encoder_dtype),
-            for_card=self.for_card,
+            for_card=self.backend.for_card,
             group=self._tensor_parallel_group(),
         )
         with separate_large_blocks():
             fms_model = load_model(self.mapping, checkpoint, options)
-            self.model = SpyreModel(fms_model, self.mapping, self.settings.backend)
+            self.model = SpyreModel(fms_model, self.mapping, self.backend)
         logger.info("Loaded %s in %.1f s", checkpoint, time.perf_counter() - started)
 
     def _tensor_parallel_group(self) -> Any:

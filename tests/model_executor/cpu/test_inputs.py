@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_spyre_mm.model_executor.cpu.inputs import HostDecode, HostSteps
+from vllm_spyre_mm.model_executor.cpu.inputs import CpuDecode, CpuInputs
 
 BLOCK_SIZE, MAX_ROWS, MAX_BLOCKS = 4, 5, 8
 
@@ -18,8 +18,8 @@ def block_rows(seed: int = 0) -> np.ndarray:
     return ids.reshape(MAX_ROWS, MAX_BLOCKS)
 
 
-def make_steps(least_tokens: int = 2) -> HostSteps:
-    return HostSteps(
+def make_steps(least_tokens: int = 2) -> CpuInputs:
+    return CpuInputs(
         max_num_seqs=MAX_ROWS,
         max_blocks=MAX_BLOCKS,
         block_size=BLOCK_SIZE,
@@ -27,7 +27,7 @@ def make_steps(least_tokens: int = 2) -> HostSteps:
     )
 
 
-def decode(steps: HostSteps, num_computed: list[int], rows: np.ndarray) -> HostDecode:
+def decode(steps: CpuInputs, num_computed: list[int], rows: np.ndarray) -> CpuDecode:
     return steps.decode(
         token_ids=np.arange(100, 100 + len(num_computed), dtype=np.int32),
         num_computed=np.array(num_computed, dtype=np.int32),
@@ -104,7 +104,7 @@ def test_chunks_and_decodes_have_the_same_shapes_and_strides():
 
 
 def test_one_row_is_enough_for_one_sequence():
-    steps = HostSteps(max_num_seqs=1, max_blocks=2, block_size=BLOCK_SIZE, least_tokens=2)
+    steps = CpuInputs(max_num_seqs=1, max_blocks=2, block_size=BLOCK_SIZE, least_tokens=2)
     step = decode(steps, [5], block_rows()[:1, :2].copy())
     assert step.token_ids.tolist() == [[100, 0]]
     assert step.attention["kv_lengths"].tolist() == [6, 0]

@@ -14,7 +14,7 @@ from vllm_spyre_mm.config import CPU_TIERS, CpuTier
 from vllm_spyre_mm.model_executor.cpu import tier as cpu_tier
 from vllm_spyre_mm.model_executor.cpu.kernels import registry as kernel_registry
 from vllm_spyre_mm.model_executor.cpu.kernels.kernel import Kernel, source
-from vllm_spyre_mm.platform import host_dtypes
+from vllm_spyre_mm.model_executor.cpu.tier import host_dtypes
 
 AVX2 = ("avx2", "bmi", "bmi2", "f16c", "fma3", "lzcnt")
 AVX512 = (*AVX2, "avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl")

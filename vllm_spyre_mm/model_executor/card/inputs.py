@@ -5,19 +5,16 @@ Each tensor is marked with the dimensions that vary between steps; the card's co
 graph for prefill and one for decode of that.
 """
 
-from collections.abc import Callable
-
 import torch
 
+from vllm_spyre_mm.model_executor.backend import Embed, StepInputs
+from vllm_spyre_mm.model_executor.card.compile import mark_for_card
 from vllm_spyre_mm.model_executor.card.decode import decode_batch
-from vllm_spyre_mm.model_executor.cpu.compile import mark_for_card
-from vllm_spyre_mm.model_executor.model import DecoderInputs
-from vllm_spyre_mm.worker.batch import DecodeRows
-from vllm_spyre_mm.worker.prefill import PrefillChunk
+from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs, DecodeRows, PrefillChunk
 
 
-class CardSteps:
-    """Lays out steps for the card; see :class:`vllm_spyre_mm.worker.steps.Steps`.
+class CardInputs(StepInputs):
+    """Lays out steps for the card.
 
     Args:
         block_size: tokens in a block.
@@ -47,9 +44,7 @@ class CardSteps:
         """The last real token's, inside the last block."""
         return logits[:, chunk.last_row]
 
-    def decode_inputs(
-        self, rows: DecodeRows, embed: Callable[[torch.Tensor], torch.Tensor]
-    ) -> DecoderInputs:
+    def decode_inputs(self, rows: DecodeRows, embed: Embed) -> DecoderInputs:
         """A row for each request, left-padded to the longest."""
         batch = decode_batch(
             token_ids=rows.token_ids,

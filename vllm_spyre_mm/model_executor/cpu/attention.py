@@ -23,9 +23,6 @@ CPU_COMPILED_ATTENTION = "spyre_mm_cpu_paged_attn_compiled"
 """Name of the algorithm that is compiled (:mod:`paged_store`, :mod:`paged_decode`,
 :mod:`blocked_attention`)."""
 
-CARD_ATTENTION = "spyre_paged_attn"
-"""Name of FMS's own algorithm for the card."""
-
 
 @functools.cache
 def register_cpu_attention() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compilation: one block at a time for the CPU, the whole decoder for the card."""
+"""Compilation by Inductor: the repeated blocks of an encoder and of a decoder, one graph each."""
 
 import contextlib
 import contextvars
@@ -8,7 +8,7 @@ import linecache
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -51,44 +51,6 @@ def _mark_positions_dynamic(inputs: dict[str, Any]) -> None:
             for dim, size in enumerate(tensor.shape[:-1]):
                 if size > 1:
                     torch._dynamo.mark_dynamic(tensor, dim)
-
-
-class CardError(RuntimeError):
-    """The card's compiler or its runtime failed; the message names the step by its shapes."""
-
-
-def compile_for_card(model: nn.Module) -> Callable[..., Any]:
-    """The decoder as one graph for the card's compiler; a failure says of which step.
-
-    Importing ``torch_sendnn`` registers the backend; it reads ``VLLM_DT_*`` at that moment.
-    """
-    import torch_sendnn  # noqa: F401
-
-    compiled = torch.compile(model, backend="sendnn", dynamic=False, fullgraph=True)
-
-    def run(embeds: torch.Tensor, **inputs: Any) -> Any:
-        try:
-            return compiled(embeds, **inputs)
-        except Exception as error:
-            # PyTorch wraps what a backend raises, with a page about how to debug it.
-            cause = getattr(error, "inner_exception", error)
-            raise CardError(
-                f"the card could not compile or run {_step_of(embeds, inputs)}: "
-                f"{type(cause).__name__}: {cause}"
-            ) from error
-
-    return run
-
-
-def _step_of(embeds: torch.Tensor, inputs: Mapping[str, Any]) -> str:
-    """A step in words, with the shapes of its inputs."""
-    rows, length = embeds.shape[:2]
-    step = f"a decode of {rows} rows" if length == 1 else f"a chunk of {length} tokens"
-    shapes = {"embeds": embeds.shape}
-    shapes |= {name: each.shape for name, each in inputs.items() if isinstance(each, torch.Tensor)}
-    listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-    caches = inputs["past_key_value_states"]
-    return f"{step} ({listed}; {len(caches)} layers of KV cache {tuple(caches[0][0].shape)})"
 
 
 @functools.cache
@@ -158,23 +120,3 @@ def _compiler_knows_cpu() -> bool:
     flags = ["-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mavx512vnni"]
     command = [get_cpp_compiler(), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
-@contextlib.contextmanager
-def warmup_context() -> Iterator[None]:
-    """The card compiler's context for making graphs."""
-    import torch_sendnn
-
-    with torch_sendnn.warmup_mode():
-        yield
-
-
-def mark_for_card(
-    tensor: torch.Tensor, *, dynamic: tuple[int, ...] = (), static: tuple[int, ...] = ()
-) -> torch.Tensor:
-    """Tell the compiler which dimensions vary between calls and which never do."""
-    for dim in dynamic:
-        torch._dynamo.mark_dynamic(tensor, dim)
-    for dim in static:
-        torch._dynamo.mark_static(tensor, dim)
-    return tensor

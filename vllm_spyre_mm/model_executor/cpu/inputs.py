@@ -6,20 +6,19 @@ a row of tokens. So one compiled graph serves both, and what tells them apart ar
 fixed shape, which are updated in place.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vllm_spyre_mm.model_executor.model import DecoderInputs
-from vllm_spyre_mm.worker.batch import DecodeRows
-from vllm_spyre_mm.worker.prefill import PrefillChunk
+from vllm_spyre_mm.model_executor.backend import Embed, StepInputs
+from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs, DecodeRows, PrefillChunk
 
 
 @dataclass(frozen=True, slots=True)
-class HostDecode:
+class CpuDecode:
     """One token of each running request, and padding up to the least number of tokens.
 
     Valid until the next step: the tensors are views of memory that is used again.
@@ -37,10 +36,8 @@ class HostDecode:
     attention: Mapping[str, torch.Tensor]
 
 
-class HostSteps:
+class CpuInputs(StepInputs):
     """Lays out steps for the CPU, in memory that is allocated once.
-
-    See :class:`vllm_spyre_mm.worker.steps.Steps`.
 
     Args:
         max_num_seqs: most requests that decode together.
@@ -90,9 +87,7 @@ class HostSteps:
         """The last token's, before the padding."""
         return logits[:, 0]
 
-    def decode_inputs(
-        self, rows: DecodeRows, embed: Callable[[torch.Tensor], torch.Tensor]
-    ) -> DecoderInputs:
+    def decode_inputs(self, rows: DecodeRows, embed: Embed) -> DecoderInputs:
         """One token of each request in one row."""
         step = self.decode(
             token_ids=rows.token_ids, num_computed=rows.num_computed, block_rows=rows.block_rows
@@ -108,7 +103,7 @@ class HostSteps:
 
     def decode(
         self, *, token_ids: np.ndarray, num_computed: np.ndarray, block_rows: np.ndarray
-    ) -> HostDecode:
+    ) -> CpuDecode:
         """Lay out one token of each request.
 
         Args:
@@ -131,7 +126,7 @@ class HostSteps:
         self._kv_lengths[batch:] = 0
         self._query_lengths[:] = 1
         ids_row, positions_row, slots_row = self._rows_of(tokens)
-        return HostDecode(
+        return CpuDecode(
             token_ids=ids_row,
             position_ids=positions_row,
             attention={"slot_mapping": slots_row, **self._attention(block_rows)},

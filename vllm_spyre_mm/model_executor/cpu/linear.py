@@ -20,8 +20,8 @@ from fms.modules.feedforward import FeedForwardBlock, GatedLinearUnit
 from fms.modules.head import LinearClassificationHead
 from torch import nn
 
+from vllm_spyre_mm.host_memory import return_free_memory
 from vllm_spyre_mm.model_executor.cpu.kernels import rows_linear, tiled_linear
-from vllm_spyre_mm.model_executor.cpu.memory import return_free_memory
 from vllm_spyre_mm.model_executor.cpu.tier import computes_in_bf16
 
 HOST_LINEARS = (nn.Linear, LinearClassificationHead)

@@ -62,16 +62,6 @@ def empty_result(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return block[start : start + num_bytes].view(x.dtype).view(*shape)
 
 
-def return_free_memory() -> None:
-    """Give the operating system what is free; glibc would keep it.
-
-    For the moments after a great deal was needed once: replaced weights, a compilation.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 class HugePages:
     """Memory for what is read from end to end again and again: the weights.
 

@@ -107,3 +107,13 @@ def compiler_settings() -> AbstractContextManager[None]:
     if not is_x86():
         return config.patch({})
     return config.patch({"cpp.march": instructions.march, "cpp.simdlen": instructions.simdlen})
+
+
+def host_dtypes() -> tuple[torch.dtype, ...]:
+    """What the host computes in, fastest first: bf16 where the CPU has it, fp32 always.
+
+    fp16 is left out on purpose: on a CPU it is many times slower than either.
+    """
+    if computes_in_bf16():
+        return (torch.bfloat16, torch.float32)
+    return (torch.float32,)

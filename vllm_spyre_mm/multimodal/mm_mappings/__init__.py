@@ -6,12 +6,7 @@ Adding an architecture: one new file beside this one, and one line in :data:`MAP
 
 from typing import Any
 
-from vllm_spyre_mm.multimodal.mm_mappings.base import (
-    KVCacheOptions,
-    LoadOverrides,
-    MMUtils,
-    UnsupportedModelError,
-)
+from vllm_spyre_mm.multimodal.mm_mappings.base import MMUtils, UnsupportedModelError
 from vllm_spyre_mm.multimodal.mm_mappings.granite_vision import GraniteVision
 from vllm_spyre_mm.multimodal.mm_mappings.llava import Llava
 from vllm_spyre_mm.multimodal.mm_mappings.llava_next import LlavaNext
@@ -22,8 +17,6 @@ from vllm_spyre_mm.multimodal.mm_mappings.text import TextDecoder
 __all__ = [
     "MAPPINGS",
     "MM_CFG_MAPPING",
-    "KVCacheOptions",
-    "LoadOverrides",
     "MMUtils",
     "UnsupportedModelError",
     "get_mm_mapping",

@@ -6,89 +6,18 @@ nothing that it is given. The runner and the loader know no model by name.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
+from vllm_spyre_mm.model_executor.spec import FmsModel, KVCacheOptions, LoadOverrides
 from vllm_spyre_mm.multimodal.feature_layout import FeatureLayout
 from vllm_spyre_mm.multimodal.merge import merge_embeddings
-
-FmsModel = Any
-"""An FMS model: a module whose parts are reached by the names that its mapping knows."""
 
 
 class UnsupportedModelError(ValueError):
     """No mapping serves this model."""
-
-
-@dataclass(frozen=True, slots=True)
-class KVCacheOptions:
-    """Shape of the decoder's KV cache, before tensor parallelism.
-
-    Attributes:
-        num_layers: decoder layers.
-        num_kv_heads: KV heads of a layer.
-        head_dim: width of a head in the cache.
-    """
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-
-    def token_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the keys and values of one token."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The head of a decoder, which may share its weights with the embedding.
-
-    Attributes:
-        name: of its weight, renamed.
-        embedding: of the embedding's weight, renamed.
-        tied: whether the configuration says that they are one.
-        untied_config: the FMS configuration with a head of its own, for a checkpoint that holds
-            two different tensors all the same.
-        settings: what the configuration says, for messages.
-    """
-
-    name: str
-    embedding: str
-    tied: bool
-    untied_config: Any
-    settings: str
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOverrides:
-    """How a checkpoint of this architecture is loaded.
-
-    Attributes:
-        architecture: name of the FMS architecture, whose adapter reads the checkpoint.
-        model_class: the FMS model; made from ``config`` and ``distributed_strategy``.
-        config: its configuration.
-        rename: a checkpoint's tensor name in the one layout that FMS's adapter knows.
-        is_unused: whether a tensor, by its renamed name, has no part in the computation.
-        head: the decoder's head. A checkpoint may leave a tied one out.
-        encoder_modules: names of the FMS model's modules and parameters that make up the vision
-            encoder: they run on the host, in the encoder's dtype.
-        encoder_blocks: the repeated blocks of the vision encoder, compiled once for all.
-        decoder_blocks: the repeated blocks of the decoder.
-    """
-
-    architecture: str
-    model_class: Callable[..., nn.Module]
-    config: Any
-    rename: Callable[[str], str]
-    is_unused: Callable[[str], bool]
-    head: Head
-    encoder_modules: tuple[str, ...]
-    encoder_blocks: Callable[[FmsModel], nn.ModuleList]
-    decoder_blocks: Callable[[FmsModel], nn.ModuleList]
 
 
 class MMUtils(ABC):
@@ -123,6 +52,11 @@ class MMUtils(ABC):
     @abstractmethod
     def text_config(self) -> Any:
         """The decoder's Transformers configuration."""
+
+    @property
+    def encoder_head_dim(self) -> int | None:
+        """Width of a head of the vision encoder; None without an encoder."""
+        return None
 
     @property
     @abstractmethod

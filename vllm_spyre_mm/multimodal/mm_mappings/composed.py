@@ -19,14 +19,8 @@ from vllm_spyre_mm.model_executor.models.composition import (
 )
 from vllm_spyre_mm.model_executor.models.decoders import DECODERS, decoder_mismatch, head_dim_of
 from vllm_spyre_mm.model_executor.models.towers import TOWERS, tower_mismatch
-from vllm_spyre_mm.multimodal.mm_mappings.base import (
-    FmsModel,
-    Head,
-    KVCacheOptions,
-    LoadOverrides,
-    MMUtils,
-    UnsupportedModelError,
-)
+from vllm_spyre_mm.model_executor.spec import FmsModel, Head, KVCacheOptions, LoadOverrides
+from vllm_spyre_mm.multimodal.mm_mappings.base import MMUtils, UnsupportedModelError
 
 CARD_HEAD_DIM = 128
 """Width of a head that the card's compiler expects."""
@@ -46,6 +40,11 @@ class Composed(MMUtils):
     @property
     def text_config(self) -> Any:
         return self.hf_config.text_config
+
+    @property
+    def encoder_head_dim(self) -> int | None:
+        vision = getattr(self.hf_config, "vision_config", None)
+        return None if vision is None else vision.hidden_size // vision.num_attention_heads
 
     def kv_cache_options(self, for_card: bool = False) -> KVCacheOptions:
         text = self.text_config

@@ -13,8 +13,8 @@ from vllm_spyre_mm.model_executor.models.composition import (
     CompositionConfig,
     TiledComposition,
 )
+from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
-from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel, LoadOverrides
 from vllm_spyre_mm.multimodal.mm_mappings.composed import (
     TILE_TOWERS,
     VisionComposed,

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from vllm_spyre_mm.model_executor.models.composition import CompositionConfig
+from vllm_spyre_mm.model_executor.spec import FmsModel
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
-from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel
 from vllm_spyre_mm.multimodal.mm_mappings.composed import VisionComposed, first_mismatch
 
 

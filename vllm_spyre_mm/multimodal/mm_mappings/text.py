@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_spyre_mm.model_executor.models.decoders import decoder_mismatch
-from vllm_spyre_mm.multimodal.mm_mappings.base import FmsModel
+from vllm_spyre_mm.model_executor.spec import FmsModel
 from vllm_spyre_mm.multimodal.mm_mappings.composed import Composed
 
 

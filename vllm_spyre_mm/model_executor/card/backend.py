@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder on the card, through ``torch_sendnn``; the vision encoder stays on the host."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from vllm_spyre_mm.config import export_card_environment
+from vllm_spyre_mm.model_executor.backend import Backend, StepSizes
+from vllm_spyre_mm.model_executor.card.compile import compile_for_card, warmup_context
+from vllm_spyre_mm.model_executor.card.inputs import CardInputs
+from vllm_spyre_mm.model_executor.cpu.encoder import compile_encoder, place_encoder
+from vllm_spyre_mm.model_executor.kv_cache import KVCache
+from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides, ModelSpec
+from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs
+
+CARD_ATTENTION = "spyre_paged_attn"
+"""Name of FMS's own algorithm for the card."""
+
+
+class CardBackend(Backend):
+    """Runs the decoder through the card's compiler.
+
+    Args:
+        sizes: of the steps.
+    """
+
+    for_card = True
+
+    def __init__(self, sizes: StepSizes) -> None:
+        self.sizes = sizes
+        self.inputs = CardInputs(sizes.block_size)
+        self._run: Any = None
+
+    def prepare(self) -> None:
+        """Set what the card's compiler reads when it is imported."""
+        export_card_environment(
+            chunk_size=self.sizes.chunk_size,
+            context_len=self.sizes.context_len,
+            max_num_seqs=self.sizes.max_num_seqs,
+            max_batch_tkv=max(self.sizes.max_batch_tkv, self.sizes.context_len),
+        )
+
+    def place(self, model: FmsModel, overrides: LoadOverrides) -> None:
+        import fms.utils.spyre.paged  # noqa: F401 - registers the algorithm
+
+        place_encoder(model, overrides, compiled=True)
+        self._run = model
+
+    def compile(self, model: FmsModel, overrides: LoadOverrides) -> None:
+        compile_encoder(model, overrides)
+        self._run = compile_for_card(model)
+
+    def warmup_passes(
+        self, spec: ModelSpec, kv_cache: KVCache
+    ) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+        yield "Compiling", warmup_context()
+        # What was compiled inside the card's context is deployed by a run outside it.
+        yield "Deploying", nullcontext()
+
+    def forward(self, inputs: DecoderInputs, kv_cache: KVCache) -> tuple[torch.Tensor, KVCache]:
+        # FMS's attention for the card is functional: the cache that it returns stands for the
+        # device's, and is never read on the host.
+        return self._run(
+            inputs.embeds,
+            position_ids=inputs.position_ids,
+            past_key_value_states=kv_cache,
+            use_cache=True,
+            last_n_tokens=inputs.last_n_tokens,
+            attn_name=CARD_ATTENTION,
+            **inputs.attention,
+        )

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision encoder on the host, whatever executes the decoder."""
+
+from torch import nn
+
+from vllm_spyre_mm.model_executor.cpu.compile import compile_encoder_blocks
+from vllm_spyre_mm.model_executor.cpu.linear import replace_linears
+from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides
+
+
+def place_encoder(model: FmsModel, overrides: LoadOverrides, *, compiled: bool) -> None:
+    """Replace the linear layers of the encoder's modules, in place.
+
+    Args:
+        model: with an encoder, or without.
+        overrides: of its mapping; they name the encoder's modules.
+        compiled: whether its blocks will be compiled.
+    """
+    for name in overrides.encoder_modules:
+        part = getattr(model, name)
+        if isinstance(part, nn.Module):  # some are parameters
+            replace_linears(part, compiled=compiled)
+
+
+def compile_encoder(model: FmsModel, overrides: LoadOverrides) -> None:
+    """Compile the repeated blocks of the encoder, in place."""
+    compile_encoder_blocks(overrides.encoder_blocks(model))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step is made from, and what the decoder gets of it: the worker's side and a backend's."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """One chunk of a prompt, laid out for the decoder; the batch is one request.
+
+    Attributes:
+        token_ids: int64 ``(1, length)``, 0 on padding.
+        position_ids: int64 ``(1, length)`` in real tokens, 0 on padding.
+        feature_index: int64 ``(1, length)``; see ``multimodal.merge``.
+        is_padding: bool ``(1, length)``.
+        slot_mapping: int64 ``(1, length)``: the cache row of each token; padding before the
+            prompt goes to block 0, padding after it to the rest of the last block.
+        block_table: int64 ``(1, blocks)``, block 0 for the padding before the prompt.
+        current_tkv: int64 ``(1,)``: end of the chunk in padded positions.
+        left_padding: int64 ``(1,)``: padding before the prompt.
+        last_row: row of the chunk's last real token, counted from the end (negative).
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    feature_index: torch.Tensor
+    is_padding: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_table: torch.Tensor
+    current_tkv: torch.Tensor
+    left_padding: torch.Tensor
+    last_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """The members of a batch by row, in vLLM's own arrays.
+
+    Attributes:
+        token_ids: int32 ``(batch,)``, the last token of each request.
+        num_computed: int32 ``(batch,)``, tokens of each that are in the KV cache.
+        block_rows: int32 ``(num_rows, blocks)``, the block ids of each, from the left; rows
+            beyond the batch are of no meaning.
+    """
+
+    token_ids: np.ndarray
+    num_computed: np.ndarray
+    block_rows: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderInputs:
+    """One forward pass of the decoder; made by a backend.
+
+    All on the host; *padded* as in :mod:`vllm_spyre_mm.scheduler.geometry`. On the CPU the batch is
+    1: the tokens of all sequences are in one row.
+
+    Attributes:
+        embeds: ``(batch, length, hidden_size)``, the decoder's dtype.
+        position_ids: int64 ``(batch, length)``: positions in real tokens, 0 on padding.
+        attention: keyword arguments of the attention op: ``slot_mapping`` int64
+            ``(batch, length)``; for the card ``block_table`` int64 ``(batch, blocks)`` and
+            ``current_tkv_mask`` and ``left_padded_prompt_mask`` int64 ``(batch,)``; for the CPU
+            what ``cpu.attention.cpu_attention_kwargs`` describes.
+        last_n_tokens: how many positions from the end get logits; 0: all.
+    """
+
+    embeds: torch.Tensor
+    position_ids: torch.Tensor
+    attention: Mapping[str, torch.Tensor]
+    last_n_tokens: int
