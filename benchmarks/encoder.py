@@ -11,7 +11,8 @@ from transformers import AutoConfig
 from benchmarks.ceilings import CeilingProduct
 from benchmarks.checkpoints import TOWER
 from benchmarks.measure import Figure, Row, Timing, compare, constant, interleaved
-from vllm_spyre_mm.model_executor.backend import StepSizes, make_backend
+from vllm_spyre_mm.model_executor.backend import StepSizes
+from vllm_spyre_mm.model_executor.backends import make_backend
 from vllm_spyre_mm.model_executor.cpu.compile import cpu_compile_context
 from vllm_spyre_mm.model_executor.cpu.memory import separate_large_blocks
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model

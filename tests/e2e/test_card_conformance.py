@@ -14,7 +14,7 @@ from vllm import LLM
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy
 from tests.reference import Reference
-from vllm_spyre_mm.model_executor.cpu.compile import CardError
+from vllm_spyre_mm.model_executor.card.compile import CardError
 from vllm_spyre_mm.scheduler.geometry import Geometry
 
 CHUNK = 128

@@ -12,12 +12,12 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_spyre_mm.frontend import engine_output
-from vllm_spyre_mm.frontend.engine_output import (
+from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
+from vllm_spyre_mm.scheduler.outputs import (
     EngineCoreOutput,
     EngineCoreOutputs,
     attach_mm_embeddings,
 )
-from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
 from vllm_spyre_mm.upstream.contract import UnsupportedVllmError
 
 TIMESTAMP = 12.5

@@ -13,7 +13,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_spyre_mm.frontend import metrics
 from vllm_spyre_mm.frontend.engine_output import EngineCoreOutputs
-from vllm_spyre_mm.frontend.metrics import SpyreSchedulerStats
+from vllm_spyre_mm.scheduler.outputs import SpyreSchedulerStats
 from vllm_spyre_mm.upstream.contract import UnsupportedVllmError
 from vllm_spyre_mm.upstream.marks import is_extended
 

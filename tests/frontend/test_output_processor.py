@@ -13,7 +13,7 @@ from vllm.v1.engine import EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from vllm_spyre_mm.frontend import output_processor
-from vllm_spyre_mm.frontend.engine_output import EngineCoreOutput
+from vllm_spyre_mm.scheduler.outputs import EngineCoreOutput
 from vllm_spyre_mm.upstream.contract import UnsupportedVllmError
 
 

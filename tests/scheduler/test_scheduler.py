@@ -32,9 +32,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.scheduler.outputs import FailedEncoding, SpyreModelRunnerOutput
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 from vllm_spyre_mm.upstream.contract import UnsupportedVllmError
-from vllm_spyre_mm.worker.requests import FailedEncoding, SpyreModelRunnerOutput
 
 CHUNK = 128
 BLOCK = 64

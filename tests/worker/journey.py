@@ -35,7 +35,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from tests import architectures
 from tests.checkpoints import edit_tensors
 from vllm_spyre_mm.config import BackendName
-from vllm_spyre_mm.model_executor.backend import make_backend
+from vllm_spyre_mm.model_executor.backends import make_backend
 from vllm_spyre_mm.model_executor.kv_cache import allocate_kv_cache
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel

@@ -11,7 +11,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 
 from vllm_spyre_mm.config import SpyreSettings
-from vllm_spyre_mm.worker.requests import RequestState, RequestTable, SpyreModelRunnerOutput
+from vllm_spyre_mm.scheduler.outputs import SpyreModelRunnerOutput
+from vllm_spyre_mm.worker.requests import RequestState, RequestTable
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=200)
 

@@ -2,18 +2,16 @@
 """Adds the embeddings to vLLM's metrics, wherever those are exported.
 
 Leans on: ``SchedulerStats`` is a dataclass that the scheduler's ``make_stats`` makes for each step
-and ``EngineCoreOutputs`` carries (see ``engine_output``); ``StatLoggerManager`` makes the logger
-for Prometheus by the name ``PrometheusStatLogger`` of ``vllm.v1.metrics.loggers`` and hands it the
-statistics of every step. vLLM's entry point for loggers would turn statistics on where the user
-turned them off, and knows no offline engine.
+and ``EngineCoreOutputs`` carries (see ``scheduler.outputs``); ``StatLoggerManager`` makes the
+logger for Prometheus by the name ``PrometheusStatLogger`` of ``vllm.v1.metrics.loggers`` and hands
+it the statistics of every step. vLLM's entry point for loggers would turn statistics on where the
+user turned them off, and knows no offline engine.
 """
 
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from vllm.v1.metrics.stats import SchedulerStats
-
+from vllm_spyre_mm.scheduler.outputs import SpyreSchedulerStats
 from vllm_spyre_mm.upstream.contract import require_attributes, require_parameters
 from vllm_spyre_mm.upstream.marks import is_extended, mark
 from vllm_spyre_mm.upstream.module_loading import when_loaded
@@ -36,23 +34,6 @@ COUNTERS = {
     ),
 }
 """Name and description by field of :class:`SpyreSchedulerStats`."""
-
-
-@dataclass
-class SpyreSchedulerStats(SchedulerStats):
-    """vLLM's statistics of a step, with those of images and embeddings.
-
-    Attributes:
-        mm_embedding_held_bytes: embeddings of unfinished requests, at the step's end.
-        encoder_runs: images encoded since the last statistics.
-        encoder_cache_hits: images that were not encoded because they had been, since then.
-        mm_embeddings_returned: embeddings handed over since then.
-    """
-
-    mm_embedding_held_bytes: int = 0
-    encoder_runs: int = 0
-    encoder_cache_hits: int = 0
-    mm_embeddings_returned: int = 0
 
 
 def install() -> None:

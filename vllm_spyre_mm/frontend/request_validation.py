@@ -96,21 +96,6 @@ def validate_mixture(multimodal: "MultiModalConfig") -> None:
 EMBEDDING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def fault_of_serialized_embedding(embedding: torch.Tensor) -> str | None:
-    """Why a tensor that a client serialized is no embedding of an image; None if it may be one.
-
-    It comes before anything is computed of the embedding, so that a small request does not make
-    the server work on a large tensor.
-    """
-    if embedding.device.type != "cpu" or embedding.is_quantized:
-        return "it is not a plain tensor on the CPU"
-    if embedding.ndim != 2:
-        return f"it has {embedding.ndim} dimensions, not 2"
-    if embedding.untyped_storage().nbytes() < embedding.numel() * embedding.itemsize:
-        return f"it has fewer elements than its shape says, {tuple(embedding.shape)}"
-    return None
-
-
 def validate_image_embeddings(
     embeddings: Iterable[torch.Tensor], hidden_size: int, indices: Iterable[int] | None = None
 ) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_spyre_mm.config import BackendName
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides, ModelSpec
 from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs, DecodeRows, PrefillChunk
@@ -107,14 +106,3 @@ class Backend(ABC):
             Logits of the last positions, ``(batch, last_n_tokens or length, vocab_size)``, and the
             cache of the next step.
         """
-
-
-def make_backend(name: BackendName, sizes: StepSizes) -> Backend:
-    """The backend of a resolved setting."""
-    if name == "sendnn":
-        from vllm_spyre_mm.model_executor.card.backend import CardBackend
-
-        return CardBackend(sizes)
-    from vllm_spyre_mm.model_executor.cpu.backend import CpuBackend
-
-    return CpuBackend(sizes, compiled=name == "inductor")

@@ -56,3 +56,18 @@ def largest(rows: torch.Tensor) -> float:
 def dtype_name(dtype: torch.dtype) -> str:
     """As it is given in settings and requests: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
+
+
+def fault_of_serialized_embedding(embedding: torch.Tensor) -> str | None:
+    """Why a tensor that a client serialized is no embedding of an image; None if it may be one.
+
+    It comes before anything is computed of the embedding, so that a small request does not make
+    the server work on a large tensor.
+    """
+    if embedding.device.type != "cpu" or embedding.is_quantized:
+        return "it is not a plain tensor on the CPU"
+    if embedding.ndim != 2:
+        return f"it has {embedding.ndim} dimensions, not 2"
+    if embedding.untyped_storage().nbytes() < embedding.numel() * embedding.itemsize:
+        return f"it has fewer elements than its shape says, {tuple(embedding.shape)}"
+    return None

@@ -9,9 +9,9 @@ so that the bound is kept where requests are admitted.
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from vllm_spyre_mm.frontend.metrics import SpyreSchedulerStats
 from vllm_spyre_mm.multimodal.embedding import choice_of
 from vllm_spyre_mm.multimodal.merge import first_feature
+from vllm_spyre_mm.scheduler.outputs import SpyreSchedulerStats
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig

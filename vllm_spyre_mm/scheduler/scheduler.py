@@ -20,15 +20,19 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_spyre_mm.config import SpyreSettings
-from vllm_spyre_mm.frontend.engine_output import attach_mm_embeddings, give_reason
 from vllm_spyre_mm.host_memory import return_free_memory
 from vllm_spyre_mm.multimodal.embedding import choice_of
 from vllm_spyre_mm.scheduler.embedding_budget import EmbeddingAccounts
 from vllm_spyre_mm.scheduler.geometry import geometry_of
+from vllm_spyre_mm.scheduler.outputs import (
+    FailedEncoding,
+    SpyreModelRunnerOutput,
+    attach_mm_embeddings,
+    give_reason,
+)
 from vllm_spyre_mm.scheduler.request_queue import TurnsQueue, next_candidates
 from vllm_spyre_mm.scheduler.step import Step, carry_over
 from vllm_spyre_mm.upstream.contract import require_attributes, require_overridable
-from vllm_spyre_mm.worker.requests import FailedEncoding, SpyreModelRunnerOutput
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks

@@ -59,7 +59,7 @@ def _refusing(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _checking_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
     """Refuses at once what is no embedding of an image: one of rank 3 would be taken for pixels."""
-    from vllm_spyre_mm.frontend.request_validation import fault_of_serialized_embedding
+    from vllm_spyre_mm.multimodal.feature_check import fault_of_serialized_embedding
 
     @extending(original, __name__)
     def load_bytes(self: Any, data: bytes) -> Any:

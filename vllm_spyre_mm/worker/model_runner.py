@@ -19,14 +19,13 @@ from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
 from vllm_spyre_mm.multimodal.merge import first_feature, looked_up, plan_merge
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
 from vllm_spyre_mm.scheduler.geometry import Geometry
+from vllm_spyre_mm.scheduler.outputs import FailedEncoding, SpyreModelRunnerOutput
 from vllm_spyre_mm.worker.batch import SamplingBatch
 from vllm_spyre_mm.worker.encoding import ImageEncodingError, encode_images
 from vllm_spyre_mm.worker.prefill import prefill_chunk
 from vllm_spyre_mm.worker.requests import (
-    FailedEncoding,
     RequestState,
     RequestTable,
-    SpyreModelRunnerOutput,
 )
 from vllm_spyre_mm.worker.sampler import HostSampler
 

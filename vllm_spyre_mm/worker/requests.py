@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_spyre_mm.config import SpyreSettings
@@ -78,39 +77,6 @@ class RequestState(CachedRequestState):
             *self.prompt_token_ids[start:end],
             *self.output_token_ids[max(0, start - num_prompt) : max(0, end - num_prompt)],
         ]
-
-
-@dataclass(frozen=True, slots=True)
-class FailedEncoding:
-    """A request whose images could not be encoded, or their features not be converted as it
-    chose, and what the scheduler is to take back.
-
-    Attributes:
-        req_id: of the request.
-        reason: a sentence for the client.
-        identifiers: images that the scheduler asked for and that are in no cache.
-        block_ids: KV cache blocks that the step was to fill and did not.
-    """
-
-    req_id: str
-    reason: str
-    identifiers: list[str]
-    block_ids: list[int]
-
-
-@dataclass
-class SpyreModelRunnerOutput(ModelRunnerOutput):
-    """vLLM's output of a step, with the embeddings that became complete in it.
-
-    Attributes:
-        mm_embeddings: by request id, ``(num_features, hidden_size)`` on the CPU.
-        mm_embedding_infos: by request id, which of its rows are which.
-        failed_encoding: the step's request fails; nothing was computed.
-    """
-
-    mm_embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
-    mm_embedding_infos: dict[str, MMEmbeddingInfo] = field(default_factory=dict)
-    failed_encoding: FailedEncoding | None = None
 
 
 class RequestTable:

@@ -15,7 +15,8 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 from vllm_spyre_mm.config import SpyreSettings, decoder_dtype_of
 from vllm_spyre_mm.host_memory import return_free_memory
 from vllm_spyre_mm.log import get_logger
-from vllm_spyre_mm.model_executor.backend import StepSizes, make_backend
+from vllm_spyre_mm.model_executor.backend import StepSizes
+from vllm_spyre_mm.model_executor.backends import make_backend
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
 from vllm_spyre_mm.model_executor.cpu.memory import separate_large_blocks
 from vllm_spyre_mm.model_executor.kv_cache import (

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of a backend."""
+
+from vllm_spyre_mm.config import BackendName
+from vllm_spyre_mm.model_executor.backend import Backend, StepSizes
+
+
+def make_backend(name: BackendName, sizes: StepSizes) -> Backend:
+    """The backend of a resolved setting; the other one is not imported."""
+    if name == "sendnn":
+        from vllm_spyre_mm.model_executor.card.backend import CardBackend
+
+        return CardBackend(sizes)
+    from vllm_spyre_mm.model_executor.cpu.backend import CpuBackend
+
+    return CpuBackend(sizes, compiled=name == "inductor")

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What travels from the worker through the scheduler to the front end, beside vLLM's own fields."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.v1.engine import EngineCoreOutput as VllmEngineCoreOutput
+from vllm.v1.engine import EngineCoreOutputs as VllmEngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
+
+
+@dataclass(frozen=True, slots=True)
+class FailedEncoding:
+    """A request whose images could not be encoded, or their features not be converted as it
+    chose, and what the scheduler is to take back.
+
+    Attributes:
+        req_id: of the request.
+        reason: a sentence for the client.
+        identifiers: images that the scheduler asked for and that are in no cache.
+        block_ids: KV cache blocks that the step was to fill and did not.
+    """
+
+    req_id: str
+    reason: str
+    identifiers: list[str]
+    block_ids: list[int]
+
+
+@dataclass
+class SpyreModelRunnerOutput(ModelRunnerOutput):
+    """vLLM's output of a step, with the embeddings that became complete in it.
+
+    Attributes:
+        mm_embeddings: by request id, ``(num_features, hidden_size)`` on the CPU.
+        mm_embedding_infos: by request id, which of its rows are which.
+        failed_encoding: the step's request fails; nothing was computed.
+    """
+
+    mm_embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
+    mm_embedding_infos: dict[str, MMEmbeddingInfo] = field(default_factory=dict)
+    failed_encoding: FailedEncoding | None = None
+
+
+@dataclass
+class SpyreSchedulerStats(SchedulerStats):
+    """vLLM's statistics of a step, with those of images and embeddings.
+
+    Attributes:
+        mm_embedding_held_bytes: embeddings of unfinished requests, at the step's end.
+        encoder_runs: images encoded since the last statistics.
+        encoder_cache_hits: images that were not encoded because they had been, since then.
+        mm_embeddings_returned: embeddings handed over since then.
+    """
+
+    mm_embedding_held_bytes: int = 0
+    encoder_runs: int = 0
+    encoder_cache_hits: int = 0
+    mm_embeddings_returned: int = 0
+
+
+class EngineCoreOutput(VllmEngineCoreOutput, array_like=True, omit_defaults=True, gc=False):
+    """vLLM's output of one request in one step, with its vision features.
+
+    Attributes:
+        mm_embedding: merged vision features of the whole prompt, ``(num_features, hidden_size)``
+            in the encoder's dtype unless the request chose otherwise, on the CPU, contiguous. Set
+            on the first output of a request with images that wants it, else None.
+        mm_embedding_info: which of its rows are which; set with it.
+    """
+
+    mm_embedding: torch.Tensor | None = None
+    mm_embedding_info: MMEmbeddingInfo | None = None
+
+
+class EngineCoreOutputs(VllmEngineCoreOutputs, array_like=True, omit_defaults=True, gc=False):
+    """vLLM's outputs of one step, decoding each request's :class:`EngineCoreOutput`.
+
+    Attributes:
+        scheduler_stats: what the platform's scheduler makes of vLLM's.
+    """
+
+    outputs: list[EngineCoreOutput] = []  # type: ignore[assignment]  # noqa: RUF012 - msgspec copies it
+    scheduler_stats: SpyreSchedulerStats | None = None
+
+
+def attach_mm_embeddings(
+    outputs: dict[int, Any],
+    mm_embeddings: dict[str, torch.Tensor],
+    mm_embedding_infos: dict[str, MMEmbeddingInfo],
+) -> None:
+    """Put each request's embedding on its output, in place.
+
+    Args:
+        outputs: vLLM's ``EngineCoreOutputs`` by client index.
+        mm_embeddings: embeddings by request id. One whose request has no output in this step (it
+            was aborted meanwhile) is dropped.
+        mm_embedding_infos: by request id, one for each embedding.
+    """
+    for client_outputs in outputs.values() if mm_embeddings else ():
+        for i, output in enumerate(client_outputs.outputs):
+            embedding = mm_embeddings.get(output.request_id)
+            if embedding is not None:
+                fields = {name: getattr(output, name) for name in output.__struct_fields__}
+                client_outputs.outputs[i] = EngineCoreOutput(
+                    **fields,
+                    mm_embedding=embedding,
+                    mm_embedding_info=mm_embedding_infos[output.request_id],
+                )
+
+
+def give_reason(outputs: dict[int, Any], req_id: str, reason: str) -> None:
+    """Say on the last output of a failed request why it failed, in place.
+
+    Args:
+        outputs: vLLM's ``EngineCoreOutputs`` by client index; a request that was aborted meanwhile
+            has none.
+        req_id: of the request.
+        reason: becomes its ``stop_reason``, which travels to ``CompletionOutput.stop_reason``.
+    """
+    for client_outputs in outputs.values():
+        for output in client_outputs.outputs:
+            if output.request_id == req_id:
+                output.stop_reason = reason
