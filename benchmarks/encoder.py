@@ -14,7 +14,7 @@ from benchmarks.measure import Figure, Row, Timing, compare, constant, interleav
 from vllm_spyre_mm.model_executor.backend import StepSizes
 from vllm_spyre_mm.model_executor.backends import make_backend
 from vllm_spyre_mm.model_executor.cpu.compile import cpu_compile_context
-from vllm_spyre_mm.model_executor.cpu.memory import separate_large_blocks
+from vllm_spyre_mm.model_executor.cpu.memory import mmap_threshold
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
@@ -41,7 +41,7 @@ def encoder_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
         max_num_seqs=1,
         max_blocks=72,
     )
-    with separate_large_blocks():
+    with mmap_threshold():
         fms_model = load_model(mapping, checkpoint, options)
         compiled = SpyreModel(fms_model, mapping, make_backend("inductor", sizes))
     compiled.compile()

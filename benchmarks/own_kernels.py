@@ -13,7 +13,7 @@ from vllm_spyre_mm.model_executor.cpu.attention import (
     register_cpu_attention,
     store,
 )
-from vllm_spyre_mm.model_executor.cpu.kernels import rotary
+from vllm_spyre_mm.model_executor.cpu.kernels.rope import rotate
 from vllm_spyre_mm.model_executor.cpu.linear import HostLinear
 from vllm_spyre_mm.worker.sampler import HostSampler
 
@@ -70,7 +70,7 @@ def argmax(logits: torch.Tensor) -> Kernel:
 def rope(query: torch.Tensor, keys: torch.Tensor, table: torch.Tensor) -> Kernel:
     """Of ``(1, tokens, heads, head_dim)``; fp32 table ``(positions, head_dim / 2, 2)``."""
     positions = torch.arange(query.shape[1]).unsqueeze(0)
-    return lambda: rotary.rotate(query, keys, positions, table)[0]
+    return lambda: rotate(query, keys, positions, table)[0]
 
 
 def store_tokens(

@@ -10,7 +10,7 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
 from tests.scheduler.test_scheduler import make_request
-from vllm_spyre_mm.scheduler.request_queue import TurnsQueue
+from vllm_spyre_mm.scheduler.request_queue import AlternatingQueue
 
 
 def requests(names: str) -> list[Request]:
@@ -20,8 +20,8 @@ def requests(names: str) -> list[Request]:
     ]
 
 
-def queue_of(names: str) -> TurnsQueue:
-    queue = TurnsQueue()
+def queue_of(names: str) -> AlternatingQueue:
+    queue = AlternatingQueue()
     for request in requests(names):
         queue.add_request(request)
     return queue
@@ -84,7 +84,7 @@ def test_skipped_requests_come_back_where_they_were() -> None:
 
 
 def test_an_empty_queue() -> None:
-    queue = TurnsQueue()
+    queue = AlternatingQueue()
     assert not queue
     assert not list(queue)
     for take in (queue.pop_request, queue.peek_request):
@@ -93,7 +93,7 @@ def test_an_empty_queue() -> None:
 
 
 def test_removing() -> None:
-    queue = TurnsQueue()
+    queue = AlternatingQueue()
     every = requests("abAB")
     for request in every:
         queue.add_request(request)
@@ -107,7 +107,7 @@ def test_removing() -> None:
 @settings(deadline=None, derandomize=True)
 def test_nobody_waits_for_more_of_the_other_kind_than_of_their_own(events: list[str]) -> None:
     """A request with k of its kind before it lets at most k + 1 of the other kind go first."""
-    queue = TurnsQueue()
+    queue = AlternatingQueue()
     allowed: dict[str, int] = {}
     waiting = {"text": 0, "image": 0}
     for number, event in enumerate([*events, *["take"] * len(events)]):

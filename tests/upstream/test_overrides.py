@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from vllm_spyre_mm.platform import SpyrePlatform
-from vllm_spyre_mm.scheduler.request_queue import TurnsQueue
+from vllm_spyre_mm.scheduler.request_queue import AlternatingQueue
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 from vllm_spyre_mm.worker.sampler import HostSampler
 from vllm_spyre_mm.worker.worker import SpyreWorker
@@ -20,7 +20,7 @@ SUBCLASSES = (
     SpyrePlatform,
     SpyreScheduler,
     SpyreWorker,
-    TurnsQueue,
+    AlternatingQueue,
 )
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

@@ -19,7 +19,7 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm_spyre_mm.config import BackendName
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
 from vllm_spyre_mm.model_executor.cpu.encoder import compile_encoder, place_encoder
-from vllm_spyre_mm.model_executor.cpu.memory import separate_large_blocks
+from vllm_spyre_mm.model_executor.cpu.memory import mmap_threshold
 from vllm_spyre_mm.model_executor.cpu.tier import host_dtypes
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, convert, pool
@@ -72,7 +72,7 @@ class VisionEncoder:
         self.dtype = dtype or host_dtypes()[0]
         checkpoint = find_checkpoint(model_config, arguments.create_load_config())
         options = LoadOptions(decoder_dtype=self.dtype, encoder_dtype=self.dtype, encoder_only=True)
-        with separate_large_blocks():
+        with mmap_threshold():
             self.model = load_model(self.mapping, checkpoint, options)
             overrides = self.mapping.load_overrides()
             place_encoder(self.model, overrides, compiled=backend == "inductor")

@@ -30,7 +30,7 @@ def next_candidates(waiting: Iterable[Request], deferred: Collection[Request]) -
             return
 
 
-class TurnsQueue(RequestQueue):
+class AlternatingQueue(RequestQueue):
     """Two queues, each first come, first served, that take turns while both have requests.
 
     So a request waits, besides those of its own kind before it, for at most one of the other kind

@@ -30,7 +30,7 @@ from vllm_spyre_mm.scheduler.outputs import (
     attach_mm_embeddings,
     give_reason,
 )
-from vllm_spyre_mm.scheduler.request_queue import TurnsQueue, next_candidates
+from vllm_spyre_mm.scheduler.request_queue import AlternatingQueue, next_candidates
 from vllm_spyre_mm.scheduler.step import Step, carry_over
 from vllm_spyre_mm.upstream.contract import require_attributes, require_overridable
 
@@ -64,7 +64,7 @@ class SpyreScheduler(Scheduler):
         self.check_base()
         self._check_parts()
         if self.policy == SchedulingPolicy.FCFS:
-            self.waiting = TurnsQueue()
+            self.waiting = AlternatingQueue()
         self.geometry = geometry_of(self.vllm_config)
         self.settings = SpyreSettings.from_vllm_config(self.vllm_config)
         self._accounts = EmbeddingAccounts(self.settings, self.vllm_config.model_config)
@@ -86,7 +86,7 @@ class SpyreScheduler(Scheduler):
         require_overridable(Scheduler, cls.schedule)
         require_overridable(Scheduler, cls.update_from_output)
         require_attributes(Scheduler, ("make_stats",))
-        TurnsQueue.check_base()
+        AlternatingQueue.check_base()
 
     def _check_parts(self) -> None:
         """Check what this subclass reads and sets of vLLM's scheduler and its parts."""
@@ -286,11 +286,11 @@ class SpyreScheduler(Scheduler):
         # vLLM ends these with FinishReason.ERROR; one that was aborted meanwhile is unknown to it.
         self.encoder_cache_mismatch_reqs.add(failed.req_id)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._take_back(failed)
+        self._undo_failed_step(failed)
         give_reason(outputs, failed.req_id, failed.reason)
         return outputs
 
-    def _take_back(self, failed: FailedEncoding) -> None:
+    def _undo_failed_step(self, failed: FailedEncoding) -> None:
         """Undo what vLLM noted when it scheduled a step whose request failed.
 
         Blocks are offered to other prompts as soon as they are allocated, images to other requests

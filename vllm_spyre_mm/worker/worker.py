@@ -18,7 +18,7 @@ from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.backend import StepSizes
 from vllm_spyre_mm.model_executor.backends import make_backend
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
-from vllm_spyre_mm.model_executor.cpu.memory import separate_large_blocks
+from vllm_spyre_mm.model_executor.cpu.memory import mmap_threshold
 from vllm_spyre_mm.model_executor.kv_cache import (
     allocate_kv_cache,
     kv_cache_bytes,
@@ -122,7 +122,7 @@ class SpyreWorker(WorkerBase):
             for_card=self.backend.for_card,
             group=self._tensor_parallel_group(),
         )
-        with separate_large_blocks():
+        with mmap_threshold():
             fms_model = load_model(self.mapping, checkpoint, options)
             self.model = SpyreModel(fms_model, self.mapping, self.backend)
         logger.info("Loaded %s in %.1f s", checkpoint, time.perf_counter() - started)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.tiers import on_distinct_tiers
+from vllm_spyre_mm.model_executor.card.backend import CARD_ATTENTION
 from vllm_spyre_mm.model_executor.cpu.attention import (
-    CARD_ATTENTION,
     CPU_ATTENTION,
     CPU_COMPILED_ATTENTION,
     cpu_attention_kwargs,

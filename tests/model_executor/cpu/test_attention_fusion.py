@@ -16,7 +16,7 @@ from vllm_spyre_mm.model_executor.cpu.attention import (
     register_cpu_attention,
 )
 from vllm_spyre_mm.model_executor.cpu.attention_fusion import fuse_attention
-from vllm_spyre_mm.model_executor.cpu.kernels.rotary import HostRotary, replace_rotary
+from vllm_spyre_mm.model_executor.cpu.kernels.rope import CpuRope, replace_rope
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, POSITIONS = 4, 2, 64, 64, 300
 OPS = torch.ops.spyre_mm
@@ -64,7 +64,7 @@ def make_step(
         "key_cache": caches[0].clone(),
         "value_cache": caches[1].clone(),
         "position_ids": torch.tensor([[at for _, at in rows]]),
-        "table": HostRotary(rotary()).table,
+        "table": CpuRope(rotary()).table,
         "slot_mapping": torch.tensor([slots]),
         "kv_blocks": blocks.int(),
         "kv_lengths": torch.tensor(lengths, dtype=torch.int32),
@@ -75,7 +75,7 @@ def make_step(
 
 def one_after_the_other(step: dict[str, Any], *, compiled: bool = True) -> torch.Tensor:
     caches = step["key_cache"], step["value_cache"]
-    query, keys = OPS.rotary(step["query"], step["keys"], step["position_ids"], step["table"])
+    query, keys = OPS.rope(step["query"], step["keys"], step["position_ids"], step["table"])
     OPS.paged_store(keys, step["values"], *caches, step["slot_mapping"], compiled)
     attends_to = (step[name] for name in ("kv_blocks", "kv_lengths", "query_lengths", "scale"))
     return OPS.paged_attention(query, *caches, *attends_to, compiled)
@@ -93,7 +93,7 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_is_the_same(name: str, dtype: torch.dtype):
     step, other = (make_step(**STEPS[name], dtype=dtype) for _ in range(2))
-    attended = OPS.rotate_store_attend(*step.values())
+    attended = OPS.rope_store_attend(*step.values())
     assert attended.is_contiguous()
     assert torch.equal(attended, one_after_the_other(other))
     for cache in ("key_cache", "value_cache"):
@@ -115,13 +115,13 @@ def test_a_token_that_has_no_place_is_refused(name: str, value: int):
     step[name][0, 1] = value
     message = f"1 tokens are beyond the model's {POSITIONS} positions or the 320 slots"
     with pytest.raises(IndexError, match=message):
-        OPS.rotate_store_attend(*step.values())
+        OPS.rope_store_attend(*step.values())
     assert all(map(torch.equal, caches, (step["key_cache"], step["value_cache"])))
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_the_operator_is_what_its_schema_says(name: str):
-    torch.library.opcheck(OPS.rotate_store_attend.default, (*make_step(**STEPS[name]).values(),))
+    torch.library.opcheck(OPS.rope_store_attend.default, (*make_step(**STEPS[name]).values(),))
 
 
 # -- the graph -------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def make_graph(*, compiled: bool = True, keys_shown: bool = False) -> fx.GraphMo
     given = {name: graph.placeholder(name) for name in make_step([1])}
     call = graph.call_function
     rotation = call(
-        OPS.rotary, tuple(given[name] for name in ("query", "keys", "position_ids", "table"))
+        OPS.rope, tuple(given[name] for name in ("query", "keys", "position_ids", "table"))
     )
     query, keys = (call(operator.getitem, (rotation, i)) for i in range(2))
     caches = given["key_cache"], given["value_cache"]
@@ -155,7 +155,7 @@ def names(module: fx.GraphModule) -> list[str]:
 def test_the_graph_has_one_operation_instead_of_three():
     module = make_graph()
     fuse_attention(module)
-    assert names(module) == ["rotate_store_attend"]
+    assert names(module) == ["rope_store_attend"]
     step, other = (make_step([70, 20]) for _ in range(2))
     assert torch.equal(module(*step.values()), one_after_the_other(other))
 
@@ -164,7 +164,7 @@ def test_the_graph_has_one_operation_instead_of_three():
 def test_what_is_not_of_that_form_is_left_alone(options: dict[str, bool]):
     module = make_graph(**options)
     fuse_attention(module)
-    assert names(module) == ["rotary", "paged_store", "paged_attention"]
+    assert names(module) == ["rope", "paged_store", "paged_attention"]
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -176,7 +176,7 @@ def test_fms_own_attention_is_of_that_form(name: str, fused: bool):
         HEADS * HEAD_DIM, HEAD_DIM, HEAD_DIM, HEADS, KV_HEADS, position_encoder=rotary(), fused=True
     )
     attention.reset_parameters()
-    replace_rotary(nn.ModuleList([attention]))
+    replace_rope(nn.ModuleList([attention]))
     found: list[list[str]] = []
 
     def backend(module: fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -202,4 +202,4 @@ def test_fms_own_attention_is_of_that_form(name: str, fused: bool):
     compiled = torch.compile(attention, backend=backend, fullgraph=True)
     torch.testing.assert_close(run(compiled, step), run(attention, other))
     assert torch.equal(step["key_cache"], other["key_cache"])
-    assert ("rotate_store_attend" in found[0]) == fused
+    assert ("rope_store_attend" in found[0]) == fused

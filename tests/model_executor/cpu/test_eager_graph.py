@@ -76,7 +76,7 @@ def test_what_computes_anything_else_is_left_as_it_is(also: Callable[[fx.Graph, 
     [
         ("bidirectional_attention", bidirectional.attend_compiled),
         ("linear_in_block", linear_fusion.linear_in_block),
-        ("rotate_store_attend", attention_fusion.rotate_store_attend),
+        ("rope_store_attend", attention_fusion.rope_store_attend),
     ],
 )
 def test_an_operator_and_its_function_take_the_same_arguments(

@@ -16,7 +16,7 @@ from vllm_spyre_mm.model_executor.cpu.memory import (
     REGION_BYTES,
     HugePages,
     empty_result,
-    separate_large_blocks,
+    mmap_threshold,
 )
 
 MIB = 1 << 20
@@ -38,10 +38,10 @@ def resident() -> int:
 
 def freed_bytes() -> int:
     """Of every second of 64 blocks of 2 MiB, by the process."""
-    with separate_large_blocks():
+    with mmap_threshold():
         pass
     block(HEAP_BYTES // MIB - 1)  # the heap holds so much from here on, and some weights go there
-    with separate_large_blocks():
+    with mmap_threshold():
         weights: list[torch.Tensor | None] = [block(2) for _ in range(64)]
     before = resident()
     weights[::2] = [None] * 32
@@ -50,7 +50,7 @@ def freed_bytes() -> int:
 
 def faults_again() -> int:
     """Pages that were taken for 128 MiB, in blocks of 16 that had been there before."""
-    with separate_large_blocks():
+    with mmap_threshold():
         pass
     for _ in range(2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -62,7 +62,7 @@ def faults_again() -> int:
 
 def bytes_for_layers() -> int:
     """Taken for the activations of 64 layers, 20 MiB at a time, with small objects that stay."""
-    with separate_large_blocks():
+    with mmap_threshold():
         pass
     stay: list[object] = []
     like = torch.empty(0, dtype=torch.uint8)

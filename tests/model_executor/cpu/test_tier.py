@@ -65,7 +65,7 @@ def test_the_variable_lowers_the_tier(tier: CpuTier):
     assert cpu_tier.cpu_tier() == tier
     dtypes = (torch.bfloat16, torch.float32)
     names = [each.name for each in kernel_registry.KERNELS if any(map(each.takes, dtypes))]
-    assert names[:2] == ["paged_store", "rotary"]
+    assert names[:2] == ["paged_store", "rope"]
     tiled = "tiled_linear" in names
     assert tiled == cpu_tier.has_tier("avx512")
     assert host_dtypes()[0] == (torch.bfloat16 if tiled else torch.float32)

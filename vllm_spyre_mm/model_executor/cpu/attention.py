@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention, paged_decode, paged_store
+from vllm_spyre_mm.model_executor.cpu.kernels.operands import PagedKV
 
 CPU_ATTENTION = "spyre_mm_cpu_paged_attn"
 """Name of the algorithm made of PyTorch's operations, FMS's ``attn_name``."""
@@ -168,43 +169,52 @@ def attend(
     scale: float,
     compiled: bool,
 ) -> torch.Tensor:
-    """Attention of ``query`` ``(batch, length, heads, head_dim)``, in either layout of a step."""
-    caches = (key_cache, value_cache)
+    """The operator ``paged_attention``; see :func:`attend_paged`."""
+    kv = PagedKV(key_cache, value_cache, kv_blocks, kv_lengths)
+    return attend_paged(query, kv, query_lengths, scale, compiled)
+
+
+def attend_paged(
+    query: torch.Tensor, kv: PagedKV, query_lengths: torch.Tensor, scale: float, compiled: bool
+) -> torch.Tensor:
+    """Attention of ``query`` ``(batch, length, heads, head_dim)``, in either layout of a step.
+
+    Args:
+        query: of the step.
+        kv: of its sequences.
+        query_lengths: int32 ``(at least sequences,)``, queries of each.
+        scale: of the products of queries and keys.
+        compiled: by the kernels, as far as they take such heads.
+    """
     one_each = int(query_lengths[0]) <= 1
     if one_each and compiled and paged_decode.supports(query.shape[-1], query.dtype):
-        return paged_decode.paged_decode(query, *caches, kv_blocks, kv_lengths, scale)
+        return paged_decode.paged_decode(query, kv, scale)
     rows = query.flatten(0, 1)
     if one_each:
-        attended = _attend_tokens(rows, *caches, kv_blocks, kv_lengths, scale)
+        attended = _attend_tokens(rows, kv, scale)
+    elif compiled and blocked_attention.supports(query.shape[-1], query.dtype):
+        attended = blocked_attention.attend_to_earlier(rows, kv, scale)
     else:
-        blocked = compiled and blocked_attention.supports(query.shape[-1], query.dtype)
-        attend = blocked_attention.attend_to_earlier if blocked else _attend_chunk
-        attended = attend(rows, *caches, kv_blocks[0], int(kv_lengths[0]), scale)
+        attended = _attend_chunk(rows, kv, scale)
     return attended.view(query.shape)
 
 
-def _attend_chunk(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    blocks: torch.Tensor,
-    num_keys: int,
-    scale: float,
-) -> torch.Tensor:
+def _attend_chunk(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
     """Attention of the last tokens of one sequence, ``(length, heads, head_dim)``, to all of it.
 
     The tokens before the chunk are seen by every query, those of the chunk by the later ones. Each
     part goes without a mask, and their softmaxes are joined by their logarithms of sums.
     """
     length, heads, head_dim = query.shape
-    block_size, kv_heads = key_cache.shape[1:3]
+    block_size, kv_heads = kv.keys.shape[1:3]
+    num_keys = int(kv.lengths[0])
     group, context = heads // kv_heads, num_keys - length
-    blocks = blocks[: -(-num_keys // block_size)]
+    blocks = kv.blocks[0, : -(-num_keys // block_size)]
     # KV heads take the place of the batch, so that those who share one need no copy of it.
     queries = query.view(length, kv_heads, group, head_dim).permute(1, 2, 0, 3)
     keys, values = (
         cache.index_select(0, blocks).flatten(0, 1).permute(1, 0, 2).unsqueeze(1)
-        for cache in (key_cache, value_cache)
+        for cache in (kv.keys, kv.values)
     )
 
     def attend(first: int, last: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,34 +231,27 @@ def _attend_chunk(
     return attended.permute(2, 0, 1, 3).reshape(query.shape)
 
 
-def _attend_tokens(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    kv_blocks: torch.Tensor,
-    kv_lengths: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
+def _attend_tokens(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
     """Attention of one token of each sequence, ``(sequences, heads, head_dim)``.
 
     Beyond the end of a shorter sequence that sequence's last token is read again, so that nothing
     else ever is: neither block 0 nor another request's block, whatever they hold. Rows of padding,
     whose length is 0, come last, have no blocks, and yield zeros.
     """
-    rows = int(kv_lengths[: len(query)].count_nonzero())
+    rows = int(kv.lengths[: len(query)].count_nonzero())
     padding, query = len(query) - rows, query[:rows]
     heads, head_dim = query.shape[1:]
-    block_size, kv_heads = key_cache.shape[1:3]
-    lengths = kv_lengths[:rows].long().unsqueeze(1)
+    block_size, kv_heads = kv.keys.shape[1:3]
+    lengths = kv.lengths[:rows].long().unsqueeze(1)
     positions = torch.arange(int(lengths.max()))
     own = torch.minimum(positions, lengths - 1)
-    slots = kv_blocks[:rows].gather(1, own // block_size) * block_size + own % block_size
+    slots = kv.blocks[:rows].gather(1, own // block_size) * block_size + own % block_size
     keys, values = (
         cache.flatten(0, 1)
         .index_select(0, slots.flatten())
         .view(rows, -1, kv_heads, head_dim)
         .transpose(1, 2)
-        for cache in (key_cache, value_cache)
+        for cache in (kv.keys, kv.values)
     )
     # The query heads that share a KV head become rows of one head: no key is repeated.
     attended = F.scaled_dot_product_attention(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotation, store and attention of a layer as one operation.
+"""RoPE, store and attention of a layer as one operation.
 
 FMS calls them one after the other. In the graph of a block that is about to be compiled they are
 put together: a layer of a decode has one call into C++ and one parallel region instead of three.
@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from vllm_spyre_mm.model_executor.cpu import attention
-from vllm_spyre_mm.model_executor.cpu.kernels import paged_decode, rotary
+from vllm_spyre_mm.model_executor.cpu.kernels import paged_decode, rope
+from vllm_spyre_mm.model_executor.cpu.kernels.operands import NewKV, PagedKV, RopeAngles
 
 
 def fuse_attention(graph_module: fx.GraphModule) -> None:
@@ -22,11 +23,11 @@ def fuse_attention(graph_module: fx.GraphModule) -> None:
         graph_module: of a decoder's block, as Dynamo gives it to a compiler. What is not of this
             form (no rotation, or not the compiled one) is left as it is.
     """
-    rotary.define_rotary()
+    rope.define_rope()
     attention.define_attention()
     _define_op()
     ops = torch.ops.spyre_mm
-    for rotation in graph_module.graph.find_nodes(op="call_function", target=ops.rotary):
+    for rotation in graph_module.graph.find_nodes(op="call_function", target=ops.rope):
         parts = {node.args[1]: node for node in rotation.users if node.target is operator.getitem}
         users = [user for part in parts.values() for user in part.users]
         stores = [user for user in users if user.target is ops.paged_store]
@@ -45,7 +46,7 @@ def _fuse(graph: fx.Graph, rotation: fx.Node, store: fx.Node, attend: fx.Node) -
         return
     with graph.inserting_before(attend):
         fused = graph.call_function(
-            torch.ops.spyre_mm.rotate_store_attend,
+            torch.ops.spyre_mm.rope_store_attend,
             (
                 *(query, keys, values, key_cache, value_cache, position_ids, table),
                 *(slot_mapping, kv_blocks, kv_lengths, query_lengths, scale),
@@ -62,16 +63,16 @@ def _define_op() -> torch.library.Library:
     """Define the operator; it lives as long as the returned library, which the cache keeps."""
     library = torch.library.Library("spyre_mm", "FRAGMENT")
     library.define(
-        "rotate_store_attend(Tensor query, Tensor keys, Tensor values, Tensor(a!) key_cache, "
+        "rope_store_attend(Tensor query, Tensor keys, Tensor values, Tensor(a!) key_cache, "
         "Tensor(b!) value_cache, Tensor position_ids, Tensor table, Tensor slot_mapping, "
         "Tensor kv_blocks, Tensor kv_lengths, Tensor query_lengths, float scale) -> Tensor"
     )
-    library.impl("rotate_store_attend", rotate_store_attend, "CPU")
-    library.impl("rotate_store_attend", lambda query, *_: query.new_empty(query.shape), "Meta")
+    library.impl("rope_store_attend", rope_store_attend, "CPU")
+    library.impl("rope_store_attend", lambda query, *_: query.new_empty(query.shape), "Meta")
     return library
 
 
-def rotate_store_attend(
+def rope_store_attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -85,15 +86,12 @@ def rotate_store_attend(
     query_lengths: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """What ``rotary``, ``paged_store`` and ``paged_attention`` do one after the other."""
-    one_each = int(query_lengths[0]) <= 1
-    if one_each and paged_decode.supports(query.shape[-1], query.dtype):
-        return paged_decode.place_and_decode(
-            *(query, keys, values, key_cache, value_cache, position_ids, table, slot_mapping),
-            *(kv_blocks, kv_lengths, scale),
-        )
-    query, keys = rotary.rotate(query, keys, position_ids, table)
+    """What ``rope``, ``paged_store`` and ``paged_attention`` do one after the other."""
+    kv = PagedKV(key_cache, value_cache, kv_blocks, kv_lengths)
+    angles = RopeAngles(position_ids, table)
+    if int(query_lengths[0]) <= 1 and paged_decode.supports(query.shape[-1], query.dtype):
+        new = NewKV(keys, values, slot_mapping)
+        return paged_decode.rope_store_decode(query, new, angles, kv, scale)
+    query, keys = rope.rotate(query, keys, *angles)
     attention.store(keys, values, key_cache, value_cache, slot_mapping, True)
-    return attention.attend(
-        *(query, key_cache, value_cache, kv_blocks, kv_lengths, query_lengths, scale, True)
-    )
+    return attention.attend_paged(query, kv, query_lengths, scale, compiled=True)

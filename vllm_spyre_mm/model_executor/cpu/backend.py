@@ -21,7 +21,7 @@ from vllm_spyre_mm.model_executor.cpu.compile import (
 from vllm_spyre_mm.model_executor.cpu.encoder import compile_encoder, place_encoder
 from vllm_spyre_mm.model_executor.cpu.inputs import CpuInputs
 from vllm_spyre_mm.model_executor.cpu.kernels.registry import ModelShape, loaders
-from vllm_spyre_mm.model_executor.cpu.kernels.rotary import replace_rotary
+from vllm_spyre_mm.model_executor.cpu.kernels.rope import replace_rope
 from vllm_spyre_mm.model_executor.cpu.linear import replace_linears
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides, ModelSpec
@@ -64,7 +64,7 @@ class CpuBackend(Backend):
         if self.compiled:
             compile_encoder(model, overrides)
             blocks = overrides.decoder_blocks(model)
-            replace_rotary(blocks)
+            replace_rope(blocks)
             compile_decoder_blocks(blocks)
 
     def warmup_passes(

@@ -50,5 +50,5 @@ def _implementations() -> Mapping[Any, Callable[..., Any]]:
     return {
         ops.bidirectional_attention: bidirectional.attend_compiled,
         ops.linear_in_block: linear_fusion.linear_in_block,
-        ops.rotate_store_attend: attention_fusion.rotate_store_attend,
+        ops.rope_store_attend: attention_fusion.rope_store_attend,
     }

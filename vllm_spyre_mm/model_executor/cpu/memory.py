@@ -27,7 +27,7 @@ REGION_BYTES = 1 << 26
 
 
 @contextlib.contextmanager
-def separate_large_blocks() -> Iterator[None]:
+def mmap_threshold() -> Iterator[None]:
     """Give large blocks that are allocated here pages of their own, which go when they are freed.
 
     For weights that are replaced one after the other: in glibc's heap they would leave as much free

@@ -10,15 +10,15 @@ from torch import nn
 from vllm_spyre_mm.model_executor.models.composition import CompositionConfig
 from vllm_spyre_mm.model_executor.spec import FmsModel
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
-from vllm_spyre_mm.multimodal.mm_mappings.composed import (
+from vllm_spyre_mm.multimodal.mm_mappings.vision_language import (
     TILE_TOWERS,
-    VisionComposed,
+    VisionLanguageMapping,
     first_mismatch,
     select_mismatch,
 )
 
 
-class Llava(VisionComposed):
+class Llava(VisionLanguageMapping):
     """LLaVA without tiles.
 
     The processor scales an image until it covers the tower's square and cuts the rest off. Its

@@ -15,9 +15,9 @@ from vllm_spyre_mm.model_executor.models.composition import (
 )
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
-from vllm_spyre_mm.multimodal.mm_mappings.composed import (
+from vllm_spyre_mm.multimodal.mm_mappings.vision_language import (
     TILE_TOWERS,
-    VisionComposed,
+    VisionLanguageMapping,
     first_mismatch,
     select_mismatch,
 )
@@ -27,7 +27,7 @@ PATCHES_AT_ONCE = 3000
 speed, and activations (25 MB in a layer) that the allocator gives out again rather than back."""
 
 
-class LlavaNext(VisionComposed):
+class LlavaNext(VisionLanguageMapping):
     """LLaVA-Next with one vision feature layer.
 
     An image is a *base* tile (the whole picture) and a grid of tiles at a higher resolution. Its

@@ -10,10 +10,13 @@ from torch import nn
 from vllm_spyre_mm.model_executor.models.composition import CompositionConfig
 from vllm_spyre_mm.model_executor.spec import FmsModel
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
-from vllm_spyre_mm.multimodal.mm_mappings.composed import VisionComposed, first_mismatch
+from vllm_spyre_mm.multimodal.mm_mappings.vision_language import (
+    VisionLanguageMapping,
+    first_mismatch,
+)
 
 
-class Mistral3(VisionComposed):
+class Mistral3(VisionLanguageMapping):
     """Mistral 3 with a Mistral or a Ministral 3 decoder.
 
     The processor scales an image down to the longest side that it allows and up to whole squares of

@@ -8,10 +8,10 @@ import torch
 
 from vllm_spyre_mm.model_executor.models.decoders import decoder_mismatch
 from vllm_spyre_mm.model_executor.spec import FmsModel
-from vllm_spyre_mm.multimodal.mm_mappings.composed import Composed
+from vllm_spyre_mm.multimodal.mm_mappings.vision_language import DecoderMapping
 
 
-class TextDecoder(Composed):
+class TextDecoder(DecoderMapping):
     """A decoder alone; it is given the embeddings of its tokens, as the others are."""
 
     config_classes = (

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.tiers import on_distinct_tiers, on_vector_tiers
 from vllm_spyre_mm.model_executor.cpu.bidirectional import BIDIRECTIONAL
 from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention
+from vllm_spyre_mm.model_executor.cpu.kernels.operands import PagedKV
 
 TOWERS = [
     *((1, 729, 16, 72), (2, 577, 4, 64), (3, 256, 6, 64), (1, 1700, 2, 64), (2, 1, 3, 34)),
@@ -130,9 +131,9 @@ def test_tokens_of_a_chunk_attend_to_earlier_ones(
     for cache, part in zip(caches, own, strict=True):
         for block, rows in zip(blocks, part.split(block_size), strict=True):
             cache[block, : len(rows)] = rows
-    attended = blocked_attention.attend_to_earlier(
-        query[context:], *caches, blocks.int(), num_keys, head_dim**-0.5
-    )
+    lengths = torch.tensor([num_keys], dtype=torch.int32)
+    kv = PagedKV(*caches, blocks.int().unsqueeze(0), lengths)
+    attended = blocked_attention.attend_to_earlier(query[context:], kv, head_dim**-0.5)
     shared = [part.repeat_interleave(heads // kv_heads, 1).double() for part in own]
     scores = torch.einsum("qhd,khd->hqk", query[context:].double(), shared[0]) * head_dim**-0.5
     ends = torch.arange(context, num_keys).unsqueeze(1)

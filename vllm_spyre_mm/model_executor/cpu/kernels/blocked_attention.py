@@ -15,6 +15,7 @@ from vllm_spyre_mm.model_executor.cpu.kernels.kernel import (
     Kernel,
     heads_side_by_side,
 )
+from vllm_spyre_mm.model_executor.cpu.kernels.operands import PagedKV
 from vllm_spyre_mm.model_executor.cpu.memory import empty_result
 
 KERNEL = Kernel(
@@ -48,22 +49,12 @@ def attend_to_all(
     return _run(parts, None, 0, keys.shape[1], scale)
 
 
-def attend_to_earlier(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    blocks: torch.Tensor,
-    num_keys: int,
-    scale: float,
-) -> torch.Tensor:
-    """Attention of the last tokens of a sequence to all before them, in a paged cache.
+def attend_to_earlier(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
+    """Attention of the last tokens of one sequence to all before them, and to themselves.
 
     Args:
         query: ``(tokens, heads, head_dim)``, bf16.
-        key_cache: ``(blocks, block_size, kv_heads, head_dim)``, contiguous.
-        value_cache: likewise.
-        blocks: int32 ``(at least those of num_keys,)``, from the left, contiguous.
-        num_keys: tokens of the sequence, the queries' own included.
+        kv: of the sequence, the first of its rows; the queries' own tokens are in it.
         scale: of the products of queries and keys.
 
     Returns:
@@ -71,9 +62,9 @@ def attend_to_earlier(
     """
     parts = [
         heads_side_by_side(query.unsqueeze(0)),
-        *(cache.flatten(0, 1).unsqueeze(0) for cache in (key_cache, value_cache)),
+        *(cache.flatten(0, 1).unsqueeze(0) for cache in (kv.keys, kv.values)),
     ]
-    return _run(parts, blocks.data_ptr(), key_cache.shape[1], num_keys, scale)[0]
+    return _run(parts, kv.blocks.data_ptr(), kv.keys.shape[1], int(kv.lengths[0]), scale)[0]
 
 
 def _run(

@@ -14,7 +14,7 @@
 #include <memory>
 #include <vector>
 
-#include "rotation.h"
+#include "rope.h"
 
 constexpr int HEADS = KV_HEADS * GROUP;
 constexpr int SPAN = 4 * BLOCK_SIZE;  // tokens that one thread takes at a time

@@ -17,6 +17,7 @@ from vllm_spyre_mm.model_executor.cpu.kernels.kernel import (
     Kernel,
     heads_side_by_side,
 )
+from vllm_spyre_mm.model_executor.cpu.kernels.operands import NewKV, PagedKV, RopeAngles
 from vllm_spyre_mm.model_executor.cpu.tier import has_tier
 
 LANES = 16
@@ -36,40 +37,25 @@ def supports(head_dim: int, dtype: torch.dtype) -> bool:
     return head_dim % LANES == 0 and KERNEL.takes(dtype)
 
 
-def paged_decode(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    kv_blocks: torch.Tensor,
-    kv_lengths: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """Attention of one query of each sequence.
+def paged_decode(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
+    """Attention of one query of each sequence; zeros for padding.
 
     Args:
         query: ``(batch, length, heads, head_dim)``, a row for each token.
-        key_cache: ``(blocks, block_size, kv_heads, head_dim)``, contiguous.
-        value_cache: likewise.
-        kv_blocks: int32 ``(at least rows, width)``, the blocks of each sequence from the left.
-        kv_lengths: int32 ``(at least rows,)``, tokens of each; 0 for padding, which yields zeros.
+        kv: of each sequence.
         scale: of the products of queries and keys.
 
     Returns:
         Shaped like ``query``.
     """
-    _, block_size, kv_heads, head_dim = key_cache.shape
+    _, block_size, kv_heads, head_dim = kv.keys.shape
     batch, length, heads, _ = query.shape
     query = query.contiguous()
     out = torch.empty_like(query)
     kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)(
-        query.data_ptr(),
-        key_cache.data_ptr(),
-        value_cache.data_ptr(),
-        out.data_ptr(),
-        kv_blocks.data_ptr(),
-        kv_lengths.data_ptr(),
+        *_addresses(query, kv, out),
         batch * length,
-        kv_blocks.stride(0),
+        kv.blocks.stride(0),
         scale,
         *[None] * 5,
         *[0] * 5,
@@ -77,72 +63,59 @@ def paged_decode(
     return out
 
 
-def place_and_decode(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    position_ids: torch.Tensor,
-    table: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    kv_blocks: torch.Tensor,
-    kv_lengths: torch.Tensor,
-    scale: float,
+def rope_store_decode(
+    query: torch.Tensor, new: NewKV, rope: RopeAngles, kv: PagedKV, scale: float
 ) -> torch.Tensor:
-    """Rotate one token of each sequence, write it to the caches, and compute its attention.
+    """Rotate one token of each sequence, write it to the KV cache, and compute its attention.
 
     Args:
         query: ``(1, tokens, heads, head_dim)``, not rotated.
-        keys: ``(1, tokens, kv_heads, head_dim)``, likewise.
-        values: likewise.
-        key_cache: as for :func:`paged_decode`.
-        value_cache: likewise.
-        position_ids: int64 ``(1, tokens)``, contiguous.
-        table: fp32 ``(positions, head_dim / 2, 2)``, contiguous: cosines and sines.
-        slot_mapping: int64 ``(1, tokens)``, contiguous: the row of each token in the caches.
-        kv_blocks: as for :func:`paged_decode`.
-        kv_lengths: likewise; the new token is the last of each.
+        new: of the tokens; keys are not rotated.
+        rope: of the tokens.
+        kv: of each sequence; the new token is the last of each.
         scale: of the products of queries and keys.
 
     Returns:
         Shaped like ``query``, contiguous.
 
     Raises:
-        IndexError: a position is not in the table, or a slot in the caches.
+        IndexError: a position is not in the table, or a slot in the cache.
     """
-    num_blocks, block_size, kv_heads, head_dim = key_cache.shape
+    num_blocks, block_size, kv_heads, head_dim = kv.keys.shape
     _, tokens, heads, _ = query.shape
-    query, keys, values = (heads_side_by_side(part) for part in (query, keys, values))
+    query, keys, values = map(heads_side_by_side, (query, new.keys, new.values))
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     num_slots = num_blocks * block_size
     beyond = kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)(
-        query.data_ptr(),
-        key_cache.data_ptr(),
-        value_cache.data_ptr(),
-        out.data_ptr(),
-        kv_blocks.data_ptr(),
-        kv_lengths.data_ptr(),
+        *_addresses(query, kv, out),
         tokens,
-        kv_blocks.stride(0),
+        kv.blocks.stride(0),
         scale,
         keys.data_ptr(),
         values.data_ptr(),
-        position_ids.data_ptr(),
-        slot_mapping.data_ptr(),
-        table.data_ptr(),
+        rope.position_ids.data_ptr(),
+        new.slots.data_ptr(),
+        rope.table.data_ptr(),
         query.stride(1),
         keys.stride(1),
         values.stride(1),
-        len(table),
+        len(rope.table),
         num_slots,
     )
     if beyond:
         raise IndexError(
-            f"{beyond} tokens are beyond the model's {len(table)} positions or the {num_slots} "
-            "slots of the cache"
+            f"{beyond} tokens are beyond the model's {len(rope.table)} positions or the "
+            f"{num_slots} slots of the cache"
         )
     return out
+
+
+def _addresses(query: torch.Tensor, kv: PagedKV, out: torch.Tensor) -> tuple[int, ...]:
+    """The kernel's first arguments."""
+    return (
+        *(query.data_ptr(), kv.keys.data_ptr(), kv.values.data_ptr(), out.data_ptr()),
+        *(kv.blocks.data_ptr(), kv.lengths.data_ptr()),
+    )
 
 
 def kernel(

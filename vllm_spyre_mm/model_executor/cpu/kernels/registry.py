@@ -11,7 +11,7 @@ from vllm_spyre_mm.model_executor.cpu.kernels import (
     blocked_attention,
     paged_decode,
     paged_store,
-    rotary,
+    rope,
     rows_linear,
     tiled_linear,
 )
@@ -19,7 +19,7 @@ from vllm_spyre_mm.model_executor.cpu.kernels.kernel import Kernel
 
 KERNELS: tuple[Kernel, ...] = (
     paged_store.KERNEL,
-    rotary.KERNEL,
+    rope.KERNEL,
     paged_decode.KERNEL,
     blocked_attention.KERNEL,
     tiled_linear.KERNEL,
@@ -63,6 +63,6 @@ def loaders(shape: ModelShape) -> list[Callable[[], object]]:
         heads = (shape.head_dim, shape.group, shape.kv_heads)
         needed += [
             partial(paged_decode.kernel, *heads, shape.block_size, shape.dtype),
-            partial(rotary.kernel, shape.head_dim, shape.dtype),
+            partial(rope.kernel, shape.head_dim, shape.dtype),
         ]
     return needed

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rotation of heads of HEAD_DIM numbers by a position, in neighbouring pairs of numbers.
+// RoPE of heads of HEAD_DIM numbers at one position, in neighbouring pairs of numbers.
 
-#ifndef ROTATION_H
-#define ROTATION_H
+#ifndef ROPE_H
+#define ROPE_H
 
 #include <type_traits>
 

@@ -6,7 +6,7 @@ import torch
 from fms.modules.positions import PixtralRotaryEmbedding, RotaryEmbedding
 from torch import nn
 
-from vllm_spyre_mm.model_executor.cpu.kernels.rotary import HostRotary, replace_rotary
+from vllm_spyre_mm.model_executor.cpu.kernels.rope import CpuRope, replace_rope
 
 LENGTH = 100
 LLAMA3 = {
@@ -45,7 +45,7 @@ def test_it_rotates_as_fms_does(
     query, keys, _ = fused.split([4, 2, 1], dim=2)
     positions = torch.randint(0, LENGTH, (1, tokens))
     expected = original.adjusted_qk(query, keys, positions)
-    rotated = HostRotary(original).adjusted_qk(query, keys, positions)
+    rotated = CpuRope(original).adjusted_qk(query, keys, positions)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     for actual, wanted in zip(rotated, expected, strict=True):
         assert actual.dtype == dtype
@@ -58,15 +58,15 @@ def test_a_position_that_the_model_does_not_have_is_refused(position: int):
     parts = torch.randn(2, 1, 3, 1, 64)
     positions = torch.tensor([[0, position, 5]])
     with pytest.raises(IndexError, match=f"1 positions are beyond the model's {LENGTH}"):
-        HostRotary(rotary()).adjusted_qk(*parts, positions)
+        CpuRope(rotary()).adjusted_qk(*parts, positions)
 
 
 def test_blocks_share_one_table_and_drop_fmss():
     original = rotary()
     blocks = nn.ModuleList([Attention(original), Attention(original)])
-    replace_rotary(blocks)
+    replace_rope(blocks)
     first, second = (block.position_encoder for block in blocks)
-    assert type(first) is HostRotary
+    assert type(first) is CpuRope
     assert first is second
     assert not original.cached_freqs
 
@@ -79,13 +79,13 @@ def test_what_is_not_computed_is_left_alone():
         None,
     ]
     blocks = nn.ModuleList([Attention(encoder) for encoder in left])
-    replace_rotary(blocks)
+    replace_rope(blocks)
     assert [block.position_encoder for block in blocks] == left
 
 
 def test_the_operator_is_what_its_schema_says():
-    table = HostRotary(rotary()).table
+    table = CpuRope(rotary()).table
     query, keys, _ = torch.randn(1, 3, 4, 64).split([2, 1, 1], dim=2)
     torch.library.opcheck(
-        torch.ops.spyre_mm.rotary.default, (query, keys, torch.tensor([[0, 2, 1]]), table)
+        torch.ops.spyre_mm.rope.default, (query, keys, torch.tensor([[0, 2, 1]]), table)
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled rotation of queries and keys.
+"""RoPE, compiled: queries and keys are rotated by their positions.
 
 FMS rotates neighbouring pairs of numbers, which Inductor computes one number at a time: a tenth of
 a prefill. The kernel computes the same, in FMS's own order of the weights.
@@ -25,20 +25,20 @@ LANES = 16
 """The kernel takes heads whose width is a multiple of this."""
 
 KERNEL = Kernel(
-    "rotary", ("generic",), (torch.bfloat16, torch.float32), (*[POINTER] * 6, *[SIZE] * 6), SIZE
+    "rope", ("generic",), (torch.bfloat16, torch.float32), (*[POINTER] * 6, *[SIZE] * 6), SIZE
 )
 
 
-class HostRotary(PositionEncoder):
-    """FMS's rotation by a table of the positions that the model has.
+class CpuRope(PositionEncoder):
+    """FMS's RoPE by a table of the positions that the model has.
 
     Args:
-        rotary: what it replaces; its own table has been made.
+        original: what it replaces; its own table has been made.
     """
 
-    def __init__(self, rotary: RotaryEmbedding) -> None:
-        define_rotary()
-        ((rotations,),) = (tables.values() for tables in rotary.cached_freqs.values())
+    def __init__(self, original: RotaryEmbedding) -> None:
+        define_rope()
+        ((rotations,),) = (tables.values() for tables in original.cached_freqs.values())
         self.table = rotations[..., 0].contiguous()  # cosine and sine: the matrix's first column
 
     def adjusted_qk(
@@ -52,11 +52,11 @@ class HostRotary(PositionEncoder):
         """Rotate ``(1, length, heads, head_dim)`` at int64 ``(1, length)``, contiguous."""
         assert position_ids is not None, "positions are given"
         assert len(q) == 1, "the tokens of a step are in one row"
-        return torch.ops.spyre_mm.rotary(q, k, position_ids, self.table)
+        return torch.ops.spyre_mm.rope(q, k, position_ids, self.table)
 
 
-def replace_rotary(blocks: nn.ModuleList) -> None:
-    """Let the blocks of a decoder share a :class:`HostRotary`, where that computes the same.
+def replace_rope(blocks: nn.ModuleList) -> None:
+    """Let the blocks of a decoder share a :class:`CpuRope`, where that computes the same.
 
     The tables of what is replaced are dropped.
     """
@@ -65,25 +65,25 @@ def replace_rotary(blocks: nn.ModuleList) -> None:
         for part in blocks.modules()
         if type(getattr(part, "position_encoder", None)) is RotaryEmbedding
     ]
-    for rotary in {attention.position_encoder for attention in attentions}:
-        if rotary.rope_type == "yarn" or rotary.partial_rope != 1.0 or rotary.dim % LANES:
+    for original in {attention.position_encoder for attention in attentions}:
+        if original.rope_type == "yarn" or original.partial_rope != 1.0 or original.dim % LANES:
             continue
-        replacement = HostRotary(rotary)
+        replacement = CpuRope(original)
         for attention in attentions:
-            if attention.position_encoder is rotary:
+            if attention.position_encoder is original:
                 attention.position_encoder = replacement
-        rotary.cached_freqs.clear()
+        original.cached_freqs.clear()
 
 
 @functools.cache
-def define_rotary() -> torch.library.Library:
+def define_rope() -> torch.library.Library:
     """Define the operator; it lives as long as the returned library, which the cache keeps."""
     library = torch.library.Library("spyre_mm", "FRAGMENT")
     library.define(
-        "rotary(Tensor query, Tensor keys, Tensor position_ids, Tensor table) -> (Tensor, Tensor)"
+        "rope(Tensor query, Tensor keys, Tensor position_ids, Tensor table) -> (Tensor, Tensor)"
     )
-    library.impl("rotary", rotate, "CPU")
-    library.impl("rotary", lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)), "Meta")
+    library.impl("rope", rotate, "CPU")
+    library.impl("rope", lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)), "Meta")
     return library
 
 

@@ -29,10 +29,10 @@ TILE_TOWERS = ("siglip_vision_model", "clip_vision_model")
 """Towers that encode squares of one size."""
 
 HEAD, EMBEDDING = f"{DECODER}.lm_head.weight", f"{DECODER}.model.embed_tokens.weight"
-"""The head and the embedding, in the one layout of :meth:`Composed.rename`."""
+"""The head and the embedding, in the one layout of :meth:`DecoderMapping.rename`."""
 
 
-class Composed(MMUtils):
+class DecoderMapping(MMUtils):
     """A model that :class:`Composition` builds; a text model if it is nothing more than this."""
 
     model_class: ClassVar[type[Composition]] = Composition
@@ -77,7 +77,7 @@ class Composed(MMUtils):
     def tie_settings(self) -> str:
         """What the configuration says of the head and the embedding.
 
-        Transformers looks at the setting of the whole model; see :class:`VisionComposed`.
+        Transformers looks at the setting of the whole model; see :class:`VisionLanguageMapping`.
         """
         return f"tie_word_embeddings is {self.hf_config.tie_word_embeddings}"
 
@@ -124,7 +124,7 @@ class Composed(MMUtils):
         return model.embed(token_ids)
 
 
-class VisionComposed(Composed):
+class VisionLanguageMapping(DecoderMapping):
     """A composition with a vision tower."""
 
     @property

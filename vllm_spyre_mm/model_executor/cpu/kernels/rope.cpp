@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rotation of queries and keys by their positions, in neighbouring pairs of numbers.
+// RoPE: queries and keys rotated by their positions, in neighbouring pairs of numbers.
 //
-// Compiled with HEAD_DIM and BF16 defined; see rotary.py.
+// Compiled with HEAD_DIM and BF16 defined; see rope.py.
 
-#include "rotation.h"
+#include "rope.h"
 
 // query and keys: (tokens, heads, HEAD_DIM), heads side by side; out: the same, contiguous.
 // table: (num_positions, HEAD_DIM / 2, 2), cosine and sine. A position beyond it is left alone;
 // the number of such is returned.
-extern "C" int64_t rotary(const Element* query, const Element* keys, Element* query_out,
-                          Element* keys_out, const int64_t* positions, const float* table,
-                          int64_t tokens, int64_t heads, int64_t kv_heads, int64_t query_token,
-                          int64_t keys_token, int64_t num_positions) {
+extern "C" int64_t rope(const Element* query, const Element* keys, Element* query_out,
+                        Element* keys_out, const int64_t* positions, const float* table,
+                        int64_t tokens, int64_t heads, int64_t kv_heads, int64_t query_token,
+                        int64_t keys_token, int64_t num_positions) {
   int64_t beyond = 0;
 #pragma omp parallel for reduction(+ : beyond) if (tokens * heads > 64)
   for (int64_t token = 0; token < tokens; ++token) {
