@@ -22,6 +22,7 @@ from vllm_spyre_mm.model_executor.cpu.tier import (
 HEADERS = (
     *("decode_amx.h", "decode_avx512.h", "decode_simd.h", "attention_operands.h"),
     *("linear_amx.h", "linear_avx512.h", "linear_product.h", "rows_amx.h", "rows_avx512.h"),
+    *("linear_epilogue.h", "linear_pack.h", "linear_problem.h"),
     *("rope.h", "tiles.h", "amx.h", "avx512.h", "bf16.h", "simd.h"),
 )
 """What kernels may include; a header may include those after it."""
