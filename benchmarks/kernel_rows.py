@@ -53,7 +53,7 @@ class Case:
 
 @torch.no_grad()  # without it Inductor freezes nothing
 def kernel_rows(vllm_cpu: str | None, quick: bool) -> Iterator[Row]:
-    """Linear layers, attention, argmax, rope and the store to the cache, each where it is used."""
+    """Linear layers, attention, argmax and rope, each where it is used."""
     with contextlib.ExitStack() as stack:
         vllm = None
         if vllm_cpu is not None:
@@ -112,8 +112,6 @@ def _cases() -> Iterator[Case]:
     yield _argmax()
     for name, tokens in ((f"chunk of {CHUNK}", CHUNK), ("decode of 16", 16)):
         yield _rope(name, tokens)
-    for name, tokens in ((f"chunk of {CHUNK}", CHUNK), ("decode of 16", 16)):
-        yield _store(name, tokens)
 
 
 def _linear(
@@ -172,17 +170,4 @@ def _rope(name: str, tokens: int) -> Case:
         own.rope(query, keys, table),
         library.rope(query, keys, table),
         ("rope", {"tokens": tokens, **heads}),
-    )
-
-
-def _store(name: str, tokens: int) -> Case:
-    shape = (2 * -(-tokens // BLOCK_SIZE), BLOCK_SIZE, KV_HEADS, HEAD_DIM)
-    caches = [torch.zeros(shape).bfloat16() for _ in range(2)]
-    parts = [torch.randn(1, tokens, KV_HEADS, HEAD_DIM).bfloat16() for _ in range(2)]
-    slots = torch.randperm(shape[0] * BLOCK_SIZE)[:tokens].unsqueeze(0)
-    return Case(
-        f"store, {name}",
-        own.store_tokens(*parts, *caches, slots),
-        library.store(*parts, *caches, slots),
-        ("store", {"tokens": tokens, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}),
     )

@@ -147,27 +147,6 @@ def rope(query: torch.Tensor, keys: torch.Tensor, table: torch.Tensor) -> dict[s
     return {PLAIN: lambda: both(query, keys)[0], INDUCTOR: lambda: compiled(query, keys)[0]}
 
 
-def store(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slots: torch.Tensor,
-) -> dict[str, Kernel]:
-    """To rows of the caches."""
-    rows = slots.flatten()
-
-    def write() -> torch.Tensor:
-        for new, cache in ((keys, key_cache), (values, value_cache)):
-            cache.flatten(0, 1).index_copy_(0, rows, new.flatten(0, 1))
-        return key_cache
-
-    torch._dynamo.reset()
-    compiled = torch.compile(write, dynamic=False)
-    compiled()
-    return {PLAIN: write, INDUCTOR: compiled}
-
-
 def _compiled(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Kernel:
     torch._dynamo.reset()
     compiled = torch.compile(function, dynamic=False)

@@ -11,7 +11,6 @@ from vllm_spyre_mm.model_executor.cpu.attention import (
     CPU_COMPILED_ATTENTION,
     cpu_attention_kwargs,
     register_cpu_attention,
-    store,
 )
 from vllm_spyre_mm.model_executor.cpu.kernels.rope import rotate
 from vllm_spyre_mm.model_executor.cpu.linear import HostLinear
@@ -71,19 +70,3 @@ def rope(query: torch.Tensor, keys: torch.Tensor, table: torch.Tensor) -> Kernel
     """Of ``(1, tokens, heads, head_dim)``; fp32 table ``(positions, head_dim / 2, 2)``."""
     positions = torch.arange(query.shape[1]).unsqueeze(0)
     return lambda: rotate(query, keys, positions, table)[0]
-
-
-def store_tokens(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slots: torch.Tensor,
-) -> Kernel:
-    """Write ``(1, tokens, kv_heads, head_dim)`` to the caches' rows int64 ``(1, tokens)``."""
-
-    def run() -> torch.Tensor:
-        store(keys, values, key_cache, value_cache, slots, True)
-        return key_cache
-
-    return run

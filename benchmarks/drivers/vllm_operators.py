@@ -128,16 +128,6 @@ class VllmOperators:
         positions = torch.arange(tokens)
         return lambda: ops.rotary_embedding(positions, query, keys, head_dim, table, True)
 
-    def _store(self, tokens: int, kv_heads: int, head_dim: int) -> Callable[[], object]:
-        from vllm import _custom_ops as ops
-        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-        isa = _get_attn_isa(torch.bfloat16, BLOCK_SIZE, head_dim)
-        caches = _caches(2 * -(-tokens // BLOCK_SIZE), kv_heads, head_dim)
-        keys, values = (torch.randn(tokens, kv_heads, head_dim).bfloat16() for _ in range(2))
-        slots = torch.randperm(2 * tokens)[:tokens]
-        return lambda: ops.cpu_attn_reshape_and_cache(keys, values, *caches, slots, isa)
-
     def _argmax(self, rows: int, width: int) -> Callable[[], object]:
         from vllm.v1.sample.sampler import Sampler
 

@@ -316,7 +316,7 @@ def test_a_store_writes_its_slots_in_place_and_nothing_else(shape: Shape):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", [1, 7, 90])
-def test_the_compiled_store_takes_parts_of_a_row(dtype: torch.dtype, tokens: int):
+def test_a_store_takes_parts_of_a_row(dtype: torch.dtype, tokens: int):
     """Keys and values lie beside the queries, as a fused projection leaves them."""
     heads, width, num_slots = 2, 8, 128
     row = torch.randn(1, tokens, 5 * width * heads).to(dtype)
@@ -326,18 +326,20 @@ def test_the_compiled_store_takes_parts_of_a_row(dtype: torch.dtype, tokens: int
     slots = torch.randperm(num_slots)[None, :tokens].contiguous()
     for cache, new in zip(expected, (keys, values), strict=True):
         cache.flatten(0, 1)[slots[0]] = new[0]
-    store = get_attention_type(attn_name=CPU_COMPILED_ATTENTION)["store"]
+    store = get_attention_type(attn_name=CPU_ATTENTION)["store"]
     store(keys, values, *caches, slot_mapping=slots)
     assert all(torch.equal(*pair) for pair in zip(caches, expected, strict=True))
 
 
 @pytest.mark.parametrize("slot", [-1, 128])
 def test_a_slot_that_the_cache_has_not_is_refused(slot: int):
-    new, cache = torch.randn(1, 1, 2, 8), torch.zeros(32, 4, 2, 8)
-    store = get_attention_type(attn_name=CPU_COMPILED_ATTENTION)["store"]
-    with pytest.raises(IndexError, match="1 slots are beyond the 128 of the cache"):
+    """The cache is a part of what memory there is: beside it nothing is written."""
+    new, memory = torch.randn(1, 1, 2, 8), torch.zeros(34, 4, 2, 8)
+    cache = memory[1:33]
+    store = get_attention_type(attn_name=CPU_ATTENTION)["store"]
+    with pytest.raises(IndexError, match=f"index {slot} is out of bounds"):
         store(new, new, cache, cache, slot_mapping=torch.tensor([[slot]]))
-    assert not cache.any()
+    assert not memory.any()
 
 
 @pytest.mark.parametrize("missing", [0, 1])
@@ -405,7 +407,7 @@ def test_the_operators_are_what_their_schemas_say(shape: Shape, compiled: bool):
     kwargs = step.cpu_kwargs()
     torch.library.opcheck(
         torch.ops.spyre_mm.paged_store.default,
-        (step.keys, step.values, *step.caches, step.kwargs["slot_mapping"], compiled),
+        (step.keys, step.values, *step.caches, step.kwargs["slot_mapping"]),
     )
     torch.library.opcheck(
         torch.ops.spyre_mm.paged_attention.default,

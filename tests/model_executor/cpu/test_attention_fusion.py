@@ -76,7 +76,7 @@ def make_step(
 def one_after_the_other(step: dict[str, Any], *, compiled: bool = True) -> torch.Tensor:
     caches = step["key_cache"], step["value_cache"]
     query, keys = OPS.rope(step["query"], step["keys"], step["position_ids"], step["table"])
-    OPS.paged_store(keys, step["values"], *caches, step["slot_mapping"], compiled)
+    OPS.paged_store(keys, step["values"], *caches, step["slot_mapping"])
     attends_to = (step[name] for name in ("kv_blocks", "kv_lengths", "query_lengths", "scale"))
     return OPS.paged_attention(query, *caches, *attends_to, compiled)
 
@@ -137,7 +137,7 @@ def make_graph(*, compiled: bool = True, keys_shown: bool = False) -> fx.GraphMo
     )
     query, keys = (call(operator.getitem, (rotation, i)) for i in range(2))
     caches = given["key_cache"], given["value_cache"]
-    call(OPS.paged_store, (keys, given["values"], *caches, given["slot_mapping"], compiled))
+    call(OPS.paged_store, (keys, given["values"], *caches, given["slot_mapping"]))
     attends_to = [given[name] for name in ("kv_blocks", "kv_lengths", "query_lengths", "scale")]
     attended = call(OPS.paged_attention, (query, *caches, *attends_to, compiled))
     graph.output((attended, keys) if keys_shown else attended)

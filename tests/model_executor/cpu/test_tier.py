@@ -65,7 +65,7 @@ def test_the_variable_lowers_the_tier(tier: CpuTier):
     assert cpu_tier.cpu_tier() == tier
     dtypes = (torch.bfloat16, torch.float32)
     names = [each.name for each in kernel_registry.KERNELS if any(map(each.takes, dtypes))]
-    assert names[:2] == ["paged_store", "rope"]
+    assert names[:2] == ["rope", "paged_decode"]
     tiled = "tiled_linear" in names
     assert tiled == cpu_tier.has_tier("avx512")
     assert host_dtypes()[0] == (torch.bfloat16 if tiled else torch.float32)
@@ -106,7 +106,7 @@ VARIANTS = [
 def test_each_kernel_compiles_for_each_of_its_tiers(kernel: Kernel, name: CpuTier, tmp_path: Path):
     """Also for those that this CPU lacks; a tier's flags admit no instruction above it."""
     bf16 = int(cpu_tier.INSTRUCTIONS[name].simdlen == 512)
-    constants = {"HEAD_DIM": 64, "GROUP": 3, "KV_HEADS": 2, "BLOCK_SIZE": 64, "BYTES": 256}
+    constants = {"HEAD_DIM": 64, "GROUP": 3, "KV_HEADS": 2, "BLOCK_SIZE": 64}
     defines = [f"-D{key}={value}" for key, value in constants.items()]
     file = tmp_path / f"{kernel.name}.cpp"
     file.write_text(source(kernel.name))

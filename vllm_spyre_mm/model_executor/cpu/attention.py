@@ -14,15 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention, paged_decode, paged_store
+from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention, paged_decode
 from vllm_spyre_mm.model_executor.cpu.kernels.operands import PagedKV
 
 CPU_ATTENTION = "spyre_mm_cpu_paged_attn"
 """Name of the algorithm made of PyTorch's operations, FMS's ``attn_name``."""
 
 CPU_COMPILED_ATTENTION = "spyre_mm_cpu_paged_attn_compiled"
-"""Name of the algorithm that is compiled (:mod:`paged_store`, :mod:`paged_decode`,
-:mod:`blocked_attention`)."""
+"""Name of the algorithm that is compiled (:mod:`paged_decode`, :mod:`blocked_attention`)."""
 
 
 @functools.cache
@@ -34,7 +33,7 @@ def register_cpu_attention() -> None:
     for name, compiled in ((CPU_ATTENTION, False), (CPU_COMPILED_ATTENTION, True)):
         register_attention_op(
             name,
-            store_op=functools.partial(_store, compiled=compiled),
+            store_op=_store,
             compute_op=functools.partial(_compute, compiled=compiled),
             is_prefill_op=lambda **_: True,
         )
@@ -80,14 +79,12 @@ def _store(
     values: torch.Tensor,
     key_cache: torch.Tensor | None,
     value_cache: torch.Tensor | None,
-    *,
-    compiled: bool,
     **attn_kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     assert key_cache is not None, "paged attention needs a cache"
     assert value_cache is not None, "paged attention needs a cache"
     torch.ops.spyre_mm.paged_store(
-        keys, values, key_cache, value_cache, attn_kwargs["slot_mapping"], compiled
+        keys, values, key_cache, value_cache, attn_kwargs["slot_mapping"]
     )
     return key_cache, value_cache, key_cache, value_cache
 
@@ -125,7 +122,7 @@ def define_attention() -> torch.library.Library:
     library = torch.library.Library("spyre_mm", "FRAGMENT")
     library.define(
         "paged_store(Tensor keys, Tensor values, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-        "Tensor slot_mapping, bool compiled) -> ()"
+        "Tensor slot_mapping) -> ()"
     )
     library.define(
         "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor kv_blocks, "
@@ -144,16 +141,15 @@ def store(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    compiled: bool,
 ) -> None:
     """Write keys and values ``(batch, length, kv_heads, head_dim)`` to their cache rows, in place.
 
     The caches are ``(blocks, block_size, kv_heads, head_dim)``; ``slot_mapping`` is int64
     ``(batch, length)``.
+
+    Raises:
+        IndexError: a cache has no such row; nothing outside of it is written.
     """
-    if compiled and len(keys) == 1:
-        paged_store.paged_store(keys, values, key_cache, value_cache, slot_mapping)
-        return
     slots = slot_mapping.flatten()
     for new, cache in ((keys, key_cache), (values, value_cache)):
         cache.flatten(0, 1).index_copy_(0, slots, new.flatten(0, 1))

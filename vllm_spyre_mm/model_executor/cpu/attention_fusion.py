@@ -40,9 +40,9 @@ def fuse_attention(graph_module: fx.GraphModule) -> None:
 
 def _fuse(graph: fx.Graph, rotation: fx.Node, store: fx.Node, attend: fx.Node) -> None:
     query, keys, position_ids, table = rotation.args
-    _, values, key_cache, value_cache, slot_mapping, stores_compiled = store.args
-    _, _, _, kv_blocks, kv_lengths, query_lengths, scale, attends_compiled = attend.args
-    if not (stores_compiled and attends_compiled) or attend.args[1:3] != (key_cache, value_cache):
+    _, values, key_cache, value_cache, slot_mapping = store.args
+    _, _, _, kv_blocks, kv_lengths, query_lengths, scale, compiled = attend.args
+    if not compiled or attend.args[1:3] != (key_cache, value_cache):
         return
     with graph.inserting_before(attend):
         fused = graph.call_function(
@@ -93,5 +93,5 @@ def rope_store_attend(
         new = NewKV(keys, values, slot_mapping)
         return paged_decode.rope_store_decode(query, new, angles, kv, scale)
     query, keys = rope.rotate(query, keys, *angles)
-    attention.store(keys, values, key_cache, value_cache, slot_mapping, True)
+    attention.store(keys, values, key_cache, value_cache, slot_mapping)
     return attention.attend_paged(query, kv, query_lengths, scale, compiled=True)

@@ -10,7 +10,6 @@ import torch
 from vllm_spyre_mm.model_executor.cpu.kernels import (
     blocked_attention,
     paged_decode,
-    paged_store,
     rope,
     rows_linear,
     tiled_linear,
@@ -18,7 +17,6 @@ from vllm_spyre_mm.model_executor.cpu.kernels import (
 from vllm_spyre_mm.model_executor.cpu.kernels.kernel import Kernel
 
 KERNELS: tuple[Kernel, ...] = (
-    paged_store.KERNEL,
     rope.KERNEL,
     paged_decode.KERNEL,
     blocked_attention.KERNEL,
@@ -51,9 +49,6 @@ class ModelShape:
 def loaders(shape: ModelShape) -> list[Callable[[], object]]:
     """What compiles each kernel of a step, when it is called; those that the tier has."""
     needed: list[Callable[[], object]] = [
-        partial(paged_store.kernel, shape.kv_heads * shape.head_dim * shape.dtype.itemsize),
-    ]
-    needed += [
         each.KERNEL.load for each in (tiled_linear, rows_linear) if each.KERNEL.takes(shape.dtype)
     ]
     for head_dim in {shape.head_dim, shape.tower_head_dim or shape.head_dim}:
