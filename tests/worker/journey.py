@@ -41,6 +41,7 @@ from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 from vllm_spyre_mm.scheduler.geometry import geometry_of
+from vllm_spyre_mm.scheduler.outputs import SpyreModelRunnerOutput
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 from vllm_spyre_mm.worker.worker import step_sizes
@@ -244,9 +245,10 @@ class Journey:
                 answer.logits.append(rows[row])
                 answer.token_ids += result.sampled_token_ids[row]
                 answer.rows = max(answer.rows, len(rows))
-            for req_id, embedding in result.mm_embeddings.items():
-                assert answers[req_id].embedding is None, "handed over twice"
-                answers[req_id].embedding = embedding
+            if isinstance(result, SpyreModelRunnerOutput):  # of a prompt's last chunk
+                for req_id, embedding in result.mm_embeddings.items():
+                    assert answers[req_id].embedding is None, "handed over twice"
+                    answers[req_id].embedding = embedding
         scheduler.update_from_output(output, result)
 
     @torch.inference_mode()

@@ -38,17 +38,19 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """The members of a batch by row, in vLLM's own arrays.
+    """The members of a batch by row.
 
     Attributes:
-        token_ids: int32 ``(batch,)``, the last token of each request.
-        num_computed: int32 ``(batch,)``, tokens of each that are in the KV cache.
-        block_rows: int32 ``(num_rows, blocks)``, the block ids of each, from the left; rows
-            beyond the batch are of no meaning.
+        token_ids: the last token of each request.
+        num_computed: tokens of each that are in the KV cache.
+        blocks: the block ids of each, from the left.
+        block_rows: int32 ``(num_rows, blocks)``, vLLM's own array: the same; rows beyond the batch
+            are of no meaning.
     """
 
-    token_ids: np.ndarray
-    num_computed: np.ndarray
+    token_ids: list[int]
+    num_computed: list[int]
+    blocks: list[list[int]]
     block_rows: np.ndarray
 
 

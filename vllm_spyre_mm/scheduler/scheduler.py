@@ -7,8 +7,6 @@ keeps every chunk on Spyre's grid (:mod:`vllm_spyre_mm.scheduler.geometry`). Its
 :class:`SpyreScheduler`.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.interface import PauseState
@@ -175,17 +173,11 @@ class SpyreScheduler(Scheduler):
     def _run(self, step: Step, throttle_prefills: bool) -> SchedulerOutput:
         """Let vLLM schedule the requests that take part, and admit one where the step may."""
         self._step = step
-        with self._admitting(int(step.may_admit)):
-            return super().schedule(throttle_prefills)
-
-    @contextlib.contextmanager
-    def _admitting(self, count: int) -> Iterator[None]:
-        """Let vLLM admit at most ``count`` waiting requests."""
         limit = self.max_num_active_reqs
         taken = len(self.running) + self.num_waiting_for_streaming_input
-        self.max_num_active_reqs = min(limit, taken + count)
+        self.max_num_active_reqs = min(limit, taken + step.may_admit)
         try:
-            yield
+            return super().schedule(throttle_prefills)
         finally:
             self.max_num_active_reqs = limit
 

@@ -2,9 +2,8 @@
 """The requests that are sampled together: vLLM's input batch, and what it keeps of the tokens."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker.block_table import SlotMappingMode
@@ -26,6 +25,11 @@ class SamplingBatch:
     Args:
         vllm_config: of the engine.
         num_rows: requests it can hold.
+
+    Attributes:
+        inputs: vLLM's. Its tables of tokens and of how many are computed are not kept up to date:
+            its sampler takes prompts from them alone.
+        members: the requests by row, as of the last :meth:`set_members`.
     """
 
     def __init__(self, vllm_config: "VllmConfig", num_rows: int) -> None:
@@ -47,6 +51,9 @@ class SamplingBatch:
             # The rows' cache slots are computed in model_executor.card and .cpu.
             slot_mapping_modes=[SlotMappingMode.NONE],
         )
+        self.members: list[RequestState] = []
+        self._num_blocks: list[int] = []  # of each member, in the block table
+        self._given: list[str] = []  # ids, as they were given last
 
     def __len__(self) -> int:
         return self.inputs.num_reqs
@@ -56,46 +63,47 @@ class SamplingBatch:
         """Request ids by row."""
         return self.inputs.req_ids
 
-    def set_members(self, states: Iterable[RequestState]) -> None:
+    def set_members(self, states: list[RequestState]) -> None:
         """Make exactly these requests the members; the rows of those that stay are kept."""
-        wanted = {state.req_id: state for state in states}
-        if wanted.keys() != self.inputs.req_id_to_index.keys():
-            for req_id in [req_id for req_id in self.req_ids if req_id not in wanted]:
-                self.inputs.remove_request(req_id)
-            for req_id, state in wanted.items():
-                if req_id not in self.inputs.req_id_to_index:
-                    self.inputs.add_request(state)
-            self.inputs.condense()
-        self._update_rows([wanted[req_id] for req_id in self.req_ids])
+        req_ids = [state.req_id for state in states]
+        if req_ids != self._given:
+            self._replace_members(dict(zip(req_ids, states, strict=True)))
+            self._given = req_ids
+        self._append_blocks()
         # Also where nobody came or went: logits processors may count steps.
         self.inputs.refresh_metadata()
+
+    def _replace_members(self, wanted: dict[str, RequestState]) -> None:
+        for req_id in [req_id for req_id in self.req_ids if req_id not in wanted]:
+            self.inputs.remove_request(req_id)
+        for req_id, state in wanted.items():
+            if req_id not in self.inputs.req_id_to_index:
+                self.inputs.add_request(state)
+        self.inputs.condense()
+        self.members = [wanted[req_id] for req_id in self.req_ids]
+        self._num_blocks = self.inputs.block_table[0].num_blocks_per_row[: len(wanted)].tolist()
 
     def discard(self, req_ids: Iterable[str]) -> None:
         """Remove requests that ended."""
         removed = [self.inputs.remove_request(req_id) for req_id in req_ids]
         if any(row is not None for row in removed):
+            self._given = []
             self.inputs.condense()
             self.inputs.refresh_metadata()
 
-    def _update_rows(self, states: list[RequestState]) -> None:
-        """Take over the progress and the new blocks of the members, in row order."""
-        table = self.inputs.block_table[0]
-        known = table.num_blocks_per_row[: len(states)].tolist()
-        for row, (state, num_blocks) in enumerate(zip(states, known, strict=True)):
-            if num_blocks < len(state.block_ids[0]):
-                table.append_row(state.block_ids[0][num_blocks:], row)
-        progress = [state.num_computed_tokens for state in states]
-        self.inputs.num_computed_tokens_cpu[: len(states)] = progress
+    def _append_blocks(self) -> None:
+        """Take over the new blocks of the members."""
+        for row, (state, num_known) in enumerate(zip(self.members, self._num_blocks, strict=True)):
+            blocks = state.blocks
+            if num_known < len(blocks):
+                self.inputs.block_table[0].append_row(blocks[num_known:], row)
+                self._num_blocks[row] = len(blocks)
 
     def decode_rows(self) -> DecodeRows:
-        """What a decode of all members is made from.
-
-        Their last tokens are read where they were sampled to: vLLM's table of all tokens, from
-        which its sampler takes prompts, is not kept up to date.
-        """
-        sampled = cast("list[list[int]]", self.inputs.req_output_token_ids)
+        """What a decode of all members is made from."""
         return DecodeRows(
-            token_ids=np.array([tokens[-1] for tokens in sampled], dtype=np.int32),
-            num_computed=self.inputs.num_computed_tokens_cpu[: len(sampled)],
+            token_ids=[state.output_token_ids[-1] for state in self.members],
+            num_computed=[state.num_computed_tokens for state in self.members],
+            blocks=[state.blocks for state in self.members],
             block_rows=self.inputs.block_table[0].get_numpy_array(),
         )

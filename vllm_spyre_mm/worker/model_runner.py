@@ -134,25 +134,26 @@ class SpyreModelRunner:
         if grammar_output is not None:
             apply_grammar_bitmask(pending.scheduler_output, grammar_output, inputs, logits)
         sampled = self.sampler(logits=logits, sampling_metadata=inputs.sampling_metadata)
-        token_ids = sampled.sampled_token_ids.flatten().tolist()
-        logprobs = sampled.logprobs_tensors.tolists() if sampled.logprobs_tensors else None
+        token_ids = sampled.sampled_token_ids.tolist()
+        for state, new in zip(pending.batch.members, token_ids, strict=True):
+            state.output_token_ids += new
+        output = ModelRunnerOutput(
+            req_ids=list(inputs.req_ids),
+            req_id_to_index=dict(inputs.req_id_to_index),
+            sampled_token_ids=token_ids,
+            logprobs=sampled.logprobs_tensors.tolists() if sampled.logprobs_tensors else None,
+        )
+        return output if pending.batch is self.decodes else self._end_prefill(output)
 
-        req_ids = list(inputs.req_ids)
-        states = [self.requests[req_id] for req_id in req_ids]
-        embeddings, infos = _take_embeddings(states)
-        for state, token_id in zip(states, token_ids, strict=True):
-            state.output_token_ids.append(token_id)
-        if pending.batch is self.prefilled:
-            self.prefilled.discard(req_ids)  # it decodes from the next step on
-            if states[0].embedding_fault is not None:
-                return _failed_embedding(req_ids[0], states[0].embedding_fault)
+    def _end_prefill(self, output: ModelRunnerOutput) -> SpyreModelRunnerOutput:
+        """The output of a prompt's last chunk: its embedding goes with it, or the request fails."""
+        (state,) = self.prefilled.members
+        self.prefilled.discard([state.req_id])  # it decodes from the next step on
+        if state.embedding_fault is not None:
+            return _failed_embedding(state.req_id, state.embedding_fault)
+        embeddings, infos = _take_embedding(state)
         return SpyreModelRunnerOutput(
-            req_ids=req_ids,
-            req_id_to_index={req_id: row for row, req_id in enumerate(req_ids)},
-            sampled_token_ids=[[token_id] for token_id in token_ids],
-            logprobs=logprobs,
-            mm_embeddings=embeddings,
-            mm_embedding_infos=infos,
+            **vars(output), mm_embeddings=embeddings, mm_embedding_infos=infos
         )
 
     def reset_encoder_cache(self) -> None:
@@ -272,14 +273,12 @@ def _failed_embedding(req_id: str, reason: str) -> SpyreModelRunnerOutput:
     )
 
 
-def _take_embeddings(
-    states: list[RequestState],
+def _take_embedding(
+    state: RequestState,
 ) -> tuple[dict[str, torch.Tensor], dict[str, MMEmbeddingInfo]]:
-    """Hand over the embeddings that are complete; the requests hold them no longer."""
-    embeddings, infos = {}, {}
-    for state in states:
-        if state.mm_embedding is not None and state.mm_embedding_info is not None:
-            embeddings[state.req_id] = state.mm_embedding
-            infos[state.req_id] = state.mm_embedding_info
-            state.mm_embedding = state.mm_embedding_info = None
-    return embeddings, infos
+    """Hand over the embedding, if there is one; the request holds it no longer."""
+    embedding, info = state.mm_embedding, state.mm_embedding_info
+    state.mm_embedding = state.mm_embedding_info = None
+    if embedding is None or info is None:
+        return {}, {}
+    return {state.req_id: embedding}, {state.req_id: info}

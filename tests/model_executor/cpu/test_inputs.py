@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_spyre_mm.model_executor.cpu.inputs import CpuDecode, CpuInputs
+from vllm_spyre_mm.model_executor.step_inputs import DecodeRows
 
 BLOCK_SIZE, MAX_ROWS, MAX_BLOCKS = 4, 5, 8
 
@@ -28,23 +29,25 @@ def make_steps(least_tokens: int = 2) -> CpuInputs:
 
 
 def decode(steps: CpuInputs, num_computed: list[int], rows: np.ndarray) -> CpuDecode:
-    return steps.decode(
-        token_ids=np.arange(100, 100 + len(num_computed), dtype=np.int32),
-        num_computed=np.array(num_computed, dtype=np.int32),
-        block_rows=rows,
-    )
+    batch = len(num_computed)
+    token_ids = [*range(100, 100 + batch)]
+    return steps.decode(DecodeRows(token_ids, num_computed, rows[:batch].tolist(), rows))
 
 
 batches = st.lists(st.integers(0, MAX_BLOCKS * BLOCK_SIZE - 1), min_size=1, max_size=MAX_ROWS)
 
 
-@given(st.lists(batches, min_size=1, max_size=4), st.integers(1, 2))
+@given(st.lists(batches, min_size=1, max_size=4), st.integers(1, 2), st.sets(st.integers(0, 3)))
 @settings(deadline=None, derandomize=True)
-def test_a_decode_is_one_token_of_each_request(many: list[list[int]], least_tokens: int):
+def test_a_decode_is_one_token_of_each_request(
+    many: list[list[int]], least_tokens: int, after_chunks: set[int]
+):
     """Whatever the steps before it were."""
     steps = make_steps(least_tokens)
     for number, num_computed in enumerate(many):
-        rows = block_rows(number)
+        if number in after_chunks:
+            steps.chunk_attention(block_ids=np.array([7, 3, 9]), end=10, length=3)
+        rows = block_rows(number // 2)
         step = decode(steps, num_computed, rows)
         batch, missing = len(num_computed), max(0, least_tokens - len(num_computed))
         assert step.token_ids.tolist() == [[*range(100, 100 + batch), *[0] * missing]]
@@ -58,6 +61,7 @@ def test_a_decode_is_one_token_of_each_request(many: list[list[int]], least_toke
         assert lengths[:batch] == [position + 1 for position in num_computed]
         assert not any(lengths[batch:])
         assert set(step.attention["query_lengths"].tolist()) == {1}
+        assert step.attention["kv_blocks"].data_ptr() == rows.ctypes.data
 
 
 def test_the_block_table_is_not_copied():

@@ -5,6 +5,7 @@ Each tensor is marked with the dimensions that vary between steps; the card's co
 graph for prefill and one for decode of that.
 """
 
+import numpy as np
 import torch
 
 from vllm_spyre_mm.model_executor.backend import Embed, StepInputs
@@ -47,8 +48,8 @@ class CardInputs(StepInputs):
     def decode_inputs(self, rows: DecodeRows, embed: Embed) -> DecoderInputs:
         """A row for each request, left-padded to the longest."""
         batch = decode_batch(
-            token_ids=rows.token_ids,
-            num_computed=rows.num_computed,
+            token_ids=np.array(rows.token_ids),
+            num_computed=np.array(rows.num_computed),
             block_rows=rows.block_rows[: len(rows.token_ids)],
             block_size=self.block_size,
             at_least=2,

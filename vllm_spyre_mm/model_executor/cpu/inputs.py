@@ -55,10 +55,12 @@ class CpuInputs(StepInputs):
         rows = max(max_num_seqs, least_tokens)
         self.block_size = block_size
         self.least_tokens = least_tokens
-        self._rows = np.arange(max_num_seqs)
         self._by_token = np.zeros((3, rows), dtype=np.int64)  # ids, positions, slots
-        self._views: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._decodes: dict[int, CpuDecode] = {}  # by the number of requests
+        self._block_rows = np.zeros((0, 0), dtype=np.int32)  # that they have
+        self._num_laid_out = 0  # requests of the last step, if that was a decode
         self._kv_lengths, self._query_lengths = np.zeros((2, rows), dtype=np.int32)
+        self._memory = [memoryview(values) for values in (*self._by_token, self._kv_lengths)]
         self._lengths = {
             "kv_lengths": torch.from_numpy(self._kv_lengths),
             "query_lengths": torch.from_numpy(self._query_lengths),
@@ -89,9 +91,7 @@ class CpuInputs(StepInputs):
 
     def decode_inputs(self, rows: DecodeRows, embed: Embed) -> DecoderInputs:
         """One token of each request in one row."""
-        step = self.decode(
-            token_ids=rows.token_ids, num_computed=rows.num_computed, block_rows=rows.block_rows
-        )
+        step = self.decode(rows)
         return DecoderInputs(
             embed(step.token_ids), step.position_ids, step.attention, last_n_tokens=0
         )
@@ -101,44 +101,40 @@ class CpuInputs(StepInputs):
         logits = logits[0]
         return logits if len(logits) == num_rows else logits[:num_rows]
 
-    def decode(
-        self, *, token_ids: np.ndarray, num_computed: np.ndarray, block_rows: np.ndarray
-    ) -> CpuDecode:
-        """Lay out one token of each request.
+    def decode(self, rows: DecodeRows) -> CpuDecode:
+        """Lay out one token of each request; the table of blocks is not copied.
 
-        Args:
-            token_ids: int ``(batch,)``, the last token of each request.
-            num_computed: int ``(batch,)``, tokens of each that are in the KV cache.
-            block_rows: int32 ``(max_num_seqs, max_blocks)``, contiguous: the block ids of each,
-                from the left. It is not copied.
+        The model has just gone through the CPU's caches, and whatever is used for the first time
+        after it is slow: a few lines of Python for each request cost less than NumPy's functions.
         """
-        batch = len(token_ids)
-        tokens = max(batch, self.least_tokens)
-        self._by_token[:, batch:tokens] = 0
-        own_ids, positions, slots = self._by_token[:, :batch]
-        own_ids[:] = token_ids
-        positions[:] = num_computed
-        column, offset = np.divmod(num_computed, self.block_size)
-        slots[:] = block_rows[self._rows[:batch], column]
-        slots *= self.block_size
-        slots += offset
-        np.add(num_computed, 1, out=self._kv_lengths[:batch])
-        self._kv_lengths[batch:] = 0
-        self._query_lengths[:] = 1
-        ids_row, positions_row, slots_row = self._rows_of(tokens)
-        return CpuDecode(
-            token_ids=ids_row,
-            position_ids=positions_row,
-            attention={"slot_mapping": slots_row, **self._attention(block_rows)},
-        )
+        batch = len(rows.token_ids)
+        if rows.block_rows is not self._block_rows:
+            self._block_rows = rows.block_rows
+            self._decodes.clear()
+        if batch != self._num_laid_out:
+            self._by_token[:, batch:] = 0
+            self._kv_lengths[batch:] = 0
+            self._query_lengths[:] = 1
+            self._num_laid_out = batch
+        ids, positions, slots, kv_lengths = self._memory
+        requests = zip(rows.token_ids, rows.num_computed, rows.blocks, strict=True)
+        for row, (token_id, position, blocks) in enumerate(requests):
+            column, offset = divmod(position, self.block_size)
+            ids[row] = token_id
+            positions[row] = position
+            slots[row] = blocks[column] * self.block_size + offset
+            kv_lengths[row] = position + 1
+        if batch not in self._decodes:
+            self._decodes[batch] = self._make_decode(max(batch, self.least_tokens))
+        return self._decodes[batch]
 
-    def _rows_of(self, tokens: int) -> tuple[torch.Tensor, ...]:
-        """Token ids, positions and slots as ``(1, tokens)``, with the strides of such a tensor."""
-        if tokens not in self._views:
-            self._views[tokens] = tuple(
-                torch.from_numpy(values[:tokens]).unsqueeze(0) for values in self._by_token
-            )
-        return self._views[tokens]
+    def _make_decode(self, tokens: int) -> CpuDecode:
+        """Views of the kept memory, with the strides of tensors of so many tokens."""
+        ids, positions, slots = (
+            torch.from_numpy(values[:tokens]).unsqueeze(0) for values in self._by_token
+        )
+        attention = {"slot_mapping": slots, **self._attention(self._block_rows)}
+        return CpuDecode(token_ids=ids, position_ids=positions, attention=attention)
 
     def chunk_attention(
         self, *, block_ids: np.ndarray, end: int, length: int
@@ -150,6 +146,7 @@ class CpuInputs(StepInputs):
             end: position after the chunk.
             length: tokens of the chunk.
         """
+        self._num_laid_out = 0
         self._kv_blocks[0, : len(block_ids)] = block_ids
         for values, first in ((self._kv_lengths, end), (self._query_lengths, length)):
             values[:] = 0
