@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vllm_spyre_mm"
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-PAGES = [README, *sorted(DOCS.glob("*.md"))]
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
 
 
 SHAPES = [Shape("circle", "red", "top left")]
