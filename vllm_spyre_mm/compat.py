@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _NMS_SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 """Signature that torchvision gives to both ``nms`` and ``qnms``."""
 
+_OP_LIBRARIES = ("_C_stable", "_C")
+"""Names of torchvision's operator library: of builds for PyTorch's stable ABI, and of others."""
+
 
 def ensure_torchvision_importable() -> None:
     """Declare the operator schemas that torchvision misses when its op library does not load.
@@ -49,18 +52,21 @@ def _torchvision_folder() -> Path | None:
 
 
 def _load_op_library(folder: Path) -> bool:
-    """Load torchvision's operator library ``_C`` from `folder`; False if that is impossible."""
+    """Load torchvision's operator library from `folder`; False if that is impossible."""
     import torch
 
     loader = (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES)
-    spec = importlib.machinery.FileFinder(str(folder), loader).find_spec("_C")
-    if spec is None or spec.origin is None:
-        return False
-    try:
-        torch.ops.load_library(spec.origin)
-    except OSError:
-        return False
-    return True
+    finder = importlib.machinery.FileFinder(str(folder), loader)
+    for name in _OP_LIBRARIES:
+        spec = finder.find_spec(name)
+        if spec is None or spec.origin is None:
+            continue
+        try:
+            torch.ops.load_library(spec.origin)
+        except OSError:
+            return False
+        return True
+    return False
 
 
 @functools.cache
