@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,10 @@ from tests.tiers import can_emulate_amx, emulated_amx, force_tier
 from vllm_spyre_mm.config import CPU_TIERS, CpuTier
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.model_executor.cpu.tier import detect_tier
+
+# How long a drawn case takes is the machine's, and the first one imports what it needs.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
