@@ -27,6 +27,14 @@ class Engine:
         waiting: Any = SimpleNamespace(queue=self.queue)
         self.output_processor.request_states = {"a": waiting}
         self.output_handler: asyncio.Task[None] | None = None
+        self.shut_down = False
+        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=object()))
+
+    def get_num_unfinished_requests(self) -> int:
+        return self.output_processor.get_num_unfinished_requests()
+
+    def check_admission(self) -> None:
+        """There is room."""
 
     def shutdown(self, timeout: float | None = None) -> None:
         self.timeout = timeout
@@ -51,6 +59,58 @@ def test_requests_that_wait_get_an_error() -> None:
     assert engine.timeout == 3.0
 
 
+def test_no_request_is_admitted_any_more() -> None:
+    engine: Any = Engine()
+    engine.check_admission()
+    server_end._ending_requests(Engine.shutdown)(engine, timeout=3.0)
+    with pytest.raises(GracefulHTTPError, match=r"^the server was shut down") as raised:
+        engine.check_admission(2, request_id="b")
+    assert raised.value.http_status == 503
+
+
+class Clock:
+    """Of a test: a second passes with each look, and a request is finished at the tenth."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def sleep(self, _: float) -> None:
+        self.seconds += 1
+        if self.seconds == 10:
+            self.engine.output_processor.request_states.clear()
+
+
+@pytest.mark.parametrize(
+    ("timeout", "waits"), [(0, 0), (1, 1), (5, 4), (60, 10)], ids="timeout={}".format
+)
+def test_an_engine_of_another_process_is_given_time(
+    monkeypatch: pytest.MonkeyPatch, timeout: int, waits: int
+) -> None:
+    """To finish requests, but for the last second, or half of the time if that is less."""
+    engine: Any = Engine()
+    engine.engine_core.resources.engine_manager = None
+    clock = Clock(engine)
+    monkeypatch.setattr(server_end, "time", clock)
+    shutdown = server_end._ending_requests(Engine.shutdown)
+    shutdown(engine, timeout=timeout)
+    assert clock.seconds == waits
+    shutdown(engine, timeout=timeout)
+    assert clock.seconds == waits
+
+
+def test_an_engine_of_this_process_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits itself."""
+    engine: Any = Engine()
+    clock = Clock(engine)
+    monkeypatch.setattr(server_end, "time", clock)
+    server_end._ending_requests(Engine.shutdown)(engine, timeout=60)
+    assert clock.seconds == 0
+
+
 def test_an_engine_that_nobody_asked_ends() -> None:
     engine: Any = Engine()
     server_end._ending_requests(Engine.shutdown)(engine, timeout=None)
@@ -64,7 +124,6 @@ def test_an_engine_whose_loop_is_gone_ends() -> None:
         engine.output_handler = asyncio.create_task(asyncio.sleep(0))
 
     asyncio.run(ask())
-    engine.shutdown = lambda timeout: None
     server_end._ending_requests(lambda self, timeout: None)(engine, timeout=None)
     assert engine.shut_down
 
@@ -159,9 +218,11 @@ def test_an_engine_without_what_waits_is_refused() -> None:
 
     class AsyncLLM:
         def __init__(self) -> None:
-            self.output_processor = None
+            self.engine_core = self.output_processor = None
 
         def shutdown(self, timeout: float | None = None) -> None: ...
+
+        check_admission = get_num_unfinished_requests = shutdown
 
     module = ModuleType("vllm.v1.engine.async_llm")
     module.AsyncLLM = AsyncLLM  # type: ignore[attr-defined]

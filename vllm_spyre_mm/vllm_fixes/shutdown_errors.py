@@ -2,18 +2,23 @@
 """The end of a server: requests that are not finished get an error, and a failure has a status.
 
 Leans on: ``AsyncLLM.shutdown`` is called, in any thread, when a server gets SIGTERM or SIGINT, and
-ends the engine; ``OutputProcessor.propagate_error`` gives an exception to every request that waits;
+ends the engine, unless another process started it: ``engine_core.resources.engine_manager`` is then
+``None``. ``AsyncLLM.check_admission`` is asked before a request is taken, and what it raises is the
+answer. ``OutputProcessor.propagate_error`` gives an exception to every request that waits.
 ``run_server`` turns SIGTERM into ``KeyboardInterrupt`` until the server listens and calls
 ``run_server_worker``, which awaits what ``build_and_serve`` returns, both by the names of their
-module; the engine's start waits in a ``zmq_socket_ctx``, a name of its module, which swallows
+module. The engine's start waits in a ``zmq_socket_ctx``, a name of its module, which swallows
 ``KeyboardInterrupt``.
 
 By itself vLLM forgets requests that are under way when a server is told to end, unless
 ``--shutdown-timeout`` is long enough for all of them: they wait for ever, and the server for them.
-When its engine dies it exits with status 0. SIGTERM while the engine starts is lost.
+With several API servers it forgets them whatever the flag says. A request that comes during that
+time fails with HTTP 500. When its engine dies it exits with status 0. SIGTERM while the engine
+starts is lost.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from http import HTTPStatus
 from types import ModuleType
@@ -34,6 +39,10 @@ ENGINE_DIED = (
     "was killed (out of memory, for instance)"
 )
 
+LAST_SECOND = 1.0
+"""Seconds in which the errors of unfinished requests are sent: when ``--shutdown-timeout`` is over,
+vLLM kills each of several API servers."""
+
 
 def install() -> None:
     """Extend vLLM's asynchronous engine and its server as soon as they exist."""
@@ -48,7 +57,8 @@ def _extend_async_llm(module: ModuleType) -> None:
     if is_extended(engine.shutdown, __name__):
         return
     require_parameters(engine.shutdown, ("timeout",))
-    require_assigned(engine.__init__, ("output_handler", "output_processor"))
+    require_attributes(engine, ("check_admission", "get_num_unfinished_requests"))
+    require_assigned(engine.__init__, ("engine_core", "output_handler", "output_processor"))
     engine.shut_down = False
     engine.shutdown = _ending_requests(engine.shutdown)
 
@@ -58,7 +68,10 @@ def _ending_requests(original: Callable[..., None]) -> Callable[..., None]:
 
     @extending(original, __name__)
     def shutdown(self: Any, timeout: float | None = None) -> None:
-        self.shut_down = True
+        is_first, self.shut_down = not self.shut_down, True
+        self.check_admission = _refuse
+        if is_first and timeout and self.engine_core.resources.engine_manager is None:
+            _wait_for_requests(self, timeout)
         original(self, timeout=timeout)
         handler = getattr(self, "output_handler", None)
         if handler is None or handler.get_loop().is_closed():
@@ -67,6 +80,29 @@ def _ending_requests(original: Callable[..., None]) -> Callable[..., None]:
         handler.get_loop().call_soon_threadsafe(self.output_processor.propagate_error, error)
 
     return shutdown
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    """Admit no request to a server that ends.
+
+    Raises:
+        GracefulHTTPError: always (HTTP 503).
+    """
+    from vllm.exceptions import GracefulHTTPError
+
+    raise GracefulHTTPError(SHUT_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+def _wait_for_requests(engine: Any, timeout: float) -> None:
+    """Wait until no request is unfinished, which vLLM does only where it ends the engine here.
+
+    Args:
+        engine: an ``AsyncLLM``; its event loop runs in another thread.
+        timeout: seconds until this process is killed.
+    """
+    deadline = time.monotonic() + timeout - min(LAST_SECOND, timeout / 2)
+    while engine.get_num_unfinished_requests() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _extend_entry(module: ModuleType) -> None:
