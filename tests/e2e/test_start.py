@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starting: from an installed wheel, without the guard, and with checkpoints that are not whole."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from tests import architectures
 from tests.checkpoints import edit_tensors
@@ -117,6 +119,55 @@ def test_a_nan_in_a_weight_stops_the_start(demo_checkpoint: Path, tmp_path: Path
     edit_tensors(checkpoint, {"image_newline": torch.full((256,), torch.nan)})
     with pytest.raises(CheckpointError, match="not finite: image_newline"), engine(checkpoint):
         pass
+
+
+SERVE_WITH_A_WHOLE_TORCHVISION = """
+    import sys
+    from vllm_spyre_mm.compat import ensure_torchvision_importable
+    ensure_torchvision_importable()
+    from vllm.entrypoints.cli.main import main
+    try:
+        main()
+    finally:
+        print("LOADED", *(name for name in sys.modules if name.startswith("vllm_spyre_mm")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("plugins", "device"), [("", ()), ("some_plugin,another", ("--device", "spyre"))]
+)
+def test_a_vllm_without_the_plugin_finds_nothing_to_run_on(
+    demo_checkpoint: Path, tmp_path: Path, plugins: str, device: tuple[str, ...]
+) -> None:
+    """In the lean installation: it is vLLM's own error, and nothing of the platform is there."""
+    script = tmp_path / "serve.py"
+    script.write_text(f'if __name__ == "__main__":{SERVE_WITH_A_WHOLE_TORCHVISION}')
+    serve = ("serve", str(demo_checkpoint), "--host", "127.0.0.1", "--port", "0")
+    finished = subprocess.run(
+        [sys.executable, str(script), *serve, *device],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env={**os.environ, "VLLM_PLUGINS": plugins},
+    )
+    assert finished.returncode == 1
+    assert finished.stderr.splitlines()[-1].startswith("RuntimeError: Failed to infer device type")
+    assert "LOADED vllm_spyre_mm vllm_spyre_mm.compat" in finished.stdout.splitlines()
+
+
+def test_the_length_that_fits_is_taken(demo_checkpoint: Path) -> None:
+    """``--max-model-len auto``: one block is nobody's, and the longest request is served."""
+    block_bytes = 64 * 4096
+    with engine(demo_checkpoint, max_model_len=-1, kv_cache_memory_bytes=12 * block_bytes) as llm:
+        longest = 11 * 64
+        assert llm.llm_engine.model_config.max_model_len == longest
+        outputs = llm.generate(
+            [{"prompt_token_ids": [20] * 600}], greedy(longest, ignore_eos=True), use_tqdm=False
+        )
+        with pytest.raises(VLLMValidationError, match=f"maximum model length of {longest}"):
+            llm.generate([{"prompt_token_ids": [20] * longest}], greedy(1), use_tqdm=False)
+    assert len(outputs[0].outputs[0].token_ids) == longest - 600
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 4])
