@@ -21,7 +21,8 @@ from PIL import Image
 
 from tests.e2e.faulty.faulty_encoder import NAN, OUT_OF_MEMORY, RAISES, STALLED, STALLS
 from tests.e2e.serving import Served, chat, data_url, png, starting_server
-from tests.e2e.test_server import picture
+from tests.e2e.test_server import answer, picture
+from tests.reference import Reference
 
 FAULTY = Path(__file__).parent / "faulty"
 QUESTION = "What is in the picture?"
@@ -175,17 +176,21 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize("fault", SENTENCES, ids=["raises", "NaN", "out of memory"])
-def test_one_request_fails_and_the_others_do_not_notice(server: Asked, fault: int) -> None:
+def test_one_request_fails_and_the_others_do_not_notice(
+    server: Asked, demo_reference: Reference, fault: int
+) -> None:
+    beside = 20 + list(SENTENCES).index(fault)  # a picture that no other request has shown
     alone = [chat(server.client, QUESTION, good(seed)) for seed in range(4)]
     others = [server.ask(good(seed)) for seed in range(4)]
-    failing = server.ask(good(7), faulty(fault))
+    failing = server.ask(good(beside), faulty(fault))
     more = [server.ask(good(seed)) for seed in range(4)]
     assert f"the request failed: image{'s 1,' if fault != NAN else ''} 2" in failed(failing)
     assert SENTENCES[fault] in failed(server.ask(faulty(fault)))
     assert [each.result() for each in others] == alone
     assert [each.result() for each in more] == alone
     # The good picture of the failed request was in its step; it is encoded anew.
-    assert chat(server.client, QUESTION, good(7)) == chat(server.client, QUESTION, good(7))
+    expected = answer(demo_reference, QUESTION, picture(beside).image)
+    assert chat(server.client, QUESTION, good(beside)) == expected
 
 
 def test_a_stream_fails_with_a_sentence(server: Asked) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from vllm import LLM, CompletionOutput, SamplingParams
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy
@@ -151,18 +151,25 @@ def test_a_custom_logits_processor_is_honoured(llava_next_checkpoint: Path) -> N
 
 
 def test_prompt_logprobs_are_refused_and_the_next_request_works(llm: LLM) -> None:
+    expected = tokens(sample(llm, ASKS[:1], temperature=0.0))
     with pytest.raises(VLLMValidationError, match="prompt_logprobs is not supported on Spyre"):
         sample(llm, ASKS[:1], prompt_logprobs=1)
-    assert sample(llm, ASKS[:1], temperature=0.0)
+    assert tokens(sample(llm, ASKS[:1], temperature=0.0)) == expected
 
 
-def test_beam_search_works(llm: LLM) -> None:
-    from vllm.sampling_params import BeamSearchParams
-
-    (output,) = llm.beam_search(
-        [ASKS[1].prompt], BeamSearchParams(beam_width=2, max_tokens=4, ignore_eos=True)
-    )
-    assert len(output.sequences) == 2
+def test_beams_begin_with_the_likeliest_tokens(llm: LLM, llava_next_reference: Reference) -> None:
+    """And end with the likeliest sequence first."""
+    ask = ASKS[1]
+    likeliest = llava_next_reference.logits(ask.text, list(ask.images)).topk(3).indices.tolist()
+    for length in (1, 4):
+        parameters = BeamSearchParams(beam_width=3, max_tokens=length, ignore_eos=True)
+        (output,) = llm.beam_search([ask.prompt], parameters)
+        found = [sequence.tokens[-length:] for sequence in output.sequences]
+        assert length > 1 or found == [[token] for token in likeliest]
+        assert {each[0] for each in found} <= set(likeliest)
+        scores = [sequence.cum_logprob for sequence in output.sequences]
+        assert scores == sorted(scores, reverse=True)
+        assert len(set(map(tuple, found))) == 3
 
 
 def test_a_prompt_of_one_token(llm: LLM) -> None:

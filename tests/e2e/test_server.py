@@ -28,9 +28,14 @@ def picture(seed: int) -> pictures.Picture:
     return pictures.draw_picture(pictures.random_shapes(rng, 2), (96, 120), rng=rng)
 
 
-def answer(reference: Reference, question: str, image: Image.Image) -> str:
-    prompt = f"<|user|>\n<image>\n{question}\n<|assistant|>\n"
-    tokens = reference.generate(prompt, [image], 24)
+def answer(
+    reference: Reference, question: str, image: Image.Image | None = None, max_tokens: int = 24
+) -> str:
+    """Of Transformers, to a question about an image or about none."""
+    images = [] if image is None else [image]
+    tags = "<image>\n" * len(images)
+    prompt = f"<|user|>\n{tags}{question}\n<|assistant|>\n"
+    tokens = reference.generate(prompt, images, max_tokens)
     return reference.processor.decode(tokens, skip_special_tokens=True)
 
 
@@ -44,7 +49,8 @@ def still_works(
 
 def test_chat_about_pictures(client: openai.OpenAI, demo_reference: Reference) -> None:
     still_works(client, demo_reference)
-    assert chat(client, "How many pictures are there?")
+    question = "How many pictures are there?"
+    assert chat(client, question) == answer(demo_reference, question)
 
 
 def test_streaming_chat(client: openai.OpenAI, demo_reference: Reference) -> None:
@@ -64,10 +70,11 @@ def test_streaming_chat(client: openai.OpenAI, demo_reference: Reference) -> Non
     assert text == answer(demo_reference, question, drawn.image)
 
 
-def test_text_completion(client: openai.OpenAI) -> None:
-    prompt = "<|user|>\nHow many pictures are there?\n<|assistant|>\n"
+def test_text_completion(client: openai.OpenAI, demo_reference: Reference) -> None:
+    question = "How many pictures are there?"
+    prompt = f"<|user|>\n{question}\n<|assistant|>\n"
     response = client.completions.create(model="demo", prompt=prompt, max_tokens=8, temperature=0)
-    assert response.choices[0].text
+    assert response.choices[0].text == answer(demo_reference, question, max_tokens=8)
 
 
 BROKEN_PICTURES = {

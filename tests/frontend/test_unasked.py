@@ -16,7 +16,6 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_spyre_mm.frontend import unasked
 from vllm_spyre_mm.frontend.hooks import install
 from vllm_spyre_mm.frontend.unasked import decline_unless_asked
-from vllm_spyre_mm.upstream.contract import UnsupportedVllmError
 from vllm_spyre_mm.upstream.marks import is_extended
 
 
@@ -125,16 +124,3 @@ def test_vllm_has_all_of_it() -> None:
         assert is_extended(extended, unasked.__name__)
     # It is imported where it is called: whoever has init_app_state already calls the extended one.
     assert not hasattr(app_state, "init_generate_state")
-
-
-@pytest.mark.parametrize(
-    ("extend", "name"),
-    [
-        (unasked._extend_async_llm, "AsyncLLM"),
-        (unasked._extend_routes, "init_generate_state"),
-        (unasked._extend_beam_search, "BeamSearchOfflineMixin"),
-    ],
-)
-def test_a_vllm_without_what_is_extended_is_refused(extend: Any, name: str) -> None:
-    with pytest.raises(UnsupportedVllmError, match=name):
-        extend(ModuleType("vllm.somewhere"))

@@ -10,6 +10,7 @@ from vllm.exceptions import GenerationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine import async_llm
 
+from vllm_spyre_mm.upstream.marks import is_extended
 from vllm_spyre_mm.vllm_fixes import request_errors
 
 
@@ -73,4 +74,4 @@ def test_wrapped_once() -> None:
     before = async_llm.AsyncLLM.generate
     request_errors.install()
     assert async_llm.AsyncLLM.generate is before
-    assert hasattr(before, "__wrapped__")
+    assert is_extended(before, request_errors.__name__)
