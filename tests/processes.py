@@ -11,12 +11,16 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 GROUPS = {
+    **{
+        f"tests/e2e/server_embeddings/test_{name}.py": "server_embeddings"
+        for name in ("chat", "images_alone", "metrics", "routes")
+    },
     "tests/e2e/test_aborts.py": "soaked",
     "tests/e2e/test_soak.py": "soaked",
     "tests/e2e/test_hostile.py": "server",
     "tests/e2e/test_server.py": "server",
 }
-"""Files that share the fixture of that name, which is a server, and so a process."""
+"""Files that share a server, and so a process, by the name of its fixture or of their folder."""
 
 
 class GroupScheduling(LoadFileScheduling):

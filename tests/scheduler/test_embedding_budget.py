@@ -9,18 +9,10 @@ from vllm.config import VllmConfig
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.request import RequestStatus
 
-from tests.scheduler.test_scheduler import (
-    Simulation,
-    make_request,
-    make_scheduler,
-    run,
-    vllm_config,
-)
+from tests.scheduler.simulation import Simulation, make_request, make_scheduler, run
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.scheduler.embedding_budget import EmbeddingAccounts
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
-
-__all__ = ["vllm_config"]
 
 ROWS = 100
 ROW_BYTES = 256 * 4  # fp32

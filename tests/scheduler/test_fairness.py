@@ -2,13 +2,12 @@
 """Nobody starves: bounds in steps, on vLLM's real scheduler with a model that is only pretended."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from vllm.config import VllmConfig
 
-from tests.scheduler.test_scheduler import (
+from tests.scheduler.simulation import (
     BLOCK,
     CHUNK,
     MAX_MODEL_LEN,
@@ -21,16 +20,12 @@ from tests.scheduler.test_scheduler import (
 LONG = MAX_MODEL_LEN - 10
 CHUNKS = math.ceil(LONG / CHUNK)
 
+pytestmark = pytest.mark.usefixtures("no_blocks_left")
+
 
 @pytest.fixture(scope="module")
 def vllm_config(demo_checkpoint: Path) -> VllmConfig:
     return make_config(demo_checkpoint)
-
-
-@pytest.fixture(autouse=True)
-def _no_state_between_tests(vllm_config: VllmConfig) -> Iterator[None]:
-    yield
-    vllm_config.cache_config.num_gpu_blocks = None
 
 
 @pytest.fixture

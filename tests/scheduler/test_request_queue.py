@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
-from tests.scheduler.test_scheduler import make_request
+from tests.scheduler.simulation import make_request
 from vllm_spyre_mm.scheduler.request_queue import AlternatingQueue
 
 

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedding over HTTP, with a real server and the ``openai`` client."""

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedulers of an engine with small chunks and four rows."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.config.scheduler import SchedulerPolicy
+
+from tests.scheduler.simulation import make_config, make_scheduler
+from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
+
+
+@pytest.fixture(scope="module")
+def vllm_config(demo_checkpoint: Path) -> VllmConfig:
+    return make_config(
+        demo_checkpoint, enable_return_mm_embedding=True, additional_config={"max_batch_tkv": 2048}
+    )
+
+
+@pytest.fixture(scope="module")
+def make(vllm_config: VllmConfig) -> Callable[..., SpyreScheduler]:
+    """Makes a scheduler of a size, a bound on batch × length, and a policy.
+
+    (A function, because Hypothesis cannot print a configuration.)
+    """
+
+    def make(num_blocks: int, bound: int, policy: SchedulerPolicy = "fcfs") -> SpyreScheduler:
+        vllm_config.scheduler_config.policy = policy
+        try:
+            scheduler = make_scheduler(vllm_config, num_blocks)
+        finally:
+            vllm_config.scheduler_config.policy = "fcfs"
+        scheduler.geometry = dataclasses.replace(scheduler.geometry, max_batch_tkv=bound)
+        return scheduler
+
+    return make
+
+
+@pytest.fixture
+def scheduler(vllm_config: VllmConfig) -> SpyreScheduler:
+    return make_scheduler(vllm_config)
+
+
+@pytest.fixture
+def no_blocks_left(vllm_config: VllmConfig) -> Iterator[None]:
+    """Of a test's scheduler, in the configuration that all of them share."""
+    yield
+    vllm_config.cache_config.num_gpu_blocks = None

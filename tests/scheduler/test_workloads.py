@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever is asked is finished within the rules."""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from vllm.config.scheduler import SchedulerPolicy
+from vllm.v1.request import RequestStatus
+
+from tests.scheduler.simulation import MAX_MODEL_LEN, Simulation, make_request
+from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
+
+pytestmark = pytest.mark.usefixtures("no_blocks_left")
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> list[tuple[int, int, int, int]]:
+    """Requests: prompt length, tokens wanted, prompt contents, step at which it arrives."""
+    request = st.tuples(
+        st.integers(1, 700), st.integers(1, 40), st.integers(1, 2), st.integers(0, 30)
+    )
+    return draw(st.lists(request, min_size=1, max_size=9))
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    workload=workloads(),
+    num_blocks=st.sampled_from([17, 18, 24, 60]),
+    bound=st.sampled_from([1024, 2048]),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    aborted=st.integers(0, 8),
+)
+def test_any_workload_finishes_within_the_rules(
+    make: Callable[..., SpyreScheduler],
+    workload: list[tuple[int, int, int, int]],
+    num_blocks: int,
+    bound: int,
+    policy: SchedulerPolicy,
+    aborted: int,
+) -> None:
+    scheduler = make(num_blocks, bound, policy)
+    simulation = Simulation(scheduler)
+    pending = sorted(enumerate(workload), key=lambda item: item[1][3])
+    for step in range(31):
+        while pending and pending[0][1][3] <= step:
+            number, (length, wanted, contents, _) = pending.pop(0)
+            place = (length // 4, length // 2)
+            images = {f"i{contents}-{length}": place} if length > 8 else {}
+            request = make_request(
+                f"r{number}", length, max_tokens=wanted, fill=contents, images=images
+            )
+            request.priority = length % 3
+            scheduler.add_request(request)
+        simulation.step()
+        if step == 20:
+            scheduler.finish_requests(f"r{aborted}", RequestStatus.FINISHED_ABORTED)
+    simulation.run()
+    for number, (length, wanted, _, _) in enumerate(workload):
+        if number != aborted:
+            assert simulation.outputs[f"r{number}"] == min(wanted, MAX_MODEL_LEN - length)
