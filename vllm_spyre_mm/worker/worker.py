@@ -2,6 +2,7 @@
 """One worker process: device, model, KV cache, warmup; vLLM's executor calls it."""
 
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 from vllm_spyre_mm.scheduler.geometry import geometry_of
+from vllm_spyre_mm.upstream.processes import is_engine_process
 from vllm_spyre_mm.worker.encoding import ImageEncodingError
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 from vllm_spyre_mm.worker.warmup import warm_up
@@ -122,7 +124,8 @@ class SpyreWorker(WorkerBase):
             for_card=self.backend.for_card,
             group=self._tensor_parallel_group(),
         )
-        with mmap_threshold():
+        # Not in a process that is somebody's own: its weights take more memory for that.
+        with mmap_threshold() if is_engine_process() else nullcontext():
             fms_model = load_model(self.mapping, checkpoint, options)
             self.model = SpyreModel(fms_model, self.mapping, self.backend)
         logger.info("Loaded %s in %.1f s", checkpoint, time.perf_counter() - started)
