@@ -130,7 +130,7 @@ class SpyrePlatform(Platform):
         group.add_argument(
             "--enable-return-mm-embedding",
             action="store_true",
-            default=False,
+            default=None,  # says nothing
             help="Return the vision features of each request as mm_embedding.",
         )
 

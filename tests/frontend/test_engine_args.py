@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's arguments take the platform's keyword and flags, and get the platform's defaults."""
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
-from vllm.config.multimodal import MultiModalConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -73,14 +73,6 @@ def test_a_contradiction_is_refused_with_both_values(cls: type, wanted: bool):
 def test_other_keywords_are_still_unknown(cls: type):
     with pytest.raises(TypeError, match="enable_return_mm_embeddings"):
         cls(model=MODEL, enable_return_mm_embeddings=True)
-
-
-def test_the_multimodal_configuration_says_where_the_keyword_belongs():
-    with pytest.raises(TypeError, match="not a field of MultiModalConfig") as error:
-        MultiModalConfig(enable_return_mm_embedding=True)
-    for way in (f"LLM({KEYWORD}=True)", "--enable-return-mm-embedding", "additional_config="):
-        assert way in str(error.value)
-    MultiModalConfig()
 
 
 # -- the command line ----------------------------------------------------------------------------
@@ -167,12 +159,18 @@ def test_sizes_that_the_user_gives_are_kept(cls: type):
 
 
 def test_installing_again_wraps_nothing_twice():
-    before = EngineArgs.__init__, AsyncEngineArgs.__init__, MultiModalConfig.__init__
-    from_cli_args = EngineArgs.from_cli_args.__func__
+    before = EngineArgs.__init__, AsyncEngineArgs.__init__
     engine_args.install_engine_args_hooks()
-    after = EngineArgs.__init__, AsyncEngineArgs.__init__, MultiModalConfig.__init__
-    assert after == before
-    assert EngineArgs.from_cli_args.__func__ is from_cli_args
+    assert (EngineArgs.__init__, AsyncEngineArgs.__init__) == before
+
+
+@both_classes
+@pytest.mark.parametrize("wanted", [True, False, None])
+def test_a_copy_says_what_the_original_says(cls: type, wanted: bool | None):
+    arguments = cls(model=MODEL, enable_return_mm_embedding=wanted)
+    fields = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
+    for copy in (dataclasses.replace(arguments, seed=3), cls(**fields)):
+        assert copy.additional_config == arguments.additional_config
 
 
 def test_arguments_that_are_not_as_expected_are_refused_by_name():

@@ -2,13 +2,14 @@
 """Adds ``enable_return_mm_embedding`` to vLLM's engine arguments, and the platform's defaults.
 
 Leans on: ``EngineArgs`` and ``AsyncEngineArgs`` are dataclasses whose generated ``__init__``
-refuses unknown keywords; ``from_cli_args`` builds them from the fields' names alone; both keep a
-dict ``additional_config``, which vLLM carries to every process.
+refuses unknown keywords; ``from_cli_args`` hands the value of each of their fields from the command
+line to ``__init__``; both keep a dict ``additional_config``, which vLLM carries to every process.
 """
 
 import argparse
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,23 @@ from vllm_spyre_mm.upstream.marks import extending, is_extended
 from vllm_spyre_mm.upstream.module_loading import when_loaded
 
 KEYWORD = "enable_return_mm_embedding"
+
+REPLACED = (
+    "vllm.engine.arg_utils.EngineArgs.__init__",
+    "vllm.engine.arg_utils.AsyncEngineArgs.__init__",
+)
+"""Attributes of vLLM's that are replaced."""
+
+
+@dataclass
+class KeywordArgs:
+    """The field that vLLM's argument classes get.
+
+    Attributes:
+        enable_return_mm_embedding: return the embedding of requests with images; None says nothing.
+    """
+
+    enable_return_mm_embedding: bool | None = None
 
 
 class DeviceFlag(argparse.Action):
@@ -50,7 +68,6 @@ class DeviceFlag(argparse.Action):
 def install_engine_args_hooks() -> None:
     """Extend vLLM's argument classes as soon as they exist."""
     when_loaded("vllm.engine.arg_utils", _extend_engine_args)
-    when_loaded("vllm.config.multimodal", _name_the_alternative)
 
 
 def _extend_engine_args(module: ModuleType) -> None:
@@ -63,12 +80,12 @@ def _extend_engine_args(module: ModuleType) -> None:
         KEYWORD not in inspect.signature(module.EngineArgs.__init__).parameters,
         f"EngineArgs has a parameter {KEYWORD!r} of its own",
     )
-    require_attributes(module.EngineArgs, ("from_cli_args",))
     for cls in (module.EngineArgs, module.AsyncEngineArgs):
+        require_attributes(cls, ("__dataclass_fields__", "from_cli_args"))
         if not is_extended(cls.__init__, __name__):
             cls.__init__ = _accepting_keyword(cls.__init__)
-    if not is_extended(module.EngineArgs.from_cli_args, __name__):
-        module.EngineArgs.from_cli_args = _reading_flag(module.EngineArgs.from_cli_args.__func__)
+            # The command line's value then comes as the keyword, and copies are made with it.
+            cls.__dataclass_fields__ |= KeywordArgs.__dataclass_fields__
 
 
 def _accepting_keyword(original: Callable[..., None]) -> Callable[..., None]:
@@ -76,6 +93,7 @@ def _accepting_keyword(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         wanted = kwargs.pop(KEYWORD, None)
         original(self, *args, **kwargs)
+        setattr(self, KEYWORD, wanted)
         if wanted is not None:
             self.additional_config = _with_keyword(self.additional_config, wanted)
         for_card = _is_for_card(self.additional_config, self.enforce_eager)
@@ -107,17 +125,6 @@ def _host_dtype() -> torch.dtype:
     return host_dtypes()[0]
 
 
-def _reading_flag(original: Callable[..., Any]) -> Any:
-    @extending(original, __name__)
-    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
-        engine_args = original(cls, args)
-        if getattr(args, KEYWORD, False):
-            engine_args.additional_config = _with_keyword(engine_args.additional_config, True)
-        return engine_args
-
-    return classmethod(from_cli_args)
-
-
 def _with_keyword(additional_config: Any, wanted: Any) -> dict[str, Any]:
     """``additional_config`` with the keyword in it.
 
@@ -131,24 +138,3 @@ def _with_keyword(additional_config: Any, wanted: Any) -> dict[str, Any]:
             f"{settings[KEYWORD]!r}}}: give one of them"
         )
     return {**settings, KEYWORD: wanted}
-
-
-def _name_the_alternative(module: ModuleType) -> None:
-    """Make ``MultiModalConfig(enable_return_mm_embedding=...)`` say where the keyword belongs."""
-    require_attributes(module, ("MultiModalConfig",))
-    cls = module.MultiModalConfig
-    if is_extended(cls.__init__, __name__):
-        return
-    original = cls.__init__
-
-    @extending(original, __name__)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        if KEYWORD in kwargs:
-            raise TypeError(
-                f"{KEYWORD} is not a field of MultiModalConfig (vLLM copies that object field by "
-                f"field and would lose it): use LLM({KEYWORD}=True), --enable-return-mm-embedding "
-                f'or additional_config={{"{KEYWORD}": true}}'
-            )
-        original(self, *args, **kwargs)
-
-    cls.__init__ = __init__

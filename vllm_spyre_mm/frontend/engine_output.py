@@ -17,6 +17,9 @@ from vllm_spyre_mm.scheduler.outputs import EngineCoreOutput, EngineCoreOutputs
 from vllm_spyre_mm.upstream.contract import require, require_attributes
 from vllm_spyre_mm.upstream.module_loading import when_loaded
 
+REPLACED = ("vllm.v1.engine.core_client.EngineCoreOutputs",)
+"""Attributes of vLLM's that are replaced."""
+
 
 def install() -> None:
     """Let the front end decode the embedding."""

@@ -35,6 +35,9 @@ COUNTERS = {
 }
 """Name and description by field of :class:`SpyreSchedulerStats`."""
 
+REPLACED = ("vllm.v1.metrics.loggers.PrometheusStatLogger",)
+"""Attributes of vLLM's that are replaced."""
+
 
 def install() -> None:
     """Let vLLM make the extended logger as soon as it can make one."""

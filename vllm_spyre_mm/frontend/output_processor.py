@@ -3,7 +3,8 @@
 
 Leans on: ``OutputProcessor.process_outputs`` handles every output of the engine and keeps a
 ``RequestState`` for each request; ``RequestState._new_completion_output`` makes every
-``CompletionOutput`` of a generation; ``RequestOutput.add`` merges streamed outputs field by field.
+``CompletionOutput`` of a generation, a dataclass; ``RequestOutput.add`` merges streamed outputs
+field by field.
 
 The engine sends the embedding with a request's first output, because the front end may end the
 request by itself (stop strings) and the engine's last output then never comes. It is kept in the
@@ -17,12 +18,35 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from vllm.outputs import CompletionOutput as VllmCompletionOutput
 
+from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
 from vllm_spyre_mm.upstream.contract import require, require_attributes, require_parameters
 from vllm_spyre_mm.upstream.marks import extending, is_extended
 from vllm_spyre_mm.upstream.module_loading import when_loaded
 
-ATTRIBUTE, INFO = "mm_embedding", "mm_embedding_info"
+ATTRIBUTE = "mm_embedding"
+
+REPLACED = (
+    "vllm.outputs.RequestOutput.add",
+    "vllm.v1.engine.output_processor.OutputProcessor.process_outputs",
+    "vllm.v1.engine.output_processor.RequestState._new_completion_output",
+)
+"""Attributes of vLLM's that are replaced."""
+
+
+class CompletionOutput(VllmCompletionOutput):
+    """vLLM's output of one answer, whose text shows the embedding's shape and dtype."""
+
+    mm_embedding: torch.Tensor | None
+    mm_embedding_info: MMEmbeddingInfo | None
+
+    def __repr__(self) -> str:
+        embedding = self.mm_embedding
+        shown = (
+            None if embedding is None else f"Tensor({tuple(embedding.shape)}, {embedding.dtype})"
+        )
+        return f"{super().__repr__().removesuffix(')')}, {ATTRIBUTE}={shown})"
 
 
 def install() -> None:
@@ -39,25 +63,12 @@ def _extend_outputs(module: ModuleType) -> None:
     _require_no_embedding(completion)
     require_parameters(request.add, ("next_output", "aggregate"))
     completion.mm_embedding = completion.mm_embedding_info = None
-    completion.__repr__ = _showing_embedding(completion.__repr__)
     request.add = _keeping_embedding(request.add)
 
 
 def _require_no_embedding(cls: type) -> None:
     """A vLLM that has the attribute fills it in a way of its own."""
     require(not hasattr(cls, ATTRIBUTE), f"{cls.__name__} has {ATTRIBUTE!r} of its own")
-
-
-def _showing_embedding(original: Callable[[Any], str]) -> Callable[[Any], str]:
-    @extending(original, __name__)
-    def __repr__(self: Any) -> str:
-        embedding = self.mm_embedding
-        shown = (
-            None if embedding is None else f"Tensor({tuple(embedding.shape)}, {embedding.dtype})"
-        )
-        return f"{original(self).removesuffix(')')}, {ATTRIBUTE}={shown})"
-
-    return __repr__
 
 
 def _keeping_embedding(original: Callable[..., None]) -> Callable[..., None]:
@@ -125,7 +136,8 @@ def _finishing_with_embedding(original: Callable[..., Any]) -> Callable[..., Any
     def _new_completion_output(
         self: Any, token_ids: list[int], finish_reason: Any, stop_reason: Any
     ) -> Any:
-        completion = original(self, token_ids, finish_reason, stop_reason)
+        made = original(self, token_ids, finish_reason, stop_reason)
+        completion = CompletionOutput(**vars(made))
         if finish_reason is not None:
             completion.mm_embedding = self.mm_embedding
             completion.mm_embedding_info = self.mm_embedding_info
