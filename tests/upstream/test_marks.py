@@ -24,18 +24,11 @@ TARGETS = {
     ("vllm_fixes.sender_cache", "_extend_output_processor", "vllm.v1.engine.output_processor"): [
         "OutputProcessor.add_request"
     ],
-    ("frontend.unasked", "_extend_async_llm", "vllm.v1.engine.async_llm"): [
+    ("frontend.async_llm", "_extend_async_llm", "vllm.v1.engine.async_llm"): [
         "AsyncLLM.__init__",
+        "AsyncLLM.generate",
     ],
-    (
-        "frontend.http.openai_api",
-        "_extend_batch",
-        "vllm.entrypoints.openai.chat_completion.batch_serving",
-    ): [
-        "OpenAIServingChatBatch.create_batch_chat_completion",
-        "OpenAIServingChatBatch.render_batch_chat_request",
-        "OpenAIServingChatBatch.chat_completion_full_generator_batch",
-    ],
+    ("frontend.http.endpoint_plugin", "_extend_loading", "vllm.plugins"): ["load_endpoint_plugins"],
     ("vllm_fixes.chat_parts", "_extend_renderer", "vllm.renderers.base"): [
         "BaseRenderer.render_chat_async"
     ],
@@ -82,39 +75,12 @@ TARGETS = {
         "BaseMultiModalItemTracker.add",
         "_resolve_items",
     ],
-    (
-        "frontend.http.openai_api",
-        "_extend_chat",
-        "vllm.entrypoints.openai.chat_completion.serving",
-    ): [
-        "OpenAIServingChat.create_chat_completion",
-        "OpenAIServingChat.chat_completion_full_generator",
-        "OpenAIServingChat.chat_completion_stream_generator",
-    ],
-    (
-        "frontend.http.openai_api",
-        "_extend_completion",
-        "vllm.entrypoints.openai.completion.serving",
-    ): [
-        "OpenAIServingCompletion.create_completion",
-        "OpenAIServingCompletion.completion_stream_generator",
-        "OpenAIServingCompletion.request_output_to_completion_response",
-    ],
-    ("frontend.http.openai_api", "_extend_models", "vllm.entrypoints.openai.models.serving"): [
-        "OpenAIServingModels.show_available_models"
-    ],
-    ("frontend.http.openai_api", "_add_routes", "vllm.entrypoints.launchers.app"): [
-        "attach_endpoint_plugins"
-    ],
     ("frontend.output_processor", "_extend_outputs", "vllm.outputs"): [
         "RequestOutput.add",
     ],
     ("frontend.output_processor", "_extend_output_processor", "vllm.v1.engine.output_processor"): [
         "OutputProcessor.process_outputs",
         "RequestState._new_completion_output",
-    ],
-    ("vllm_fixes.request_errors", "_extend_async_llm", "vllm.v1.engine.async_llm"): [
-        "AsyncLLM.generate"
     ],
     ("vllm_fixes.shutdown_errors", "_extend_async_llm", "vllm.v1.engine.async_llm"): [
         "AsyncLLM.shutdown"

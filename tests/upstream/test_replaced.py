@@ -10,7 +10,7 @@ from collections import Counter
 
 import vllm_spyre_mm
 
-BOUND = 66
+BOUND = 54
 """Of the attributes that are replaced."""
 
 SCAN = """

@@ -21,20 +21,20 @@ def install() -> None:
             checked the versions when it was loaded.)
     """
     from vllm_spyre_mm.frontend import (
+        async_llm,
         engine_output,
         input_processor,
         metrics,
         mixed_images,
         output_processor,
-        unasked,
     )
-    from vllm_spyre_mm.frontend.http import openai_api
+    from vllm_spyre_mm.frontend.http import endpoint_plugin
 
     engine_output.install()
     output_processor.install()
     input_processor.install()
     metrics.install()
     mixed_images.install()
-    openai_api.install()
-    unasked.install()
+    async_llm.install()
+    endpoint_plugin.install()
     vllm_fixes.install()

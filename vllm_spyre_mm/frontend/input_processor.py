@@ -8,6 +8,7 @@ for each picture, the tag that was found for it, or None (where vLLM would fail 
 does not say what is wrong). An exception from any of them fails that request alone (HTTP 400).
 """
 
+import copy
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,10 +21,21 @@ from vllm_spyre_mm.frontend.request_validation import (
     validate_mixture,
     validate_tags,
 )
-from vllm_spyre_mm.frontend.unasked import decline_unless_asked
+from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG
 from vllm_spyre_mm.upstream.contract import require_attributes, require_parameters
 from vllm_spyre_mm.upstream.marks import extending, is_extended
 from vllm_spyre_mm.upstream.module_loading import when_loaded
+
+REPLACED = (
+    "vllm.v1.engine.input_processor.InputProcessor.process_inputs",
+    "vllm.multimodal.processing.processor.BaseMultiModalProcessor.apply",
+    "vllm.multimodal.processing.processor.BaseMultiModalProcessor._matched_updates_from_result",
+)
+"""Attributes of vLLM's that are replaced."""
+
+RETURNS_UNASKED = "returns_unasked"
+"""Of an input processor: whether the settings' default applies to its requests (it does unless
+this says no: see ``async_llm``)."""
 
 
 def install() -> None:
@@ -39,7 +51,7 @@ def _extend_input_processor(module: ModuleType) -> None:
         return
     require_parameters(processor.process_inputs, ("request_id", "prompt", "params", "resumable"))
     require_parameters(processor.__init__, ("vllm_config",))
-    processor.returns_unasked = True
+    setattr(processor, RETURNS_UNASKED, True)
     processor.process_inputs = _checking(processor.process_inputs)
 
 
@@ -48,8 +60,7 @@ def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         validate_engine_request(request, self.vllm_config.model_config)
-        if not self.returns_unasked:
-            decline_unless_asked(request)
+        decline_unless_asked(request, returns_unasked=getattr(self, RETURNS_UNASKED))
         prepare_embedding(request, self.vllm_config)
         return request
 
@@ -66,6 +77,24 @@ def _extend_multimodal_processor(module: ModuleType) -> None:
     require_parameters(processor._matched_updates_from_result, ("match_result",))
     processor.apply = _checking_images(processor.apply)
     processor._matched_updates_from_result = _explaining(processor._matched_updates_from_result)
+
+
+def decline_unless_asked(request: Any, *, returns_unasked: bool) -> None:
+    """Make a request that says nothing say that it wants no embedding, in place.
+
+    Those of one token each that a beam search is made of show theirs to nobody: vLLM makes their
+    parameters itself, and says so with ``skip_clone``, as servers do.
+
+    Args:
+        request: vLLM's ``EngineCoreRequest``; its parameters may be its caller's.
+        returns_unasked: whether the settings' default applies to the others.
+    """
+    params = request.sampling_params
+    if params is None or not request.mm_features or (returns_unasked and not params.skip_clone):
+        return
+    if (params.extra_args or {}).get(EXTRA_ARG) is None:
+        request.sampling_params = copy.copy(params)
+        request.sampling_params.extra_args = {**(params.extra_args or {}), EXTRA_ARG: False}
 
 
 def _checking_images(original: Callable[..., Any]) -> Callable[..., Any]:

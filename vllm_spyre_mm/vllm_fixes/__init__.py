@@ -15,7 +15,6 @@ def install() -> None:
         media,
         mistral_format,
         parent_watchdog,
-        request_errors,
         sender_cache,
         shutdown_errors,
         unsupported_operations,
@@ -26,7 +25,6 @@ def install() -> None:
     chat_parts.install()
     mistral_format.install()
     array_pictures.install()
-    request_errors.install()
     shutdown_errors.install()
     cleanup_without_accelerator.install()
     parent_watchdog.install()

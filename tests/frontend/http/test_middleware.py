@@ -11,12 +11,9 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from vllm_spyre_mm.frontend.http.middleware import (
-    PENDING,
-    EmbeddingMiddleware,
-    PendingEmbeddings,
-    asks_for_embedding,
-)
+from vllm_spyre_mm.frontend.http.exchange import EXCHANGE, PendingEmbeddings
+from vllm_spyre_mm.frontend.http.middleware import EmbeddingMiddleware
+from vllm_spyre_mm.frontend.http.openai_requests import parse_if_asking
 
 PIECES = 40
 
@@ -29,6 +26,13 @@ def text(taken: list[int] | None = None, count: int = PIECES) -> Iterator[bytes]
         yield f"{'[' if number == 0 else ','}{number}{']' if number == count - 1 else ''}".encode()
 
 
+def pending_embeddings() -> PendingEmbeddings:
+    """Of the request that is served."""
+    exchange = EXCHANGE.get()
+    assert exchange is not None
+    return exchange.pending
+
+
 @pytest.fixture
 def app() -> FastAPI:
     app = FastAPI()
@@ -36,8 +40,7 @@ def app() -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Any:
-        pending = PENDING.get()
-        assert pending is not None
+        pending = pending_embeddings()
         if (await request.json()).get("stream"):
             events = [f"data: {json.dumps({'e': pending.add(text())})}\n\n" for _ in range(2)]
 
@@ -50,7 +53,7 @@ def app() -> FastAPI:
 
     @app.post("/v1/anything")
     async def anything(request: Request) -> Any:
-        assert PENDING.get() is None
+        assert not pending_embeddings()
         return await request.json()
 
     return app
@@ -99,8 +102,7 @@ def test_the_event_loop_has_a_turn_after_each_piece_of_all_responses() -> None:
     responses = 5
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        pending = PENDING.get()
-        assert pending is not None
+        pending = pending_embeddings()
         body = json.dumps({"e": pending.add(text(taken))}).encode()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": body})
@@ -126,8 +128,7 @@ def test_nothing_is_encoded_for_a_client_that_is_gone() -> None:
     sent: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        pending = PENDING.get()
-        assert pending is not None
+        pending = pending_embeddings()
         body = json.dumps({"e": pending.add(text(taken, 100_000))}).encode()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": body})
@@ -198,5 +199,5 @@ def test_a_body_in_parts_is_read_whole_and_handed_on(app: FastAPI) -> None:
     "body", [b"", b"{", b'\xff"return_mm_embedding"', b'["return_mm_embedding']
 )
 def test_what_is_no_json_is_the_routes_to_refuse(body: bytes) -> None:
-    assert not asks_for_embedding(body)
-    assert not asks_for_embedding(b'{"return_mm_embedding":' + b"[" * 100_000)
+    assert parse_if_asking(body) is None
+    assert parse_if_asking(b'{"return_mm_embedding":' + b"[" * 100_000) is None

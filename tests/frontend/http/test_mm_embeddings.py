@@ -14,12 +14,9 @@ from hypothesis import strategies as st
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.frontend.http.exchange import EXCHANGE
+from vllm_spyre_mm.frontend.http.middleware import EmbeddingMiddleware
 from vllm_spyre_mm.frontend.http.mm_embeddings import router
-from vllm_spyre_mm.frontend.http.openai_api import read_field
-from vllm_spyre_mm.multimodal.embedding import parse_choice
-
-ON = SpyreSettings(enable_return_mm_embedding=True)
 
 
 class Serving:
@@ -29,8 +26,9 @@ class Serving:
         self.asked: list[Any] = []
 
     async def create_chat_completion(self, request: Any, raw_request: Any) -> ErrorResponse:
-        read_field(request, ON)
-        self.asked.append(request)
+        exchange = EXCHANGE.get()
+        assert exchange is not None
+        self.asked.append((request, exchange.choice))
         return ErrorResponse(error=ErrorInfo(message="no model", type="NotFoundError", code=404))
 
 
@@ -43,6 +41,7 @@ def serving() -> Serving:
 def client(serving: Serving) -> Iterator[TestClient]:
     """Of the route alone, with vLLM's own handling of errors; what is no refusal is raised."""
     app = FastAPI()
+    app.add_middleware(EmbeddingMiddleware)
     app.include_router(router)
     init_exception_handler(app)
     app.state.args = SimpleNamespace(log_error_stack=False)
@@ -87,8 +86,7 @@ def test_any_json_is_refused_or_handed_on_as_a_chat(
     said = response.json()
     assert said["error"]["message"]
     assert bool(serving.asked) == (response.status_code == 404)
-    for request in serving.asked:
-        choice = parse_choice(request.vllm_xargs["return_mm_embedding"])
+    for request, choice in serving.asked:
         assert choice is not None
         assert not choice.generate
         assert request.max_tokens == 1

@@ -1,79 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings in HTTP messages: which routes return them, and how they are written into a response.
+"""Embeddings in HTTP messages: what a request asks for is read, and its response gets it.
 
 A response is made with a short placeholder for each embedding. The text that belongs there may be
 hundreds of megabytes, so it is encoded while the response is sent: a piece at a time, as fast as
 the client reads, and never more than one piece between two turns of the event loop. Whatever is
-asked for, other requests wait for a few milliseconds.
+asked for, other requests wait for a few milliseconds. A response to a request that does not ask is
+sent on as it comes.
 """
 
 import asyncio
-import json
-import re
-import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm_spyre_mm.frontend.http.exchange import EXCHANGE, Exchange
+from vllm_spyre_mm.frontend.http.openai_requests import (
+    asks_anywhere,
+    exchange_for,
+    parse_if_asking,
+)
+from vllm_spyre_mm.frontend.http.openai_responses import (
+    add_to_events,
+    add_to_models,
+    add_to_response,
+)
 from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG
 
-CHAT, BATCH, COMPLETIONS, IMAGES = (
+if TYPE_CHECKING:
+    from vllm.exceptions import VLLMValidationError
+
+CHAT, BATCH, COMPLETIONS, IMAGES, MODELS = (
     "/v1/chat/completions",
     "/v1/chat/completions/batch",
     "/v1/completions",
     "/v1/mm_embeddings",
+    "/v1/models",
 )
 ROUTES = (CHAT, BATCH, COMPLETIONS, IMAGES, "/invocations")
 """Those that return embeddings. (SageMaker's hands its requests to the others.)"""
 
-_PLACEHOLDER = re.compile(rb'"mm_embedding:([0-9a-f]{32})"')
-
-
-class PendingEmbeddings:
-    """The embeddings of one response that are still to be written into it."""
-
-    def __init__(self) -> None:
-        self._texts: dict[bytes, Iterator[bytes]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._texts)
-
-    def add(self, text: Iterator[bytes]) -> str:
-        """Keep an embedding for later.
-
-        Args:
-            text: pieces of its JSON.
-
-        Returns:
-            The value that stands for it in the response.
-        """
-        name = secrets.token_hex(16)
-        self._texts[name.encode()] = text
-        return f"mm_embedding:{name}"
-
-    def fill(self, body: bytes) -> Iterator[bytes]:
-        """Pieces of ``body`` with the embeddings in place of what stands for them."""
-        end = 0
-        for match in _PLACEHOLDER.finditer(body):
-            text = self._texts.pop(match[1], None)
-            if text is not None:
-                yield body[end : match.start()]
-                yield from text
-                end = match.end()
-        yield body[end:]
-
-
-PENDING: ContextVar[PendingEmbeddings | None] = ContextVar("pending_embeddings", default=None)
-"""Of the request that is served in this context; None where no middleware writes its response."""
-
 
 class EmbeddingMiddleware:
-    """Refuses requests for embeddings that their route does not return, and writes the others'.
+    """Reads what requests ask for, refuses what their route does not return, writes the responses.
 
     Args:
         app: what serves the requests.
@@ -85,36 +58,56 @@ class EmbeddingMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif scope["path"].endswith(ROUTES):
+        elif scope["method"] == "POST":
             await self._serve(scope, receive, send)
+        elif scope["method"] == "GET" and scope["path"].endswith(MODELS):
+            vllm_config = scope["app"].state.vllm_config
+            editing = _Editing(send, whole=lambda body: add_to_models(body, vllm_config))
+            await self.app(scope, receive, editing)
         else:
-            messages = await _whole_body(scope, receive)
-            if asks_for_embedding(b"".join(message.get("body", b"") for message in messages)):
-                await _refusal(scope["path"])(scope, receive, send)
-            else:
-                await self.app(scope, _replaying(messages, receive), send)
+            await self.app(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pending = PendingEmbeddings()
+        from vllm.exceptions import VLLMValidationError
+
+        messages = await _whole_body(scope, receive)
+        body = b"".join(message.get("body", b"") for message in messages)
+        receive = _replaying(messages, receive)
+        try:
+            exchange = _exchange(scope["path"], body)
+        except VLLMValidationError as error:
+            await _error_response(error)(scope, receive, send)
+            return
+        del body  # it may be long, and is the route's to keep
+        reset = EXCHANGE.set(exchange)
+        try:
+            await self.app(scope, receive, self._answering(exchange, receive, send))
+        finally:
+            EXCHANGE.reset(reset)
+
+    def _answering(self, exchange: Exchange, receive: Receive, send: Send) -> Send:
+        """What sends a response with its embeddings."""
 
         async def filling(message: Message) -> None:
-            if not pending:
+            if not exchange.pending:
                 await send(message)
             elif message["type"] == "http.response.start":
                 del MutableHeaders(scope=message)["content-length"]  # known when it is sent
                 await send(message)
             else:
                 async with _watching(receive) as gone:
-                    await self._write(pending.fill(message.get("body", b"")), gone, send)
+                    await self._write(exchange.pending.fill(message.get("body", b"")), gone, send)
                 await send({**message, "body": b""})
 
-        reset = PENDING.set(pending)
-        try:
-            await self.app(scope, receive, filling)
-        finally:
-            PENDING.reset(reset)
+        if exchange.choice is None:  # or the route chooses, and puts it into its response itself
+            return filling
+        return _Editing(
+            filling,
+            whole=lambda body: add_to_response(body, exchange.value),
+            events=lambda body: add_to_events(body, exchange.value),
+        )
 
     async def _write(self, pieces: Iterator[bytes], gone: "asyncio.Task[None]", send: Send) -> None:
         """Send what ``pieces`` yields, until the client is gone."""
@@ -125,6 +118,48 @@ class EmbeddingMiddleware:
             if piece is None:
                 return
             await send({"type": "http.response.body", "body": piece, "more_body": True})
+
+
+class _Editing:
+    """Sends a response with another body.
+
+    Args:
+        send: what it is sent with.
+        whole: makes the new body of a response of JSON, which is sent when it is whole.
+        events: makes the new text of server-sent events, which are sent as they come.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        whole: Callable[[bytes], bytes],
+        events: Callable[[bytes], bytes] | None = None,
+    ) -> None:
+        self._send, self._whole, self._events = send, whole, events
+        self._start: Message | None = None  # of a response that is not whole yet
+        self._parts: list[bytes] = []
+        self._is_stream = False
+
+    async def __call__(self, message: Message) -> None:
+        """Send one message of the response, or keep it."""
+        if message["type"] == "http.response.start":
+            content_type = Headers(raw=message.get("headers", [])).get("content-type", "")
+            self._is_stream = content_type.startswith("text/event-stream")
+            if "json" in content_type:
+                self._start = message
+            else:
+                await self._send(message)
+        elif self._start is not None:
+            self._parts.append(message.get("body", b""))
+            if not message.get("more_body"):
+                body = self._whole(b"".join(self._parts))
+                MutableHeaders(scope=self._start)["content-length"] = str(len(body))
+                await self._send(self._start)
+                await self._send({**message, "body": body})
+        elif self._is_stream and self._events is not None:
+            await self._send({**message, "body": self._events(message.get("body", b""))})
+        else:
+            await self._send(message)
 
 
 @asynccontextmanager
@@ -142,52 +177,50 @@ async def _watching(receive: Receive) -> "AsyncIterator[asyncio.Task[None]]":
         gone.cancel()
 
 
-def asks_for_embedding(body: bytes) -> bool:
-    """Whether a request says that it wants an embedding, where vLLM's routes have such fields."""
-    if EXTRA_ARG.encode() not in body:
-        return False
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):
-        return False  # the route says what is wrong with it
-    parameters = _field(request, "sampling_params")
-    places = (request, _field(request, "vllm_xargs"), _field(parameters, "extra_args"))
-    return any(_field(place, EXTRA_ARG) not in (None, False) for place in places)
+def _exchange(path: str, body: bytes) -> Exchange:
+    """What a request asks for.
+
+    Raises:
+        VLLMValidationError: what there is not, or what its route does not return (HTTP 400).
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    if path.endswith(IMAGES):
+        return Exchange()  # its fields are its own
+    request = parse_if_asking(body)
+    if path.endswith(ROUTES):
+        return exchange_for(request)
+    if asks_anywhere(request):
+        raise VLLMValidationError(
+            f"return_mm_embedding is asked for, and {path} returns no embedding: ask {CHAT}, "
+            f"{BATCH} or {IMAGES}",
+            parameter=EXTRA_ARG,
+        )
+    return Exchange()
 
 
-def _field(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, dict) else None
-
-
-async def _whole_body(scope: Scope, receive: Receive) -> list[Message]:
+async def _whole_body(scope: Scope, receive: Receive) -> deque[Message]:
     """The messages of a request with a JSON body; none of another, which is not read."""
     if "json" not in Headers(scope=scope).get("content-type", ""):
-        return []
-    messages = [await receive()]
+        return deque()
+    messages = deque([await receive()])
     while messages[-1].get("more_body"):
         messages.append(await receive())
     return messages
 
 
-def _replaying(messages: list[Message], receive: Receive) -> Receive:
-    """What gives ``messages`` first."""
-    waiting = iter(messages)
+def _replaying(messages: deque[Message], receive: Receive) -> Receive:
+    """What gives ``messages`` first, and keeps none that it gave."""
 
     async def replay() -> Message:
-        return next(waiting, None) or await receive()
+        return messages.popleft() if messages else await receive()
 
     return replay
 
 
-def _refusal(path: str) -> JSONResponse:
+def _error_response(error: "VLLMValidationError") -> JSONResponse:
+    """As vLLM's routes answer it."""
     from vllm.entrypoints.serve import create_error_response
-    from vllm.exceptions import VLLMValidationError
 
-    error = create_error_response(
-        VLLMValidationError(
-            f"return_mm_embedding is asked for, and {path} returns no embedding: ask {CHAT}, "
-            f"{BATCH} or {IMAGES}",
-            parameter=EXTRA_ARG,
-        )
-    )
-    return JSONResponse(error.model_dump(), status_code=error.error.code)
+    response = create_error_response(error)
+    return JSONResponse(response.model_dump(), status_code=response.error.code)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``POST /v1/mm_embeddings``: embeddings of images, without a question and without an answer.
 
-vLLM loads endpoint plugins only where ``VLLM_PLUGINS`` names them; this one route is added without
-(see ``openai_api``), as the platform's other features are.
+The decoder's part of a chat is left out: the images are a chat's, and its answer is not shown.
 """
 
 from typing import Any
@@ -12,7 +11,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
-from vllm_spyre_mm.multimodal.embedding import parse_choice
+from vllm_spyre_mm.frontend.http.exchange import EXCHANGE
+from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, parse_choice
 
 router = APIRouter()
 
@@ -55,20 +55,15 @@ async def create_mm_embeddings(body: MMEmbeddingsRequest, raw_request: Request) 
             f"input takes images alone, not {', '.join(others)}: ask /v1/chat/completions",
             parameter="input",
         )
-    choice = parse_choice(body.return_mm_embedding)
-    if choice is None:
-        raise VLLMValidationError(
-            "return_mm_embedding is false, and embeddings are all that there is here",
-            parameter="return_mm_embedding",
-        )
+    exchange = EXCHANGE.get()
+    assert exchange is not None, "the middleware comes with this route"
+    exchange.choice = _choice_of(body)
     request = ChatCompletionRequest.model_validate(
         {
             "model": body.model,
             "messages": [{"role": "user", "content": body.input}],
             "max_tokens": 1,
             "temperature": 0,
-            "return_mm_embedding": choice.model_dump(mode="json") | {"generate": False},
-            "encoding_format": body.encoding_format,
         }
     )
     response = await raw_request.app.state.openai_serving_chat.create_chat_completion(
@@ -82,7 +77,22 @@ async def create_mm_embeddings(body: MMEmbeddingsRequest, raw_request: Request) 
             "object": "mm_embedding",
             "created": response.created,
             "model": response.model,
-            "mm_embedding": response.choices[0].mm_embedding,
+            "mm_embedding": exchange.value(0),
             "usage": {"prompt_tokens": response.usage.prompt_tokens},
         }
     )
+
+
+def _choice_of(body: MMEmbeddingsRequest) -> EmbeddingChoice:
+    from vllm.exceptions import VLLMValidationError
+
+    choice = parse_choice(body.return_mm_embedding)
+    if choice is None:
+        raise VLLMValidationError(
+            "return_mm_embedding is false, and embeddings are all that there is here",
+            parameter="return_mm_embedding",
+        )
+    given = choice.model_dump(mode="json")
+    alone = parse_choice(given | {"generate": False, "encoding_format": body.encoding_format})
+    assert alone is not None
+    return alone

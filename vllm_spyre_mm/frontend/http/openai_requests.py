@@ -1,14 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The field ``return_mm_embedding`` of the requests of OpenAI's API."""
+"""The field ``return_mm_embedding`` in the JSON of requests."""
 
+import json
 from typing import Any
 
-from vllm_spyre_mm.config import SpyreSettings
-from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG, EmbeddingChoice, parse_choice
+from pydantic import TypeAdapter, ValidationError
+
+from vllm_spyre_mm.frontend.http.exchange import Exchange
+from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG, parse_choice
 
 
-def ask_of(request: Any) -> EmbeddingChoice | None:
-    """The choice of a request that has the field, and wants an embedding; None of another.
+def parse_if_asking(body: bytes) -> dict[str, Any] | None:
+    """A request that has the field somewhere; None of another, which is not parsed.
+
+    Args:
+        body: what came, JSON or not. What is no JSON is left to its route.
+    """
+    if EXTRA_ARG.encode() not in body:
+        return None
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return request if isinstance(request, dict) else None
+
+
+def asks_anywhere(request: dict[str, Any] | None) -> bool:
+    """Whether a request says that it wants an embedding, where any of vLLM's routes has fields."""
+    parameters = _field(request, "sampling_params")
+    places = (request, _field(request, "vllm_xargs"), _field(parameters, "extra_args"))
+    return any(_field(place, EXTRA_ARG) not in (None, False) for place in places)
+
+
+def exchange_for(request: dict[str, Any] | None) -> Exchange:
+    """What a request of OpenAI's API asks for, in a field of its own or in ``vllm_xargs``.
 
     Raises:
         VLLMValidationError: the field is not what it may be, or the request a beam search (HTTP
@@ -16,50 +41,33 @@ def ask_of(request: Any) -> EmbeddingChoice | None:
     """
     from vllm.exceptions import VLLMValidationError
 
-    value = _field_of(request)
+    if request is None:
+        return Exchange()
+    value = request.get(EXTRA_ARG, _field(request.get("vllm_xargs"), EXTRA_ARG))
     choice = None if value is None else parse_choice(value)
     if choice is None:
-        return None
-    if request.use_beam_search:
+        return Exchange()
+    if _is_true(request.get("use_beam_search")):
         raise VLLMValidationError(
             "return_mm_embedding is not returned with use_beam_search, whose sequences vLLM makes "
             "of many requests: ask without it, with max_tokens=1 for instance",
             parameter=EXTRA_ARG,
         )
-    top = (request.model_extra or {}).get("encoding_format")
-    if top is not None:
-        choice = parse_choice(choice.model_dump(mode="json") | {"encoding_format": top})
-    return choice
+    encoding_format = request.get("encoding_format")
+    if encoding_format is not None:
+        choice = parse_choice(choice.model_dump(mode="json") | {"encoding_format": encoding_format})
+    messages = request.get("messages")
+    conversations = [each for each in messages if isinstance(each, list)] if messages else ()
+    return Exchange(choice, max(len(conversations), 1))
 
 
-def _field_of(request: Any) -> Any:
-    extra = request.model_extra or {}
-    return extra.get(EXTRA_ARG, (getattr(request, "vllm_xargs", None) or {}).get(EXTRA_ARG))
+def _is_true(value: Any) -> bool:
+    """As vLLM reads a field that is true or false; it refuses what is neither."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False
 
 
-def read_field(request: Any, settings: SpyreSettings, answers: int = 1) -> None:
-    """Move the field of a request to where its sampling parameters come from, in place.
-
-    Without the field nothing is to be returned, so that nothing is copied either.
-
-    Args:
-        request: of OpenAI's API.
-        settings: of the engine; they have the largest response.
-        answers: requests that share a response. Each of their ``n`` answers carries its own copy.
-
-    Raises:
-        VLLMValidationError: as :func:`ask_of`.
-    """
-    choice = ask_of(request)
-    asked = _field_of(request) is not None
-    for name in (EXTRA_ARG, "encoding_format") if choice is not None else (EXTRA_ARG,):
-        (request.model_extra or {}).pop(name, None)
-    if not asked and not settings.enable_return_mm_embedding:
-        return
-    given: Any = False
-    if choice is not None:
-        answers *= max(request.n or 1, 1)
-        limit = max(settings.max_mm_embedding_response_bytes // answers, 1)
-        given = choice.model_dump(mode="json")
-        given["max_bytes"] = min(choice.max_bytes or limit, limit)
-    request.vllm_xargs = dict(request.vllm_xargs or {}) | {EXTRA_ARG: given}
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
