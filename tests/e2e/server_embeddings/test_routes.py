@@ -92,6 +92,24 @@ def test_a_route_that_returns_none(server: str, path: str, body: Any) -> None:
     assert returned(server) == before
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/invocations", {"return_mm_embedding": True}),
+        ("/v1/chat/completions", {"vllm_xargs": {"return_mm_embedding": 1}}),
+    ],
+    ids=["SageMaker's route", "vLLM's field"],
+)
+def test_another_way_to_ask(
+    server: str, client: openai.OpenAI, path: str, asked: dict[str, Any]
+) -> None:
+    body = {"model": "demo", "messages": messages(drawn(48)), "max_tokens": 4}
+    status, answer = post(server, {**body, **asked}, path)
+    assert status == 200, answer
+    expected = ask(client, drawn(48)).choices[0].mm_embedding
+    assert answer["choices"][0]["mm_embedding"] == expected
+
+
 def test_a_batch_returns_the_embedding_of_each_conversation(
     server: str, client: openai.OpenAI
 ) -> None:

@@ -66,7 +66,8 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
 def post(app: FastAPI, path: str, body: Any, **more: Any) -> httpx.Response:
     async def ask() -> httpx.Response:
         async with client_of(app) as client:
-            return await client.post(path, json=body, **more)
+            headers = {"content-type": "application/json"}
+            return await client.post(path, content=json.dumps(body), headers=headers, **more)
 
     return asyncio.run(ask())
 
@@ -162,6 +163,17 @@ def test_a_route_that_returns_none_says_so(app: FastAPI, body: Any) -> None:
     error = response.json()["error"]
     assert "/v1/anything returns no embedding: ask /v1/chat/completions" in error["message"]
     assert error["param"] == "return_mm_embedding"
+
+
+@pytest.mark.parametrize(
+    "choice",
+    ["yes", {"pooling": "median"}, {"\ud800": 1}, {"encoding_format": "\ud800"}],
+    ids=ascii,
+)
+def test_a_choice_that_there_is_not_is_refused_before_the_route(app: FastAPI, choice: Any) -> None:
+    response = post(app, "/v1/chat/completions", {"return_mm_embedding": choice})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "return_mm_embedding"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The field of HTTP requests becomes a choice that the engine is told."""
 
+import contextlib
 import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
 
@@ -86,3 +89,24 @@ def test_what_there_is_not(value: Any):
         extra_args(return_mm_embedding=value)
     with pytest.raises(VLLMValidationError, match="encoding_format"):
         extra_args(return_mm_embedding=True, encoding_format="hex")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {KEY: st.just(True) | st.dictionaries(st.text() | st.just("pooling"), JSON) | JSON},
+        optional={name: JSON for name in ("messages", "n", "use_beam_search", "encoding_format")},
+    )
+)
+def test_any_json_is_a_choice_or_refused(body: dict[str, Any]):
+    request = parse_if_asking(json.dumps(body).encode())
+    assert request is not None
+    with contextlib.suppress(VLLMValidationError):
+        exchange = exchange_for(request)
+        assert (exchange.choice is None) == (body[KEY] in (None, False, 0))

@@ -56,9 +56,12 @@ def exchange_for(request: dict[str, Any] | None) -> Exchange:
     encoding_format = request.get("encoding_format")
     if encoding_format is not None:
         choice = parse_choice(choice.model_dump(mode="json") | {"encoding_format": encoding_format})
-    messages = request.get("messages")
-    conversations = [each for each in messages if isinstance(each, list)] if messages else ()
-    return Exchange(choice, max(len(conversations), 1))
+    return Exchange(choice, max(_num_conversations(request.get("messages")), 1))
+
+
+def _num_conversations(messages: Any) -> int:
+    """Those of a batch: lists of messages in place of messages."""
+    return sum(isinstance(each, list) for each in messages) if isinstance(messages, list) else 0
 
 
 def _is_true(value: Any) -> bool:
