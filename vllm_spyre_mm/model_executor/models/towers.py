@@ -57,6 +57,8 @@ class Tower:
         unused: beginnings of the names, below ``inner``, of what has no part in hidden states.
         class_token: whether the first position stands for the whole tile and not for a patch.
         activations: the activations that it computes.
+        own_fields: what its configuration has beside the fields that all towers have, by the
+            Transformers configuration.
     """
 
     build: Callable[[Any], nn.Module]
@@ -69,6 +71,7 @@ class Tower:
     unused: tuple[str, ...]
     class_token: bool
     activations: tuple[str, ...]
+    own_fields: Callable[[Any], dict[str, Any]]
 
     def config(self, vision: Any, num_layers: int) -> ModelConfig:
         """The configuration of the tower's first layers.
@@ -77,20 +80,24 @@ class Tower:
             vision: the Transformers configuration; :func:`tower_mismatch` has accepted it.
             num_layers: how many layers are built: those that somebody reads.
         """
-        fields = {
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "nlayers": num_layers,
-            "nheads": vision.num_attention_heads,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_act": vision.hidden_act,
-        }
-        if self.config_class is PixtralVisionConfig:
-            fields["rope_theta"] = vision.rope_parameters["rope_theta"]
-        else:
-            fields["layer_norm_eps"] = vision.layer_norm_eps
-        return self.config_class(**fields)
+        return self.config_class(
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            nlayers=num_layers,
+            nheads=vision.num_attention_heads,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            hidden_act=vision.hidden_act,
+            **self.own_fields(vision),
+        )
+
+
+def _layer_norm(vision: Any) -> dict[str, Any]:
+    return {"layer_norm_eps": vision.layer_norm_eps}
+
+
+def _rope(vision: Any) -> dict[str, Any]:
+    return {"rope_theta": vision.rope_parameters["rope_theta"]}
 
 
 TOWERS: Mapping[str, Tower] = {
@@ -105,6 +112,7 @@ TOWERS: Mapping[str, Tower] = {
         unused=("head.", "post_layernorm.", "embeddings.position_ids"),
         class_token=False,
         activations=("gelu", "gelu_pytorch_tanh"),
+        own_fields=_layer_norm,
     ),
     "clip_vision_model": Tower(
         CLIPVision,
@@ -117,6 +125,7 @@ TOWERS: Mapping[str, Tower] = {
         unused=("post_layernorm.", "embeddings.position_ids"),
         class_token=True,
         activations=("quick_gelu", "gelu"),
+        own_fields=_layer_norm,
     ),
     "pixtral": Tower(
         PixtralVisionModel,
@@ -129,6 +138,7 @@ TOWERS: Mapping[str, Tower] = {
         unused=(),
         class_token=False,
         activations=("gelu", "silu"),
+        own_fields=_rope,
     ),
 }
 """By the ``model_type`` of Transformers."""
