@@ -39,9 +39,9 @@ def test_the_pages_name_the_pinned_version(page: str) -> None:
 
 
 def test_no_code_names_a_version_of_vllm() -> None:
-    """But for the tests, which pretend others."""
+    """But for the tests, which pretend others, and for where a fault of vLLM's was seen."""
     files = [ROOT / "Makefile", *(ROOT / "vllm_spyre_mm").rglob("*.py")]
-    minor = r"\b" + re.escape(".".join(pinned("vllm").split(".")[:2]))
+    minor = r"\b(?<!seen_in=\")" + re.escape(".".join(pinned("vllm").split(".")[:2]))
     named = [file.name for file in files if re.search(minor, file.read_text())]
     assert not named
 

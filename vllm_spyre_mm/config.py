@@ -256,6 +256,20 @@ def cpu_tier_limit() -> CpuTier | None:
     return name
 
 
+def vllm_fixes_enabled() -> bool:
+    """Whether faults of vLLM are mended (``vllm_spyre_mm.vllm_fixes``): ``SPYRE_MM_VLLM_FIXES``.
+
+    A variable and not a setting: it is asked before an engine is configured, in every process.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    value = os.environ.get("SPYRE_MM_VLLM_FIXES") or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"SPYRE_MM_VLLM_FIXES={value!r} is neither 0 nor 1")
+    return value == "1"
+
+
 def export_card_environment(
     *, chunk_size: int, context_len: int, max_num_seqs: int, max_batch_tkv: int
 ) -> None:

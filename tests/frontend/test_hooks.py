@@ -8,8 +8,7 @@ import pytest
 from vllm_spyre_mm.frontend import hooks
 from vllm_spyre_mm.platform import SpyrePlatform
 from vllm_spyre_mm.upstream.contract import UnsupportedVllmError
-from vllm_spyre_mm.vllm_fixes import media
-from vllm_spyre_mm.vllm_fixes import parent_watchdog as orphans
+from vllm_spyre_mm.vllm_fixes import media, parent_watchdog
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def test_what_failed_fails_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_succeeded_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody who wraps vLLM's functions afterwards is not wrapped again."""
     hooks.install()
-    monkeypatch.setattr(orphans, "install", None)
+    monkeypatch.setattr(parent_watchdog, "install", None)
     hooks.install()
 
 

@@ -90,11 +90,10 @@ TARGETS = {
         "_extend_entry",
         "vllm.entrypoints.launchers.api_server.entry",
     ): [
-        "build_and_serve",
         "run_server_worker",
     ],
-    ("vllm_fixes.shutdown_errors", "_let_interrupts_through", "vllm.v1.engine.utils"): [
-        "zmq_socket_ctx"
+    ("vllm_fixes.cleanup_without_accelerator", "_clean_up_host_only", "vllm.v1.engine.core"): [
+        "cleanup_dist_env_and_memory"
     ],
 }
 """What each action replaces."""

@@ -11,18 +11,18 @@ from multiprocessing.process import BaseProcess
 
 import pytest
 
-from vllm_spyre_mm.vllm_fixes import parent_watchdog as orphans
+from vllm_spyre_mm.vllm_fixes import parent_watchdog
 
 FORK = multiprocessing.get_context("fork")  # nothing is imported again: these only wait
 
 
 def child(pipe: Connection) -> None:
     """Load the plugin as vLLM does, tell who this is, and wait."""
-    orphans.GRACE_SECONDS = 0.5
+    parent_watchdog.GRACE_SECONDS = 0.5
     # A thread of somebody else's, whatever it is called, is not taken for the watch.
-    threading.Thread(target=time.sleep, args=(600,), name="orphan-watch", daemon=True).start()
-    orphans.install()
-    orphans.install()
+    threading.Thread(target=time.sleep, args=(600,), name="parent-watchdog", daemon=True).start()
+    parent_watchdog.install()
+    parent_watchdog.install()
     signal.signal(signal.SIGTERM, lambda *_: pipe.send("told to end"))
     pipe.send(os.getpid())
     while True:

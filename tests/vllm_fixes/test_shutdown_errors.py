@@ -3,19 +3,23 @@
 
 import asyncio
 import contextlib
+import inspect
+import signal
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 from vllm.entrypoints.launchers.api_server import entry
 from vllm.exceptions import GracefulHTTPError
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine import async_llm, utils
+from vllm.utils.network_utils import zmq_socket_ctx
+from vllm.v1.engine import async_llm
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 from vllm_spyre_mm.upstream.contract import UnsupportedVllmError
-from vllm_spyre_mm.vllm_fixes import shutdown_errors as server_end
+from vllm_spyre_mm.vllm_fixes import shutdown_errors
 
 
 class Engine:
@@ -27,7 +31,7 @@ class Engine:
         waiting: Any = SimpleNamespace(queue=self.queue)
         self.output_processor.request_states = {"a": waiting}
         self.output_handler: asyncio.Task[None] | None = None
-        self.shut_down = False
+        self.shut_down = self.errored = False
         self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=object()))
 
     def get_num_unfinished_requests(self) -> int:
@@ -45,7 +49,7 @@ class Engine:
 async def wait_while_shut_down(engine: Engine) -> Any:
     """Shut down as the server does, in another thread, while a request waits."""
     engine.output_handler = asyncio.create_task(asyncio.sleep(60))
-    shutdown: Any = server_end._ending_requests(Engine.shutdown)
+    shutdown: Any = shutdown_errors._ending_requests(Engine.shutdown)
     waiting = asyncio.create_task(engine.queue.get())
     await asyncio.to_thread(shutdown, engine, 3.0)
     return await waiting
@@ -62,7 +66,7 @@ def test_requests_that_wait_get_an_error() -> None:
 def test_no_request_is_admitted_any_more() -> None:
     engine: Any = Engine()
     engine.check_admission()
-    server_end._ending_requests(Engine.shutdown)(engine, timeout=3.0)
+    shutdown_errors._ending_requests(Engine.shutdown)(engine, timeout=3.0)
     with pytest.raises(GracefulHTTPError, match=r"^the server was shut down") as raised:
         engine.check_admission(2, request_id="b")
     assert raised.value.http_status == 503
@@ -94,8 +98,8 @@ def test_an_engine_of_another_process_is_given_time(
     engine: Any = Engine()
     engine.engine_core.resources.engine_manager = None
     clock = Clock(engine)
-    monkeypatch.setattr(server_end, "time", clock)
-    shutdown = server_end._ending_requests(Engine.shutdown)
+    monkeypatch.setattr(shutdown_errors, "time", clock)
+    shutdown = shutdown_errors._ending_requests(Engine.shutdown)
     shutdown(engine, timeout=timeout)
     assert clock.seconds == waits
     shutdown(engine, timeout=timeout)
@@ -106,14 +110,14 @@ def test_an_engine_of_this_process_is_told_at_once(monkeypatch: pytest.MonkeyPat
     """It waits itself."""
     engine: Any = Engine()
     clock = Clock(engine)
-    monkeypatch.setattr(server_end, "time", clock)
-    server_end._ending_requests(Engine.shutdown)(engine, timeout=60)
+    monkeypatch.setattr(shutdown_errors, "time", clock)
+    shutdown_errors._ending_requests(Engine.shutdown)(engine, timeout=60)
     assert clock.seconds == 0
 
 
 def test_an_engine_that_nobody_asked_ends() -> None:
     engine: Any = Engine()
-    server_end._ending_requests(Engine.shutdown)(engine, timeout=None)
+    shutdown_errors._ending_requests(Engine.shutdown)(engine, timeout=None)
     assert engine.shut_down
 
 
@@ -124,88 +128,142 @@ def test_an_engine_whose_loop_is_gone_ends() -> None:
         engine.output_handler = asyncio.create_task(asyncio.sleep(0))
 
     asyncio.run(ask())
-    server_end._ending_requests(lambda self, timeout: None)(engine, timeout=None)
+    shutdown_errors._ending_requests(lambda self, timeout: None)(engine, timeout=None)
     assert engine.shut_down
 
 
-async def nothing(*_: Any) -> None:
-    """A server that ends in order."""
+class Client:
+    """An engine as its server leaves it."""
+
+    def __init__(self, errored: bool = False) -> None:
+        self.engine_core, self.errored = None, errored
+
+    shutdown: Any = shutdown_errors._ending_requests(lambda self, timeout: None)
 
 
-def extended(serve: Any = nothing) -> Any:
+def extended(serve: Any) -> Any:
     """The server's module, with a server of the test's."""
 
-    async def build_and_serve(engine_client: Any) -> Any:
-        return serve()
-
-    async def run_server_worker(engine_client: Any) -> None:
-        await (await module.build_and_serve(engine_client))
+    async def run_server_worker(client: Client) -> None:
+        try:
+            await serve(client)
+        finally:
+            client.shutdown(timeout=0)  # as vLLM leaves the context of its engine
 
     module: Any = SimpleNamespace(
-        __name__="entry",
-        build_and_serve=build_and_serve,
-        run_server=None,
-        run_server_worker=run_server_worker,
+        __name__="entry", run_server=None, run_server_worker=run_server_worker
     )
-    server_end._extend_entry(module)
+    shutdown_errors._extend_entry(module)
     return module
 
 
-@pytest.mark.parametrize(
-    ("errored", "shut_down"), [(False, False), (True, True)], ids=["running", "told to end"]
-)
-def test_a_server_that_ends_in_order_ends_with_status_0(errored: bool, shut_down: bool) -> None:
-    client = SimpleNamespace(errored=errored, shut_down=shut_down)
-    asyncio.run(extended().run_server_worker(client))
+def ended(serve: Any, client: Client) -> None:
+    asyncio.run(extended(serve).run_server_worker(client))
+
+
+async def serve_until_told_to_end(client: Client) -> None:
+    """Ends the engine in a thread, as vLLM's handler of SIGTERM does."""
+    await asyncio.to_thread(client.shutdown, timeout=0)
+    client.errored = True
+
+
+async def serve_until_stopped(client: Client) -> None:
+    """Ends before anybody looks at the engine."""
+
+
+@pytest.mark.parametrize("serve", [serve_until_stopped, serve_until_told_to_end])
+def test_a_server_that_ends_in_order_ends_with_status_0(serve: Any) -> None:
+    ended(serve, Client())
 
 
 def test_a_server_whose_engine_died_ends_with_a_sentence() -> None:
-    client = SimpleNamespace(errored=True, shut_down=False)
     with pytest.raises(SystemExit, match=r"^the engine's process ended unexpectedly"):
-        asyncio.run(extended().run_server_worker(client))
+        ended(serve_until_stopped, Client(errored=True))
+    ended(serve_until_stopped, Client())  # and says nothing of the next one
+
+
+def test_an_engine_that_did_not_start_did_not_die() -> None:
+    client = Client(errored=True)
+    del client.engine_core
+    ended(serve_until_stopped, client)
 
 
 def test_a_server_that_is_interrupted_at_its_start_ends_with_a_sentence() -> None:
-    async def serve() -> None:
+    async def serve(client: Client) -> None:
         raise KeyboardInterrupt("terminated")
 
-    client = SimpleNamespace(errored=False, shut_down=False)
     with pytest.raises(SystemExit, match=r"^the server was told to end before it was ready"):
-        asyncio.run(extended(serve).run_server_worker(client))
+        ended(serve, Client())
+
+
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Puts the handlers of the signals back."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def interrupt(*_: Any) -> None:
+    """What vLLM installs for SIGTERM before its server listens."""
+    raise KeyboardInterrupt("terminated")
+
+
+interrupt.__module__ = "entry"
+
+
+async def start(client: Client) -> None:
+    """vLLM's wait for the engine, in which SIGTERM comes; it swallows an interrupt."""
+    with zmq_socket_ctx("inproc://start", zmq.PAIR, bind=True):
+        signal.raise_signal(signal.SIGTERM)
+    raise AssertionError("the start went on")
 
 
 def test_an_interrupt_while_the_engine_starts_is_not_swallowed() -> None:
-    """vLLM's own context swallows it; it is closed nevertheless."""
-    closed: list[bool] = []
+    with handlers_kept():
+        signal.signal(signal.SIGTERM, interrupt)
+        with pytest.raises(SystemExit, match=r"^the server was told to end before it was ready"):
+            ended(start, Client())
 
-    @contextlib.contextmanager
-    def swallowing(name: str) -> Iterator[str]:
-        with contextlib.suppress(KeyboardInterrupt):
-            yield name
-        closed.append(True)
 
-    module: Any = SimpleNamespace(
-        __name__="utils", zmq_socket_ctx=swallowing, launch_core_engines=None
-    )
-    server_end._let_interrupts_through(module)
-    with pytest.raises(KeyboardInterrupt, match="now"), module.zmq_socket_ctx("a"):
-        raise KeyboardInterrupt("now")
-    with module.zmq_socket_ctx("b") as socket:
-        assert socket == "b"
-    assert closed == [True, True]
+def test_vllm_alone_swallows_it() -> None:
+    """The fault that is mended; if this fails, vLLM has mended it and the handler can go."""
+    with handlers_kept():
+        signal.signal(signal.SIGTERM, interrupt)
+        with pytest.raises(AssertionError, match="the start went on"):
+            asyncio.run(start(Client()))
+
+
+def test_handlers_of_others_stay() -> None:
+    """An API server beside others has one that ends it, and so may a program of its own."""
+    with handlers_kept():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        before = signal.getsignal(signal.SIGINT)
+        shutdown_errors._end_at_signals("entry")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_vllms_server_installs_the_handler_that_is_replaced() -> None:
+    source = inspect.getsource(entry.run_server)
+    installed, served = source.index("signal.signal(signal.SIGTERM"), source.index("await run_ser")
+    assert installed < served
 
 
 @pytest.mark.parametrize(
     ("extend", "module"),
     [
-        (server_end._extend_async_llm, async_llm),
-        (server_end._extend_entry, entry),
-        (server_end._let_interrupts_through, utils),
+        (shutdown_errors._extend_async_llm, async_llm),
+        (shutdown_errors._extend_entry, entry),
     ],
 )
 def test_extended_once(extend: Any, module: ModuleType) -> None:
-    server_end.install()
-    names = ("AsyncLLM", "build_and_serve", "run_server_worker", "zmq_socket_ctx")
+    shutdown_errors.install()
+    names = ("AsyncLLM", "run_server_worker")
     before = [getattr(module, name, None) for name in names]
     shutdown = async_llm.AsyncLLM.shutdown
     extend(module)
@@ -227,4 +285,4 @@ def test_an_engine_without_what_waits_is_refused() -> None:
     module = ModuleType("vllm.v1.engine.async_llm")
     module.AsyncLLM = AsyncLLM  # type: ignore[attr-defined]
     with pytest.raises(UnsupportedVllmError, match="sets no attribute 'output_handler'"):
-        server_end._extend_async_llm(module)
+        shutdown_errors._extend_async_llm(module)

@@ -16,9 +16,17 @@ from typing import TYPE_CHECKING, Any
 from vllm_spyre_mm.upstream.contract import require_attributes, require_parameters
 from vllm_spyre_mm.upstream.marks import extending, is_extended
 from vllm_spyre_mm.upstream.module_loading import when_loaded
+from vllm_spyre_mm.vllm_fixes.fault import Fault
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+
+FAULT = Fault(
+    "vLLM reads the half of a repository that is in Mistral's format where it also has one in "
+    "Hugging Face's, which alone has a processor of pictures.",
+    seen_in="0.32.0",
+)
+REPLACED = ("vllm.engine.arg_utils.EngineArgs.create_model_config",)
 
 OWN_TOKENIZERS = ("tekken.json", "tokenizer.model.v*")
 """Files of Mistral's own tokenizers."""

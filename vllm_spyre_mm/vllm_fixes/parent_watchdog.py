@@ -4,8 +4,8 @@
 Leans on: the engine and its workers load vLLM's general plugins, are started by
 :mod:`multiprocessing` under the names below, and leave in order at SIGTERM.
 
-vLLM's engine waits for requests for ever when its server is killed, and a worker whose engine is
-killed goes on until its step ends; both keep their memory and their shared memory.
+By itself the engine waits for requests for ever when its server is killed, and a worker whose
+engine is killed goes on until its step ends; both keep their memory and their shared memory.
 """
 
 import multiprocessing
@@ -16,8 +16,16 @@ import time
 from multiprocessing.process import BaseProcess
 
 from vllm_spyre_mm.log import get_logger
+from vllm_spyre_mm.vllm_fixes.fault import Fault
 
 logger = get_logger(__name__)
+
+FAULT = Fault(
+    "vLLM's engine and its workers go on, with their memory, when the process that started them "
+    "is killed.",
+    seen_in="0.32.0",
+)
+REPLACED = ()
 
 NAMES = ("EngineCore", "VllmWorker")
 """What vLLM calls the processes that it starts for an engine; others are not ended."""
@@ -26,7 +34,7 @@ GRACE_SECONDS = 5.0
 """For the step under way and for leaving in order."""
 
 
-class OrphanWatch(threading.Thread):
+class ParentWatchdog(threading.Thread):
     """Ends this process when another one, which started it, is gone.
 
     Args:
@@ -34,7 +42,7 @@ class OrphanWatch(threading.Thread):
     """
 
     def __init__(self, parent: BaseProcess) -> None:
-        super().__init__(name="orphan-watch", daemon=True)
+        super().__init__(name="parent-watchdog", daemon=True)
         self.parent = parent
 
     def run(self) -> None:
@@ -50,5 +58,5 @@ def install() -> None:
     process, parent = multiprocessing.current_process(), multiprocessing.parent_process()
     if parent is None or not process.name.startswith(NAMES):
         return
-    if not any(isinstance(thread, OrphanWatch) for thread in threading.enumerate()):
-        OrphanWatch(parent).start()
+    if not any(isinstance(thread, ParentWatchdog) for thread in threading.enumerate()):
+        ParentWatchdog(parent).start()

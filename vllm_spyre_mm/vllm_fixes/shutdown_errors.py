@@ -2,24 +2,18 @@
 """The end of a server: requests that are not finished get an error, and a failure has a status.
 
 Leans on: ``AsyncLLM.shutdown`` is called, in any thread, when a server gets SIGTERM or SIGINT, and
-ends the engine, unless another process started it: ``engine_core.resources.engine_manager`` is then
-``None``. ``AsyncLLM.check_admission`` is asked before a request is taken, and what it raises is the
-answer. ``OutputProcessor.propagate_error`` gives an exception to every request that waits.
-``run_server`` turns SIGTERM into ``KeyboardInterrupt`` until the server listens and calls
-``run_server_worker``, which awaits what ``build_and_serve`` returns, both by the names of their
-module. The engine's start waits in a ``zmq_socket_ctx``, a name of its module, which swallows
-``KeyboardInterrupt``.
-
-By itself vLLM forgets requests that are under way when a server is told to end, unless
-``--shutdown-timeout`` is long enough for all of them: they wait for ever, and the server for them.
-With several API servers it forgets them whatever the flag says. A request that comes during that
-time fails with HTTP 500. When its engine dies it exits with status 0. SIGTERM while the engine
-starts is lost.
+once more, in the task that serves, when it is left. It ends the engine, unless another process
+started it: ``engine_core.resources.engine_manager`` is then ``None``. ``AsyncLLM.check_admission`` is
+asked before a request is taken, and what it raises is the answer.
+``OutputProcessor.propagate_error`` gives an exception to every request that waits. ``run_server``
+turns SIGTERM into ``KeyboardInterrupt`` until the server listens, and calls ``run_server_worker`` by
+the name of their module.
 """
 
-import contextlib
+import signal
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable
+from contextvars import ContextVar
 from http import HTTPStatus
 from types import ModuleType
 from typing import Any
@@ -31,6 +25,19 @@ from vllm_spyre_mm.upstream.contract import (
 )
 from vllm_spyre_mm.upstream.marks import extending, is_extended
 from vllm_spyre_mm.upstream.module_loading import when_loaded
+from vllm_spyre_mm.vllm_fixes.fault import Fault
+
+FAULT = Fault(
+    "vLLM's server forgets the requests that are under way when it is told to end, unless "
+    "--shutdown-timeout is long enough for all of them, and with several API servers whatever it "
+    "says; answers requests that come during that time with HTTP 500; exits with status 0 when its "
+    "engine died; and loses a SIGTERM that comes while the engine starts.",
+    seen_in="0.32.0",
+)
+REPLACED = (
+    "vllm.v1.engine.async_llm.AsyncLLM.shutdown",
+    "vllm.entrypoints.launchers.api_server.entry.run_server_worker",
+)
 
 INTERRUPTED = "the server was told to end before it was ready: no request was served"
 SHUT_DOWN = "the server was shut down before this request was finished: send it to another one"
@@ -43,11 +50,13 @@ LAST_SECOND = 1.0
 """Seconds in which the errors of unfinished requests are sent: when ``--shutdown-timeout`` is over,
 vLLM kills each of several API servers."""
 
+engine_died: ContextVar[bool] = ContextVar("engine_died", default=False)
+"""In the task that serves: whether its engine was found dead when it was left."""
+
 
 def install() -> None:
     """Extend vLLM's asynchronous engine and its server as soon as they exist."""
     when_loaded("vllm.v1.engine.async_llm", _extend_async_llm)
-    when_loaded("vllm.v1.engine.utils", _let_interrupts_through)
     when_loaded("vllm.entrypoints.launchers.api_server.entry", _extend_entry)
 
 
@@ -57,9 +66,8 @@ def _extend_async_llm(module: ModuleType) -> None:
     if is_extended(engine.shutdown, __name__):
         return
     require_parameters(engine.shutdown, ("timeout",))
-    require_attributes(engine, ("check_admission", "get_num_unfinished_requests"))
+    require_attributes(engine, ("check_admission", "errored", "get_num_unfinished_requests"))
     require_assigned(engine.__init__, ("engine_core", "output_handler", "output_processor"))
-    engine.shut_down = False
     engine.shutdown = _ending_requests(engine.shutdown)
 
 
@@ -68,7 +76,11 @@ def _ending_requests(original: Callable[..., None]) -> Callable[..., None]:
 
     @extending(original, __name__)
     def shutdown(self: Any, timeout: float | None = None) -> None:
-        is_first, self.shut_down = not self.shut_down, True
+        is_first = not getattr(self, "shut_down", False)  # it is called again at the end
+        self.shut_down = True
+        if is_first:
+            # Not where the engine's start failed: there is nothing that could have died yet.
+            engine_died.set(hasattr(self, "engine_core") and self.errored)
         self.check_admission = _refuse
         if is_first and timeout and self.engine_core.resources.engine_manager is None:
             _wait_for_requests(self, timeout)
@@ -106,55 +118,38 @@ def _wait_for_requests(engine: Any, timeout: float) -> None:
 
 
 def _extend_entry(module: ModuleType) -> None:
-    require_attributes(module, ("build_and_serve", "run_server", "run_server_worker"))
-    if is_extended(module.build_and_serve, __name__):
-        return
-    require_parameters(module.build_and_serve, ("engine_client",))
-    build, run = module.build_and_serve, module.run_server_worker
-
-    @extending(build, __name__)
-    async def build_and_serve(engine_client: Any, *args: Any, **kwargs: Any) -> Any:
-        ending = await build(engine_client, *args, **kwargs)
-        died = engine_client.errored and not engine_client.shut_down
-        return _failing(ending) if died else ending
-
-    @extending(run, __name__)
-    async def run_server_worker(*args: Any, **kwargs: Any) -> None:
-        try:
-            await run(*args, **kwargs)
-        except KeyboardInterrupt:
-            raise SystemExit(INTERRUPTED) from None
-
-    module.build_and_serve = build_and_serve  # type: ignore[attr-defined]
-    module.run_server_worker = run_server_worker  # type: ignore[attr-defined]
-
-
-async def _failing(ending: Coroutine[Any, Any, None]) -> None:
-    """Wait for the server's end, then leave with status 1.
-
-    Raises:
-        SystemExit: with a sentence, which Python prints.
-    """
-    await ending
-    raise SystemExit(ENGINE_DIED)
-
-
-def _let_interrupts_through(module: ModuleType) -> None:
-    require_attributes(module, ("launch_core_engines", "zmq_socket_ctx"))
-    original = module.zmq_socket_ctx
+    require_attributes(module, ("run_server", "run_server_worker"))
+    original = module.run_server_worker
     if is_extended(original, __name__):
         return
 
     @extending(original, __name__)
-    @contextlib.contextmanager
-    def zmq_socket_ctx(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        interrupt = None
-        with original(*args, **kwargs) as socket:
-            try:
-                yield socket
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+    async def run_server_worker(*args: Any, **kwargs: Any) -> None:
+        _end_at_signals(module.__name__)
+        engine_died.set(False)
+        try:
+            await original(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
+        if engine_died.get():
+            raise SystemExit(ENGINE_DIED)
 
-    module.zmq_socket_ctx = zmq_socket_ctx  # type: ignore[attr-defined]
+    module.run_server_worker = run_server_worker  # type: ignore[attr-defined]
+
+
+def _end_at_signals(entry: str) -> None:
+    """Let SIGTERM and SIGINT end the start, where vLLM's own handler is there for SIGTERM.
+
+    That one raises ``KeyboardInterrupt``, which vLLM swallows while it waits for the engine.
+
+    Args:
+        entry: name of the module whose handler is replaced; it stays until the server listens.
+    """
+    if getattr(signal.getsignal(signal.SIGTERM), "__module__", None) != entry:
+        return  # an API server beside others, or a program that runs the server itself
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise SystemExit(INTERRUPTED)
