@@ -95,6 +95,13 @@ TARGETS = {
     ("vllm_fixes.cleanup_without_accelerator", "_clean_up_host_only", "vllm.v1.engine.core"): [
         "cleanup_dist_env_and_memory"
     ],
+    ("vllm_fixes.unsupported_operations", "_extend_engine", "vllm.v1.engine.core"): [
+        "EngineCore.sleep",
+        "EngineCore.release_kv_cache_memory",
+    ],
+    ("vllm_fixes.unsupported_operations", "_extend_client", "vllm.v1.engine.core_client"): [
+        "_process_utility_output"
+    ],
 }
 """What each action replaces."""
 

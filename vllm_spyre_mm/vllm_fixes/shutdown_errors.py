@@ -3,11 +3,11 @@
 
 Leans on: ``AsyncLLM.shutdown`` is called, in any thread, when a server gets SIGTERM or SIGINT, and
 once more, in the task that serves, when it is left. It ends the engine, unless another process
-started it: ``engine_core.resources.engine_manager`` is then ``None``. ``AsyncLLM.check_admission`` is
-asked before a request is taken, and what it raises is the answer.
+started it: ``engine_core.resources.engine_manager`` is then ``None``. ``AsyncLLM.check_admission``
+is asked before a request is taken, and what it raises is the answer.
 ``OutputProcessor.propagate_error`` gives an exception to every request that waits. ``run_server``
-turns SIGTERM into ``KeyboardInterrupt`` until the server listens, and calls ``run_server_worker`` by
-the name of their module.
+turns SIGTERM into ``KeyboardInterrupt`` until the server listens, and calls ``run_server_worker``
+by the name of their module.
 """
 
 import signal

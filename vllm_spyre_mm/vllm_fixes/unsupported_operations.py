@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses what operators may ask of a running engine and the platform's worker has no part in.
+"""Refuses what the worker has no part in, before vLLM has changed the state of the engine for it.
 
-By itself vLLM pauses the engine, or notes that its memory is gone, before it finds that the worker
-has no such method: the engine would stay like that.
+The worker refuses each of these operations by itself (``worker.unsupported_operations``); this is
+about two that are too late there, and about the answer.
 
-Leans on: an operation reaches the engine by a method of ``AsyncLLM`` (a server's endpoints) or
-``LLMEngine`` (``LLM``), and one that is the worker's alone by their ``collective_rpc``; the server
-answers a ``NotImplementedError`` with its text (HTTP 501). An operation that this release of vLLM
-has in one of the two classes alone is refused there.
+Leans on: ``EngineCore.sleep`` and ``EngineCore.release_kv_cache_memory`` are what a server and
+``LLM`` come to; the client of an engine in another process hands every answer to
+``_process_utility_output`` of its module, which makes an ``Exception`` of the message; the server
+answers a ``NotImplementedError`` with its text (HTTP 501).
 """
 
-import functools
-import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -19,92 +17,85 @@ from typing import Any
 from vllm_spyre_mm.upstream.contract import require_attributes, require_parameters
 from vllm_spyre_mm.upstream.marks import extending, is_extended
 from vllm_spyre_mm.upstream.module_loading import when_loaded
+from vllm_spyre_mm.vllm_fixes.fault import Fault
 
-WEIGHTS = "other weights in a running engine: start one with them"
-LORA = "LoRA"
-PROFILER = "vLLM's profiler"
-
-OPERATIONS = {
-    "sleep": "sleep beyond level 0, which pauses the engine",
-    "release_kv_cache_memory": "an engine that gives the memory of its KV cache back",
-    "compute_weight_checksums": "checksums of the weights",
-    "start_profile": PROFILER,
-    "stop_profile": PROFILER,
-    "add_lora": LORA,
-    "remove_lora": LORA,
-    "list_loras": LORA,
-    "pin_lora": LORA,
-}
-"""Methods of an engine, and what they are refused as."""
-
-WORKER_METHODS = {
-    "init_weight_transfer_engine": WEIGHTS,
-    "shutdown_weight_transfer_engine": WEIGHTS,
-    "start_weight_update": WEIGHTS,
-    "start_draft_weight_update": WEIGHTS,
-    "update_weights": WEIGHTS,
-    "finish_weight_update": WEIGHTS,
-    "reset_weights": WEIGHTS,
-    "reload_weights": WEIGHTS,
-    "checkpoint_prepare": "snapshots of a running engine",
-    "checkpoint_restore": "snapshots of a running engine",
-}
-"""Methods of vLLM's own workers, and what they are refused as."""
+FAULT = Fault(
+    "vLLM pauses the engine, or notes that the memory of its KV cache is gone, before it finds "
+    "that the worker cannot do it: the engine stays like that. What a worker in another process "
+    "raises is an Exception in the front end, answered with HTTP 500.",
+    seen_in="0.32.0",
+)
+REPLACED = (
+    "vllm.v1.engine.core.EngineCore.sleep",
+    "vllm.v1.engine.core.EngineCore.release_kv_cache_memory",
+    "vllm.v1.engine.core_client._process_utility_output",
+)
 
 
 def install() -> None:
-    """Extend vLLM's engines as soon as they exist."""
-    when_loaded("vllm.v1.engine.async_llm", functools.partial(_extend, name="AsyncLLM"))
-    when_loaded("vllm.v1.engine.llm_engine", functools.partial(_extend, name="LLMEngine"))
+    """Extend vLLM's engine and its client as soon as they exist."""
+    when_loaded("vllm.v1.engine.core", _extend_engine)
+    when_loaded("vllm.v1.engine.core_client", _extend_client)
 
 
-def _extend(module: ModuleType, name: str) -> None:
-    require_attributes(module, (name,))
-    engine = getattr(module, name)
-    require_attributes(engine, ("sleep", "release_kv_cache_memory", "collective_rpc"))
-    if is_extended(engine.collective_rpc, __name__):
+def _extend_engine(module: ModuleType) -> None:
+    require_attributes(module, ("EngineCore",))
+    engine = module.EngineCore
+    require_attributes(engine, ("sleep", "release_kv_cache_memory"))
+    if is_extended(engine.sleep, __name__):
         return
-    require_parameters(engine.sleep, ("level",))
-    require_parameters(engine.collective_rpc, ("method",))
-    for operation in (*OPERATIONS, "collective_rpc"):
-        original = vars(engine).get(operation)
-        if original is not None:
-            setattr(engine, operation, _refusing(original))
+    require_parameters(engine.sleep, ("level", "mode"))
+    engine.sleep = _pausing_alone(engine.sleep)
+    engine.release_kv_cache_memory = _keeping_kv_cache(engine.release_kv_cache_memory)
 
 
-def refused(operation: str, arguments: dict[str, Any]) -> str | None:
-    """What an operation is refused as; None for one that may go on.
-
-    Args:
-        operation: the name of a method of an engine.
-        arguments: its arguments, defaults among them.
-    """
-    if operation == "collective_rpc":
-        method = arguments["method"]
-        return WORKER_METHODS.get(method) if isinstance(method, str) else None
-    if operation == "sleep" and arguments["level"] < 1:
-        return None
-    return OPERATIONS[operation]
-
-
-def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    def check(*args: Any, **kwargs: Any) -> None:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        what = refused(original.__name__, given.arguments)
-        if what is not None:
-            raise NotImplementedError(f"not supported on Spyre: {what}")
+def _pausing_alone(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_spyre_mm.worker.unsupported_operations import SLEEP, refuse
 
     @extending(original, __name__)
-    async def operate_later(*args: Any, **kwargs: Any) -> Any:
-        check(*args, **kwargs)
-        return await original(*args, **kwargs)
+    def sleep(self: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+        if level >= 1:
+            refuse(SLEEP)
+        return original(self, level, *args, **kwargs)
+
+    return sleep
+
+
+def _keeping_kv_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_spyre_mm.worker.unsupported_operations import KV_CACHE_RELEASE, refuse
 
     @extending(original, __name__)
-    def operate(*args: Any, **kwargs: Any) -> Any:
-        check(*args, **kwargs)
-        return original(*args, **kwargs)
+    def release_kv_cache_memory(self: Any) -> None:
+        refuse(KV_CACHE_RELEASE)
 
-    return operate_later if inspect.iscoroutinefunction(original) else operate
+    return release_kv_cache_memory
+
+
+def _extend_client(module: ModuleType) -> None:
+    require_attributes(module, ("_process_utility_output",))
+    original = module._process_utility_output
+    if is_extended(original, __name__):
+        return
+    require_parameters(original, ("output", "utility_results"))
+
+    @extending(original, __name__)
+    def _process_utility_output(output: Any, utility_results: dict[int, Any]) -> None:
+        refused = refused_in(output.failure_message)
+        if refused is None:
+            original(output, utility_results)
+            return
+        future = utility_results.pop(output.call_id)
+        if not future.done():  # nobody waits any more
+            future.set_exception(NotImplementedError(f"not supported on Spyre: {refused}"))
+
+    module._process_utility_output = _process_utility_output  # type: ignore[attr-defined]
+
+
+def refused_in(message: str | None) -> str | None:
+    """What a worker or the engine refused, by the message that vLLM made of its sentence."""
+    from vllm_spyre_mm.worker.unsupported_operations import UNSUPPORTED
+
+    for what in UNSUPPORTED.values():
+        if f"not supported on Spyre: {what}" in (message or ""):
+            return what
+    return None

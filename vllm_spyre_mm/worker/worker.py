@@ -11,7 +11,7 @@ from torch import nn
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_spyre_mm.config import SpyreSettings, decoder_dtype_of
 from vllm_spyre_mm.host_memory import return_free_memory
@@ -32,6 +32,7 @@ from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.upstream.processes import is_engine_process
 from vllm_spyre_mm.worker.encoding import ImageEncodingError
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
+from vllm_spyre_mm.worker.unsupported_operations import RefusingWorker
 from vllm_spyre_mm.worker.warmup import warm_up
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def step_sizes(vllm_config: "VllmConfig") -> StepSizes:
     )
 
 
-class SpyreWorker(WorkerBase):
+class SpyreWorker(RefusingWorker):
     """A worker that executes one rank of the model on the host or through the card's compiler."""
 
     model_runner: SpyreModelRunner  # type: ignore[assignment]  # vLLM says a module or None
