@@ -15,25 +15,12 @@ from vllm_spyre_mm.frontend import hooks, metrics
 from vllm_spyre_mm.upstream.marks import extending, is_extended, mark
 
 TARGETS = {
-    ("vllm_fixes.array_pictures", "_extend_parser", "vllm.multimodal.parse"): [
-        "MultiModalDataParser._parse_image_data"
-    ],
     ("vllm_fixes.mistral_format", "_extend_engine_args", "vllm.engine.arg_utils"): [
         "EngineArgs.create_model_config"
-    ],
-    ("vllm_fixes.sender_cache", "_extend_output_processor", "vllm.v1.engine.output_processor"): [
-        "OutputProcessor.add_request"
     ],
     ("frontend.async_llm", "_extend_async_llm", "vllm.v1.engine.async_llm"): [
         "AsyncLLM.__init__",
         "AsyncLLM.generate",
-    ],
-    ("frontend.http.endpoint_plugin", "_extend_loading", "vllm.plugins"): ["load_endpoint_plugins"],
-    ("vllm_fixes.chat_parts", "_extend_renderer", "vllm.renderers.base"): [
-        "BaseRenderer.render_chat_async"
-    ],
-    ("vllm_fixes.chat_parts", "_extend_embeds", "vllm.renderers.chat_utils"): [
-        "_load_embeds_dict",
     ],
     ("frontend.engine_args", "_extend_engine_args", "vllm.engine.arg_utils"): [
         "EngineArgs.__init__",
@@ -42,45 +29,15 @@ TARGETS = {
     ("frontend.input_processor", "_extend_input_processor", "vllm.v1.engine.input_processor"): [
         "InputProcessor.process_inputs"
     ],
-    (
-        "frontend.input_processor",
-        "_extend_multimodal_processor",
-        "vllm.multimodal.processing.processor",
-    ): [
-        "BaseMultiModalProcessor.apply",
-        "BaseMultiModalProcessor._matched_updates_from_result",
-    ],
-    ("vllm_fixes.media", "_extend_image_loaders", "vllm.multimodal.media.image"): [
-        "ImageMediaIO.load_bytes",
-        "ImageEmbeddingMediaIO.load_bytes",
-    ],
-    ("vllm_fixes.media", "_decode_first", "vllm.multimodal.media.image"): [
-        "normalize_image",
-    ],
-    ("vllm_fixes.media", "_decode_first", "vllm.multimodal.parse"): [
-        "normalize_image",
-    ],
-    ("vllm_fixes.media", "_extend_connector", "vllm.multimodal.media.connector"): [
-        "MediaConnector.__init__",
-        "MediaConnector.load_from_url",
-        "MediaConnector.load_from_url_async",
-    ],
-    ("frontend.mixed_images", "_extend_parser", "vllm.multimodal.parse"): [
-        "MultiModalDataParser._parse_image_data"
-    ],
-    ("frontend.mixed_images", "_extend_processor", "vllm.multimodal.processing.processor"): [
-        "BaseMultiModalProcessor._cached_apply_hf_processor"
-    ],
-    ("frontend.mixed_images", "_extend_chat", "vllm.renderers.chat_utils"): [
-        "BaseMultiModalItemTracker.add",
-        "_resolve_items",
-    ],
     ("frontend.output_processor", "_extend_outputs", "vllm.outputs"): [
         "RequestOutput.add",
     ],
     ("frontend.output_processor", "_extend_output_processor", "vllm.v1.engine.output_processor"): [
         "OutputProcessor.process_outputs",
         "RequestState._new_completion_output",
+    ],
+    ("vllm_fixes.sender_cache", "_extend_output_processor", "vllm.v1.engine.output_processor"): [
+        "OutputProcessor.add_request"
     ],
     ("vllm_fixes.shutdown_errors", "_extend_async_llm", "vllm.v1.engine.async_llm"): [
         "AsyncLLM.shutdown"

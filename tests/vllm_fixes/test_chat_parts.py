@@ -1,29 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client's name for an image is not its key in the caches, unless the server trusts it."""
 
-import asyncio
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
-from vllm.renderers import chat_utils
-from vllm.renderers.base import BaseRenderer
 
-from vllm_spyre_mm.vllm_fixes import chat_parts
-from vllm_spyre_mm.vllm_fixes.chat_parts import without_uuids
+from vllm_spyre_mm.vllm_fixes.chat_parts import check_message, without_uuids
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 TEXT = {"type": "text", "text": "hello", "uuid": None}
 NAMED = IMAGE | {"uuid": "mine"}
-
-
-@pytest.fixture(autouse=True)
-def installed() -> None:
-    """As the platform's entry point does it; more than once is harmless."""
-    chat_parts.install()
 
 
 def user(*parts: Any) -> dict[str, Any]:
@@ -74,42 +63,17 @@ def test_an_image_that_is_only_named_is_refused(part: dict[str, Any]):
     assert error.value.parameter == "uuid"
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"), [({}, IMAGE), ({"trust_client_image_uuids": True}, NAMED)]
-)
-def test_what_the_renderer_is_given(
-    settings: dict[str, Any], expected: Any, monkeypatch: pytest.MonkeyPatch
-):
-    """``trust_client_image_uuids`` leaves it to vLLM."""
-    rendered: list[Any] = []
-
-    class Renderer:
-        def __init__(self, config: Any) -> None:
-            self.config = config
-
-        async def render_chat_async(self, conversations: Any, params: Any) -> None:
-            rendered.extend((conversations, params))
-
-    module: Any = ModuleType("vllm.renderers.base")
-    module.BaseRenderer = Renderer
-    chat_parts._extend_renderer(module)
-    renderer = Renderer(SimpleNamespace(additional_config=settings))
-    asyncio.run(renderer.render_chat_async([[user(NAMED)]], "params"))
-    assert rendered == [[[user(expected)]], "params"]
-
-
 @pytest.mark.parametrize("value", [None, 5, {"deep": "AAAA"}, True])
 def test_an_embedding_of_fields_that_are_none_is_refused(value: Any):
     """vLLM fails at it with an AttributeError, HTTP 500."""
 
-    async def fetch(_: str) -> Any:
-        raise AssertionError("there is no base64")
-
+    part = {"type": "image_embeds", "image_embeds": {"y": [1, 2], "z": "AAAA", "x": value}}
     with pytest.raises(VLLMValidationError, match="'x' of an embedding must be base64 text"):
-        asyncio.run(chat_utils._load_embeds_dict({"y": [1, 2], "x": value}, fetch))
+        check_message(user(TEXT, part))
 
 
-def test_installing_again_wraps_nothing_twice():
-    chat_parts.install()
-    assert not hasattr(BaseRenderer.render_chat_async.__wrapped__, "__wrapped__")
-    assert not hasattr(chat_utils._load_embeds_dict.__wrapped__, "__wrapped__")
+@pytest.mark.parametrize("embedding", [None, "AAAA", {}, {"y": [1, 2], "z": "AAAA"}])
+def test_other_embeddings_are_left_to_vllm(embedding: Any):
+    check_message(user(TEXT, "plain", NAMED, {"image_embeds": embedding}))
+    check_message({"role": "user", "content": "hello"})
+    check_message("hello")

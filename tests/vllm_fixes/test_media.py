@@ -10,19 +10,22 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 from vllm.multimodal.media import image as vllm_image
 from vllm.multimodal.media.connector import MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.parse import MultiModalDataParser
 
 from vllm_spyre_mm.upstream.contract import UnsupportedVllmError
-from vllm_spyre_mm.vllm_fixes import media
+from vllm_spyre_mm.vllm_fixes import media, media_connector
+from vllm_spyre_mm.vllm_fixes.array_pictures import prepare_pictures
+from vllm_spyre_mm.vllm_fixes.media_connector import CheckedMediaConnector, checked
 
 SIGNATURE_LENGTH = 8  # of a PNG file
 
@@ -75,13 +78,11 @@ def unknown_pixel_format() -> bytes:
 
 
 def load(data: bytes) -> Any:
-    return ImageMediaIO().load_bytes(data)
+    return checked(ImageMediaIO()).load_bytes(data)
 
 
 def load_without_hook(data: bytes) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_image, "normalize_image", vllm_image.normalize_image.__wrapped__)
-        return ImageMediaIO.load_bytes.__wrapped__(ImageMediaIO(), data)
+    return ImageMediaIO().load_bytes(data)
 
 
 # -- pictures that pass ----------------------------------------------------------------------------
@@ -98,8 +99,20 @@ def test_a_good_picture_is_what_vllm_makes_of_it(image_format: str):
 
 
 def test_the_mode_that_is_asked_for_is_kept():
-    loaded = ImageMediaIO(image_mode="L").load_bytes(saved("PNG", "RGBA"))
+    loaded = checked(ImageMediaIO(image_mode="L")).load_bytes(saved("PNG", "RGBA"))
     assert loaded.media.mode == "L"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+@pytest.mark.parametrize("options", [{}, {"rgba_background_color": [9, 8, 7]}, {"image_mode": "L"}])
+def test_a_good_picture_has_the_key_in_the_caches_that_vllm_gives_it(
+    mode: str, options: dict[str, Any]
+):
+    data = saved("PNG", mode)
+    loaded = checked(ImageMediaIO(**options)).load_bytes(data)
+    expected = ImageMediaIO(**options).load_bytes(data)
+    assert loaded.io_config == expected.io_config
+    assert loaded.media.tobytes() == expected.media.tobytes()
 
 
 # -- pictures that Pillow refuses ------------------------------------------------------------------
@@ -150,6 +163,7 @@ def test_whatever_a_decoder_raises_for_damage_is_the_clients_error(
         raise raised("the decoder's words")
 
     monkeypatch.setattr(vllm_image, "open_image", refuse)
+    monkeypatch.setattr(media_connector, "open_image", refuse)
     with pytest.raises(raised):
         load_without_hook(saved("PNG"))
     with pytest.raises(ValueError, match=r"Failed to load image: .*the decoder's words"):
@@ -184,8 +198,9 @@ def test_what_vllm_refuses_itself_stays_its_sentence(data: bytes):
 
 def test_vllms_own_limit_of_pixels_still_speaks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VLLM_MAX_IMAGE_PIXELS", "100")
-    with pytest.raises(ValueError, match=r"40x30 \(1200 pixels\) exceed"):
-        load(saved("PNG"))
+    for of in (load, load_without_hook):
+        with pytest.raises(ValueError, match=r"40x30 \(1200 pixels\) exceed"):
+            of(saved("PNG"))
 
 
 @pytest.mark.parametrize("raised", [MemoryError, KeyboardInterrupt])
@@ -195,7 +210,7 @@ def test_what_no_picture_is_to_blame_for_passes(
     def fail(_: Any) -> Any:
         raise raised
 
-    monkeypatch.setattr(vllm_image, "open_image", fail)
+    monkeypatch.setattr(media_connector, "open_image", fail)
     with pytest.raises(raised):
         load(saved("PNG"))
 
@@ -224,7 +239,7 @@ def test_a_picture_of_pillows_that_ends_early_is_refused(tmp_path: Path):
     file = tmp_path / "picture.jp2"
     file.write_bytes(cut_short("JPEG2000"))
     with pytest.raises(ValueError, match="Failed to load image"):
-        MultiModalDataParser().parse_mm_data({"image": [Image.open(file)]})
+        prepare_pictures([Image.open(file)])
 
 
 def test_exif_that_cannot_be_read_turns_nothing():
@@ -242,7 +257,8 @@ def test_a_picture_is_turned_as_its_exif_says(orientation: int):
     file = io.BytesIO()
     Image.open(io.BytesIO(saved("PNG"))).save(file, "PNG", exif=exif)
     loaded = load(file.getvalue()).media
-    (given,) = MultiModalDataParser().parse_mm_data({"image": [Image.open(file)]})["image"]
+    prepared = prepare_pictures([Image.open(file)])
+    (given,) = MultiModalDataParser().parse_mm_data({"image": prepared})["image"]
     expected = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
     assert loaded.size == ((30, 40) if orientation > 4 else (40, 30))
     assert loaded.tobytes() == given.tobytes() == expected.tobytes()
@@ -251,31 +267,36 @@ def test_a_picture_is_turned_as_its_exif_says(orientation: int):
 # -- installing ------------------------------------------------------------------------------------
 
 
-def test_installing_again_wraps_nothing_twice():
-    before = ImageMediaIO.load_bytes
+def test_vllm_makes_the_platforms_connector():
+    media.install()  # harmless
+    assert type(MEDIA_CONNECTOR_REGISTRY.load("http")) is CheckedMediaConnector
+
+
+def test_a_connector_of_another_plugin_stays(monkeypatch: pytest.MonkeyPatch):
+    class Another(MediaConnector):
+        """Somebody else's."""
+
+    monkeypatch.setitem(MEDIA_CONNECTOR_REGISTRY.name2class, "http", Another)
     media.install()
-    assert ImageMediaIO.load_bytes is before
-    assert not hasattr(before.__wrapped__, "__wrapped__")
-    assert not hasattr(vllm_image.normalize_image.__wrapped__, "__wrapped__")
-    assert not hasattr(MediaConnector.__init__.__wrapped__, "__wrapped__")
-    assert not hasattr(MediaConnector.load_from_url_async.__wrapped__, "__wrapped__")
+    assert type(MEDIA_CONNECTOR_REGISTRY.load("http")) is Another
 
 
-def test_a_loader_that_is_not_as_expected_is_refused_before_it_is_changed():
-    module = ModuleType("vllm.multimodal.media.image")
-    with pytest.raises(UnsupportedVllmError, match="no 'ImageMediaIO'"):
-        media._extend_image_loaders(module)
+def test_a_picture_is_checked_once():
+    once = checked(ImageMediaIO())
+    assert checked(once) is once
 
-    class Loader:
-        def load_bytes(self, content: bytes) -> None:
+
+def test_a_connector_that_is_not_as_expected_is_refused_before_it_is_replaced():
+    module: Any = ModuleType("vllm.multimodal.media.connector")
+    with pytest.raises(UnsupportedVllmError, match="no 'MEDIA_CONNECTOR_REGISTRY'"):
+        media._register_connector(module)
+
+    class Connector(MediaConnector):
+        def load_from_url(self, address: str) -> None:  # type: ignore[override]
             """A vLLM that calls its parameter otherwise."""
 
-    module.ImageMediaIO = module.ImageEmbeddingMediaIO = Loader
-    original = Loader.load_bytes
-    with pytest.raises(UnsupportedVllmError, match="no parameter 'data'"):
-        media._extend_image_loaders(module)
-    assert Loader.load_bytes is original
-    with pytest.raises(UnsupportedVllmError, match="no 'normalize_image'"):
-        media._decode_first(module)
-    with pytest.raises(UnsupportedVllmError, match="no 'MediaConnector'"):
-        media._extend_connector(ModuleType("vllm.multimodal.media.connector"))
+    registry = SimpleNamespace(name2class={"http": Connector})
+    module.MediaConnector, module.MEDIA_CONNECTOR_REGISTRY = Connector, registry
+    with pytest.raises(UnsupportedVllmError, match=r"no parameter '(connection|url)'"):
+        media._register_connector(module)
+    assert registry.name2class == {"http": Connector}

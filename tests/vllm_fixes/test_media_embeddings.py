@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A serialized embedding is loaded as it is, or is the client's error."""
 
+import asyncio
+import base64
 import contextlib
 import io
 
@@ -10,15 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.exceptions import VLLMValidationError
-from vllm.multimodal.media.image import ImageEmbeddingMediaIO
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from vllm_spyre_mm.vllm_fixes import media
-
-
-@pytest.fixture(scope="module", autouse=True)
-def installed() -> None:
-    """As the platform's entry point does it; more than once is harmless."""
-    media.install()
+from vllm_spyre_mm.vllm_fixes.media_connector import CheckedEmbeddingMediaIO
 
 
 def serialized(value: object) -> bytes:
@@ -30,7 +27,7 @@ def serialized(value: object) -> bytes:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_embedding_is_loaded_as_it_is(dtype: torch.dtype):
     embedding = torch.randn(5, 8).to(dtype)
-    assert torch.equal(ImageEmbeddingMediaIO().load_bytes(serialized(embedding)), embedding)
+    assert torch.equal(CheckedEmbeddingMediaIO().load_bytes(serialized(embedding)), embedding)
 
 
 @pytest.mark.parametrize(
@@ -45,20 +42,20 @@ def test_an_embedding_is_loaded_as_it_is(dtype: torch.dtype):
 )
 def test_what_is_no_embedding_is_refused(value: object, fault: str):
     with pytest.raises(ValueError, match=f"Failed to load an image embedding: .*{fault}"):
-        ImageEmbeddingMediaIO().load_bytes(serialized(value))
+        CheckedEmbeddingMediaIO().load_bytes(serialized(value))
 
 
 @pytest.mark.parametrize("value", [[1, 2], torch.ones(1).expand(10**9, 10**6)])
 def test_what_vllm_refuses_of_embeddings_stays_its_sentence(value: object):
     with pytest.raises(VLLMValidationError, match="`image_embeds`"):
-        ImageEmbeddingMediaIO().load_bytes(serialized(value))
+        CheckedEmbeddingMediaIO().load_bytes(serialized(value))
 
 
 @settings(max_examples=200)
 @given(st.binary(max_size=200) | st.binary(max_size=200).map(b"\x93NUMPY\x01\x00".__add__))
 def test_no_bytes_are_more_than_the_clients_error(data: bytes):
     with pytest.raises((ValueError, VLLMValidationError)):
-        ImageEmbeddingMediaIO().load_bytes(data)
+        CheckedEmbeddingMediaIO().load_bytes(data)
 
 
 @settings(max_examples=200)
@@ -68,7 +65,7 @@ def test_a_damaged_embedding_is_loaded_or_the_clients_error(data: st.DataObject)
     for _ in range(data.draw(st.integers(1, 8))):
         file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ValueError, VLLMValidationError):
-        assert ImageEmbeddingMediaIO().load_bytes(bytes(file)).ndim == 2
+        assert CheckedEmbeddingMediaIO().load_bytes(bytes(file)).ndim == 2
 
 
 def test_an_array_that_says_it_is_enormous_is_the_clients_error():
@@ -77,4 +74,20 @@ def test_an_array_that_says_it_is_enormous_is_the_clients_error():
         file, {"descr": "<f4", "fortran_order": False, "shape": (10**9, 10**7)}
     )
     with pytest.raises(ValueError, match="too large"):
-        ImageEmbeddingMediaIO().load_bytes(file.getvalue())
+        CheckedEmbeddingMediaIO().load_bytes(file.getvalue())
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["LLM", "server"])
+def test_an_embedding_of_a_chat_is_checked(later: bool):
+    media.install()
+    connector = MEDIA_CONNECTOR_REGISTRY.load("http")
+
+    def fetched(value: object) -> torch.Tensor:
+        text = base64.b64encode(serialized(value)).decode()
+        if later:
+            return asyncio.run(connector.fetch_image_embedding_async(text))
+        return connector.fetch_image_embedding(text)
+
+    assert torch.equal(fetched(torch.ones(5, 8)), torch.ones(5, 8))
+    with pytest.raises(ValueError, match="it has 3 dimensions, not 2"):
+        fetched(torch.ones(3, 24, 24))

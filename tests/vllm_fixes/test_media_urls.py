@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from vllm.exceptions import VLLMUnprocessableEntityError
-from vllm.multimodal.media.connector import MediaConnector
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from vllm_spyre_mm.vllm_fixes import media
 
@@ -61,7 +61,7 @@ def pictures() -> Iterator[tuple[str, list[str]]]:
 
 def fetched(url: str, later: bool, **limits: Any) -> Any:
     """A picture, through the connector of a server (``later``) or of ``LLM.chat``."""
-    connector = MediaConnector(**limits)
+    connector = MEDIA_CONNECTOR_REGISTRY.load("http", **limits)
     if not later:
         return connector.fetch_image(url)
     connector.connection.reuse_client = False  # each call has an event loop of its own

@@ -6,18 +6,16 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.multimodal.cache import factories
 from vllm.multimodal.cache.base import MultiModalCacheMissError
 from vllm.multimodal.cache.lru import LruKeyReplicatedReceiverCache, LruKeyReplicatedSenderCache
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from vllm_spyre_mm.upstream.contract import UnsupportedVllmError
 from vllm_spyre_mm.upstream.marks import is_extended
 from vllm_spyre_mm.vllm_fixes import sender_cache
-from vllm_spyre_mm.vllm_fixes.sender_cache import SenderCache
+from vllm_spyre_mm.vllm_fixes.sender_cache import SenderCache, note_admission
 
 GIB = 1 << 30
 UPDATES: Any = ["updates"]
@@ -47,8 +45,7 @@ class Ends:
         """What the engine computes with once it has accepted the request."""
         place = PlaceholderRange(0, 1)
         feature = MultiModalFeatureSpec(carried, "image", name, place, mm_hash=name)
-        if isinstance(self.sender, SenderCache):
-            self.sender.accept(SimpleNamespace(mm_features=[feature]))
+        note_admission(SimpleNamespace(mm_features=[feature]))
         (received,) = self.receiver.get_and_update_features([feature])
         return received.data
 
@@ -92,8 +89,8 @@ def test_an_accepted_picture_is_held_by_the_engine_alone():
 def test_a_request_that_carries_nothing_changes_nothing():
     ends = Ends()
     ends.render("picture")
-    ends.sender.accept(SimpleNamespace(mm_features=None))
-    ends.sender.accept(
+    note_admission(SimpleNamespace(mm_features=None))
+    note_admission(
         SimpleNamespace(
             mm_features=[MultiModalFeatureSpec(None, "image", "picture", PlaceholderRange(0, 1))]
         )
@@ -138,70 +135,56 @@ class Admitting:
             raise RuntimeError("the queue is full")
 
 
-def engine_over(cache: Any) -> Any:
-    """An engine whose parts the hook has joined."""
+def output_processor() -> Any:
+    """One that is extended."""
 
     class Processor(Admitting):
         def add_request(self, request: Any, prompt: Any, index: int = 0) -> None:
             super().add_request(request, prompt, index)
 
-    class Engine:
-        def __init__(self) -> None:
-            self.renderer = SimpleNamespace(mm_processor_cache=cache)
-            self.output_processor = Processor()
-
-    processors, engines = ModuleType("processors"), ModuleType("engines")
-    processors.OutputProcessor, engines.AsyncLLM = Processor, Engine
+    module = ModuleType("processors")
+    module.OutputProcessor = Processor
     for _ in range(2):  # the second time is harmless
-        sender_cache._extend_output_processor(processors)
-        sender_cache._extend_engine(engines, "AsyncLLM")
-    return Engine()
+        sender_cache._extend_output_processor(module)
+    return Processor()
 
 
 def test_a_picture_is_sent_when_its_request_is_admitted():
     ends = Ends()
-    engine = engine_over(ends.sender)
+    processor = output_processor()
     item = ends.render("picture")
     feature = MultiModalFeatureSpec(item, "image", "picture", PlaceholderRange(0, 1))
     request = SimpleNamespace(mm_features=[feature])
-    engine.output_processor.full = True
+    processor.full = True
     with pytest.raises(RuntimeError, match="full"):
-        engine.output_processor.add_request(request, None)
+        processor.add_request(request, None)
     assert ends.render("picture") is item
-    engine.output_processor.full = False
-    engine.output_processor.add_request(request, None, index=1)
+    processor.full = False
+    processor.add_request(request, None, index=1)
     assert ends.render("picture") is None
 
 
-@pytest.mark.parametrize("cache", [None, object()])
-def test_other_caches_hold_the_pictures_themselves(cache: Any):
-    engine = engine_over(cache)
-    assert engine.output_processor.mm_sender_cache is None
-    engine.output_processor.add_request(SimpleNamespace(mm_features=None), None)
+def test_pictures_that_other_caches_hold_are_left_alone():
+    feature = MultiModalFeatureSpec(
+        MultiModalKwargsItem.dummy(8), "image", "picture", PlaceholderRange(0, 1)
+    )
+    output_processor().add_request(SimpleNamespace(mm_features=[feature]), None)
+    output_processor().add_request(SimpleNamespace(mm_features=None), None)
 
 
-def test_every_engine_of_vllms_is_joined_with_its_cache():
+def test_every_request_that_is_admitted_is_noted():
     sender_cache.install()
-    for engine in (AsyncLLM, LLMEngine):
-        assert is_extended(engine.__init__, sender_cache.__name__)
-    assert OutputProcessor.mm_sender_cache is None
+    assert is_extended(OutputProcessor.add_request, sender_cache.__name__)
     # Nothing is awaited between the admission and the hand-over, so that no other task renders.
     source = inspect.getsource(AsyncLLM._add_request)
     admitted, handed_over = source.index(".add_request("), source.index(".add_request_async(")
     assert source[admitted:handed_over].count("await") == 1
 
 
-def test_vllm_makes_it():
-    sender_cache.install()
-    sender_cache.install()  # harmless
-    assert factories.LruKeyReplicatedSenderCache is SenderCache
-
-
 def test_a_module_that_is_not_as_expected_is_refused_before_it_is_changed():
-    module = ModuleType("vllm.multimodal.cache.factories")
-    with pytest.raises(UnsupportedVllmError, match="no 'LruKeyReplicatedSenderCache'"):
-        sender_cache._replace_sender_cache(module)
-    module.LruKeyReplicatedSenderCache, module.processor_cache_from_config = dict, None
-    with pytest.raises(UnsupportedVllmError, match="is another class"):
-        sender_cache._replace_sender_cache(module)
-    assert module.LruKeyReplicatedSenderCache is dict
+    module = ModuleType("vllm.v1.engine.output_processor")
+    with pytest.raises(UnsupportedVllmError, match="no 'OutputProcessor'"):
+        sender_cache._extend_output_processor(module)
+    module.OutputProcessor = type("OutputProcessor", (), {"add_request": lambda self: None})
+    with pytest.raises(UnsupportedVllmError, match="no parameter 'request'"):
+        sender_cache._extend_output_processor(module)

@@ -25,8 +25,8 @@ def install() -> None:
         engine_output,
         input_processor,
         metrics,
-        mixed_images,
         output_processor,
+        renderer_registration,
     )
     from vllm_spyre_mm.frontend.http import endpoint_plugin
 
@@ -34,7 +34,7 @@ def install() -> None:
     output_processor.install()
     input_processor.install()
     metrics.install()
-    mixed_images.install()
+    renderer_registration.install()
     async_llm.install()
     endpoint_plugin.install()
     vllm_fixes.install()

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a request while and after vLLM's front end expands its placeholders, before the engine.
+"""Checks a request after vLLM's front end has expanded its placeholders, before the engine.
 
 Leans on: ``InputProcessor.process_inputs`` returns every ``EngineCoreRequest``, which vLLM hands to
-the engine next, and has the ``vllm_config``; ``BaseMultiModalProcessor.apply`` gets every prompt's
-pictures before they are processed; ``BaseMultiModalProcessor._matched_updates_from_result`` gets,
-for each picture, the tag that was found for it, or None (where vLLM would fail an assertion that
-does not say what is wrong). An exception from any of them fails that request alone (HTTP 400).
+the engine next, and has the ``vllm_config``. An exception from it fails that request alone
+(HTTP 400).
 """
 
 import copy
@@ -16,21 +14,13 @@ from typing import Any
 from vllm_spyre_mm.frontend.request_validation import (
     prepare_embedding,
     validate_engine_request,
-    validate_image_embeddings,
-    validate_images,
-    validate_mixture,
-    validate_tags,
 )
 from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG
 from vllm_spyre_mm.upstream.contract import require_attributes, require_parameters
 from vllm_spyre_mm.upstream.marks import extending, is_extended
 from vllm_spyre_mm.upstream.module_loading import when_loaded
 
-REPLACED = (
-    "vllm.v1.engine.input_processor.InputProcessor.process_inputs",
-    "vllm.multimodal.processing.processor.BaseMultiModalProcessor.apply",
-    "vllm.multimodal.processing.processor.BaseMultiModalProcessor._matched_updates_from_result",
-)
+REPLACED = ("vllm.v1.engine.input_processor.InputProcessor.process_inputs",)
 """Attributes of vLLM's that are replaced."""
 
 RETURNS_UNASKED = "returns_unasked"
@@ -41,7 +31,6 @@ this says no: see ``async_llm``)."""
 def install() -> None:
     """Extend vLLM's input processor as soon as it exists."""
     when_loaded("vllm.v1.engine.input_processor", _extend_input_processor)
-    when_loaded("vllm.multimodal.processing.processor", _extend_multimodal_processor)
 
 
 def _extend_input_processor(module: ModuleType) -> None:
@@ -67,18 +56,6 @@ def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
     return process_inputs
 
 
-def _extend_multimodal_processor(module: ModuleType) -> None:
-    require_attributes(module, ("BaseMultiModalProcessor",))
-    processor = module.BaseMultiModalProcessor
-    require_attributes(processor, ("apply", "_matched_updates_from_result"))
-    if is_extended(processor._matched_updates_from_result, __name__):
-        return
-    require_parameters(processor.apply, ("inputs", "timing_ctx"))
-    require_parameters(processor._matched_updates_from_result, ("match_result",))
-    processor.apply = _checking_images(processor.apply)
-    processor._matched_updates_from_result = _explaining(processor._matched_updates_from_result)
-
-
 def decline_unless_asked(request: Any, *, returns_unasked: bool) -> None:
     """Make a request that says nothing say that it wants no embedding, in place.
 
@@ -95,39 +72,3 @@ def decline_unless_asked(request: Any, *, returns_unasked: bool) -> None:
     if (params.extra_args or {}).get(EXTRA_ARG) is None:
         request.sampling_params = copy.copy(params)
         request.sampling_params.extra_args = {**(params.extra_args or {}), EXTRA_ARG: False}
-
-
-def _checking_images(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
-
-    @extending(original, __name__)
-    def apply(self: Any, inputs: Any, timing_ctx: Any) -> Any:
-        images = inputs.mm_data_items.get("image")
-        mixture = getattr(images, "mixture", None)
-        if mixture is None:
-            of_each_kind = [(images, None)]
-        else:
-            validate_mixture(self.info.ctx.get_mm_config())
-            of_each_kind = [
-                (images.pictures, mixture.indices(embeddings=False)),
-                (images.embeddings, mixture.indices(embeddings=True)),
-            ]
-        for items, indices in of_each_kind:
-            if isinstance(items, ImageProcessorItems):
-                validate_images(items.get_all(), indices)
-            elif isinstance(items, ImageEmbeddingItems):
-                hidden_size = self.info.ctx.model_config.get_hidden_size()
-                validate_image_embeddings(items.get_all(), hidden_size, indices)
-        return original(self, inputs, timing_ctx)
-
-    return apply
-
-
-def _explaining(original: Callable[..., Any]) -> Callable[..., Any]:
-    @extending(original, __name__)
-    def _matched_updates_from_result(self: Any, updates: Any, match_result: Any) -> Any:
-        for modality, matches in match_result.items():
-            validate_tags(modality, len(matches), sum(match is not None for match in matches))
-        return original(self, updates, match_result)
-
-    return _matched_updates_from_result

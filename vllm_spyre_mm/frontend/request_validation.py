@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a request may ask for. Each refusal is a sentence, raised before the engine sees it."""
 
-import itertools
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, MultiModalConfig, VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
@@ -45,90 +43,6 @@ def validate_params(params: "SamplingParams | PoolingParams") -> None:
             "the sampling parameters hold a number or a text that cannot be sent to the engine: "
             f"{error}"
         ) from None
-
-
-def validate_images(images: Iterable[object], indices: Iterable[int] | None = None) -> None:
-    """Refuse what is no picture, has no pixels, or some that are no numbers.
-
-    Args:
-        images: PIL pictures and arrays of a prompt, in its order; None for one that is named by
-            its ``uuid`` alone.
-        indices: where in the prompt they are; None where they are all of its images.
-
-    Raises:
-        VLLMValidationError: says which picture, how large it is, and what is wrong with it.
-    """
-    from PIL import Image
-    from vllm.exceptions import VLLMValidationError
-
-    from vllm_spyre_mm.multimodal.pictures import fault_of_picture
-
-    for index, image in zip(indices or itertools.count(), images, strict=False):
-        fault = None
-        if isinstance(image, Image.Image):
-            if 0 in image.size:
-                fault = f"is empty: {image.width}x{image.height} pixels (width x height)"
-        elif image is not None:
-            fault = fault_of_picture(image)
-        if fault is not None:
-            raise VLLMValidationError(
-                f"image {index} of the prompt {fault}",
-                parameter="image",
-            )
-
-
-def validate_mixture(multimodal: "MultiModalConfig") -> None:
-    """Refuse embeddings among pictures where the engine takes none; vLLM checks embeddings alone.
-
-    Raises:
-        VLLMValidationError: says what to start the engine with.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    if not multimodal.enable_mm_embeds:
-        raise VLLMValidationError(
-            "an image of the prompt is given as an embedding: start the engine with "
-            "enable_mm_embeds=True or --enable-mm-embeds",
-            parameter="image",
-        )
-
-
-EMBEDDING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def validate_image_embeddings(
-    embeddings: Iterable[torch.Tensor], hidden_size: int, indices: Iterable[int] | None = None
-) -> None:
-    """Refuse ready-made image features that the decoder cannot take.
-
-    Args:
-        embeddings: of a prompt's images, ``(num_features, hidden_size)`` each.
-        hidden_size: of the decoder.
-        indices: where in the prompt they are; None where they are all of its images.
-
-    Raises:
-        VLLMValidationError: says which one, and whether its rank, width, rows, dtype or values.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    for index, embedding in zip(indices or itertools.count(), embeddings, strict=False):
-        fault = None
-        if embedding.ndim != 2:
-            fault = f"it has {embedding.ndim} dimensions, not 2"
-        elif embedding.shape[1] != hidden_size:
-            fault = f"its rows have {embedding.shape[1]} elements, the model's {hidden_size}"
-        elif not len(embedding):
-            fault = "it has no rows"
-        elif embedding.dtype not in EMBEDDING_DTYPES:
-            fault = f"its dtype is {embedding.dtype}, not a floating-point one of 16 bits or more"
-        elif not bool(embedding.isfinite().all()):
-            fault = "it holds NaN or infinity"
-        if fault is not None:
-            raise VLLMValidationError(
-                f"image embedding {index} of the prompt, of shape {tuple(embedding.shape)}, cannot "
-                f"be used: {fault}",
-                parameter="image",
-            )
 
 
 def prepare_embedding(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:
@@ -187,27 +101,6 @@ def _check_embedding_size(
             f"the embedding would have {choice.num_rows(counts)} rows and {size} bytes, more than "
             f"the limit of {limit}: choose a pooling, a smaller dtype or fewer images",
             parameter=EXTRA_ARG,
-        )
-
-
-def validate_tags(modality: str, num_items: int, num_tags: int) -> None:
-    """Refuse a prompt with fewer tags than pictures.
-
-    Args:
-        modality: vLLM's name, ``image``.
-        num_items: given beside the prompt.
-        num_tags: found in it, one at most for each.
-
-    Raises:
-        VLLMValidationError: names both counts.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    if num_tags < num_items:
-        raise VLLMValidationError(
-            f"the prompt has {num_tags} {modality} tag(s) for {num_items} {modality}(s): put one "
-            "tag into the prompt for each",
-            parameter=modality,
         )
 
 

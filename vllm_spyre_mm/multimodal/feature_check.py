@@ -71,3 +71,26 @@ def fault_of_serialized_embedding(embedding: torch.Tensor) -> str | None:
     if embedding.untyped_storage().nbytes() < embedding.numel() * embedding.itemsize:
         return f"it has fewer elements than its shape says, {tuple(embedding.shape)}"
     return None
+
+
+EMBEDDING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def fault_of_embedding(embedding: torch.Tensor, hidden_size: int) -> str | None:
+    """Why the decoder cannot take an image's features; None if it can.
+
+    Args:
+        embedding: ``(num_features, hidden_size)``.
+        hidden_size: of the decoder.
+    """
+    if embedding.ndim != 2:
+        return f"it has {embedding.ndim} dimensions, not 2"
+    if embedding.shape[1] != hidden_size:
+        return f"its rows have {embedding.shape[1]} elements, the model's {hidden_size}"
+    if not len(embedding):
+        return "it has no rows"
+    if embedding.dtype not in EMBEDDING_DTYPES:
+        return f"its dtype is {embedding.dtype}, not a floating-point one of 16 bits or more"
+    if not bool(embedding.isfinite().all()):
+        return "it holds NaN or infinity"
+    return None

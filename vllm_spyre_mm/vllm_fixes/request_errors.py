@@ -9,8 +9,17 @@ where it sees every output that goes over HTTP (``frontend.async_llm``).
 
 from typing import TYPE_CHECKING
 
+from vllm_spyre_mm.vllm_fixes.fault import Fault
+
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
+
+FAULT = Fault(
+    "vLLM answers every request that the engine ends with an error with 'Internal server error', "
+    "whatever the reason.",
+    seen_in="0.32.0",
+)
+REPLACED = ()
 
 
 def raise_reason(output: "RequestOutput") -> None:
@@ -21,6 +30,8 @@ def raise_reason(output: "RequestOutput") -> None:
     """
     from vllm.exceptions import GenerationError
 
+    if not FAULT.applies():
+        return
     for completion in output.outputs:
         if completion.finish_reason == "error" and completion.stop_reason:
             raise GenerationError(f"the request failed: {completion.stop_reason}")

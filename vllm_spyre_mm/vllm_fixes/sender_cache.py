@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sends a processed picture to the engine until a request has taken it there.
 
-Leans on: ``processor_cache_from_config`` makes the front end's cache by the name
-``LruKeyReplicatedSenderCache`` of ``vllm.multimodal.cache.factories`` where the engine mirrors it;
-an entry of it is a ``MultiModalProcessorCacheItemMetadata``, and its other kinds of cache hold the
-picture themselves, so that they need nothing. ``AsyncLLM`` and ``LLMEngine`` have that cache in
-their ``renderer``, and give every request that was admitted to ``OutputProcessor.add_request``, and
-then to the engine, without waiting for anything in between.
+:class:`SenderCache` takes the place of vLLM's cache in the platform's renderer
+(``frontend.renderer``); vLLM's other kinds of cache hold the picture themselves, so that they need
+nothing.
 
-vLLM's front end takes a picture that it has processed once for one that the engine holds, and
-sends later requests without it. If the first request is refused after that (its parameters, its
-length, a full queue), the engine never gets the picture, and the next request that shows it fails
-with HTTP 500, whoever sent it. vLLM recovers then, but not before.
+Leans on: an entry of ``LruKeyReplicatedSenderCache`` is a ``MultiModalProcessorCacheItemMetadata``;
+the item that it returns is the object that the request carries; every request that was admitted is
+given to ``OutputProcessor.add_request``, and then to the engine, without waiting for anything in
+between.
 """
 
-import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,24 +23,33 @@ from vllm.multimodal.cache.base import (
 from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
 from vllm.multimodal.inputs import MultiModalKwargsItem
 
-from vllm_spyre_mm.upstream.contract import require, require_attributes, require_parameters
+from vllm_spyre_mm.upstream.contract import require_attributes, require_parameters
 from vllm_spyre_mm.upstream.marks import extending, is_extended
 from vllm_spyre_mm.upstream.module_loading import when_loaded
+from vllm_spyre_mm.vllm_fixes.fault import Fault
 
 if TYPE_CHECKING:
     from vllm.multimodal.processing.processor import ResolvedPromptUpdate
     from vllm.v1.engine import EngineCoreRequest
 
-NAME = "LruKeyReplicatedSenderCache"
-ATTRIBUTE = "mm_sender_cache"
-"""Of an output processor: the cache whose pictures the requests carry that it is given."""
+FAULT = Fault(
+    "vLLM's front end takes a picture that it has processed once for one that the engine holds. If "
+    "its request is refused after that (its parameters, its length, a full queue), the engine "
+    "never gets the picture, and the next request that shows it fails with HTTP 500, whoever sent "
+    "it.",
+    seen_in="0.32.0",
+)
+REPLACED = ("vllm.v1.engine.output_processor.OutputProcessor.add_request",)
+
+ENTRY = "sender_cache_entry"
+"""Of a processed item: the entry that holds it until a request that carries it is admitted."""
 
 
 class SenderCacheEntry(MultiModalProcessorCacheItemMetadata):
     """What vLLM remembers of a processed item, and the item while the engine does not have it.
 
     Attributes:
-        unsent: the processed item until a request that carries it is accepted, then None.
+        unsent: the processed item until a request that carries it is admitted, then None.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class SenderCacheEntry(MultiModalProcessorCacheItemMetadata):
     ) -> None:
         super().__init__(item, prompt_updates)
         self.unsent: MultiModalKwargsItem | None = item
+        setattr(item, ENTRY, self)
 
 
 class SenderCache(LruKeyReplicatedSenderCache):
@@ -69,34 +75,10 @@ class SenderCache(LruKeyReplicatedSenderCache):
         self.cache_if_fits(self._cache, mm_hash, SenderCacheEntry(*mm_item))
         return mm_item
 
-    def accept(self, request: "EngineCoreRequest") -> None:
-        """Take note that ``request``, which was admitted, carries its items to the engine."""
-        entries = self._cache.cache  # a view: this is not a use of the entry
-        for feature in request.mm_features or ():
-            entry = entries.get(feature.mm_hash or feature.identifier)
-            if feature.data is not None and isinstance(entry, SenderCacheEntry):
-                entry.unsent = None
-
 
 def install() -> None:
-    """Let vLLM make this cache in place of its own as soon as it can make one."""
-    when_loaded("vllm.multimodal.cache.factories", _replace_sender_cache)
+    """Extend vLLM's output processor, which is told of every request that is admitted."""
     when_loaded("vllm.v1.engine.output_processor", _extend_output_processor)
-    when_loaded("vllm.v1.engine.async_llm", functools.partial(_extend_engine, name="AsyncLLM"))
-    when_loaded("vllm.v1.engine.llm_engine", functools.partial(_extend_engine, name="LLMEngine"))
-
-
-def _replace_sender_cache(module: ModuleType) -> None:
-    require_attributes(module, (NAME, "processor_cache_from_config"))
-    if getattr(module, NAME) is SenderCache:
-        return
-    require(
-        getattr(module, NAME) is LruKeyReplicatedSenderCache,
-        f"{module.__name__}.{NAME} is another class",
-    )
-    require_parameters(LruKeyReplicatedSenderCache.get_and_update_item, ("mm_item", "mm_hash"))
-    require_attributes(LruKeyReplicatedSenderCache, ("cache_if_fits", "invalidate"))
-    setattr(module, NAME, SenderCache)
 
 
 def _extend_output_processor(module: ModuleType) -> None:
@@ -106,30 +88,20 @@ def _extend_output_processor(module: ModuleType) -> None:
     if is_extended(original, __name__):
         return
     require_parameters(original, ("request",))
+    require_parameters(LruKeyReplicatedSenderCache.get_and_update_item, ("mm_item", "mm_hash"))
+    require_attributes(LruKeyReplicatedSenderCache, ("cache_if_fits", "invalidate"))
 
     @extending(original, __name__)
     def add_request(self: Any, request: "EngineCoreRequest", *args: Any, **kwargs: Any) -> None:
         original(self, request, *args, **kwargs)
-        if self.mm_sender_cache is not None:
-            self.mm_sender_cache.accept(request)
+        note_admission(request)
 
-    setattr(processor, ATTRIBUTE, None)
     processor.add_request = add_request
 
 
-def _extend_engine(module: ModuleType, name: str) -> None:
-    """Let an engine's output processor know the cache of its renderer."""
-    require_attributes(module, (name,))
-    engine = getattr(module, name)
-    original = engine.__init__
-    if is_extended(original, __name__):
-        return
-
-    @extending(original, __name__)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        cache = self.renderer.mm_processor_cache
-        if isinstance(cache, SenderCache):
-            setattr(self.output_processor, ATTRIBUTE, cache)
-
-    engine.__init__ = __init__
+def note_admission(request: "EngineCoreRequest") -> None:
+    """Take note that ``request`` carries its items to the engine, so that no other need."""
+    for feature in request.mm_features or ():
+        entry = getattr(feature.data, ENTRY, None)
+        if entry is not None:
+            entry.unsent = None
