@@ -20,7 +20,7 @@ from vllm.renderers.hf import HfRenderer
 
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.frontend import renderer_registration
-from vllm_spyre_mm.frontend.renderer import ImageRenderer
+from vllm_spyre_mm.frontend.renderer import ImageRenderer, check_base
 from vllm_spyre_mm.upstream.contract import UnsupportedVllmError
 from vllm_spyre_mm.vllm_fixes.sender_cache import SenderCache
 
@@ -141,3 +141,19 @@ def test_a_registry_that_is_not_as_expected_is_refused() -> None:
         renderer_registration._register_renderer(ModuleType("vllm.renderers.registry"))
     with pytest.raises(UnsupportedVllmError, match="the renderer 'hf' is"):
         renderer_registration._register_renderer(registry(("another", "Renderer")))
+
+
+def test_a_renderer_that_would_not_call_what_is_overridden_is_refused() -> None:
+    """Without it clients would share their images, and nothing said so."""
+
+    class Renderer:
+        render_messages = render_messages_async = None
+
+        async def render_chat_async(self, chats: Any) -> None:
+            """A vLLM that calls its parameter otherwise."""
+
+    with pytest.raises(UnsupportedVllmError, match="no parameter 'conversations'"):
+        check_base(Renderer)
+    del Renderer.render_chat_async
+    with pytest.raises(UnsupportedVllmError, match="no 'render_chat_async'"):
+        check_base(Renderer)

@@ -9,14 +9,31 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from vllm_spyre_mm.frontend.image_processor import ImageProcessingInfo, ImageProcessor
+from vllm_spyre_mm.frontend.mixed_images import MixedImageItems
+from vllm_spyre_mm.frontend.renderer import ImageRenderer
 from vllm_spyre_mm.platform import SpyrePlatform
 from vllm_spyre_mm.scheduler.request_queue import AlternatingQueue
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
+from vllm_spyre_mm.vllm_fixes.media_connector import (
+    CheckedEmbeddingMediaIO,
+    CheckedImageMediaIO,
+    CheckedMediaConnector,
+)
+from vllm_spyre_mm.vllm_fixes.sender_cache import SenderCache
 from vllm_spyre_mm.worker.sampler import HostSampler
 from vllm_spyre_mm.worker.worker import SpyreWorker
 
 SUBCLASSES = (
+    CheckedEmbeddingMediaIO,
+    CheckedImageMediaIO,
+    CheckedMediaConnector,
     HostSampler,
+    ImageProcessingInfo,
+    ImageProcessor,
+    ImageRenderer,
+    MixedImageItems,
+    SenderCache,
     SpyrePlatform,
     SpyreScheduler,
     SpyreWorker,

@@ -123,6 +123,10 @@ def hooks() -> dict[str, Any]:
         from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 
         register_hooks()
+        from vllm_spyre_mm.frontend import image_processor, renderer
+
+        image_processor.check_bases()
+        renderer.check_base()
         SpyreScheduler.check_base()
     return {"platform": platform, "ours": platform == PLATFORM_CLASS}
 

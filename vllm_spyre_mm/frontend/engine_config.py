@@ -14,6 +14,7 @@ from vllm_spyre_mm.config import (
     decoder_dtype_of,
     rust_frontend_requested,
     settings_summary,
+    vllm_fixes_enabled,
 )
 from vllm_spyre_mm.frontend.flags import SCHEDULER_CLASS, WORKER_CLASS, refuse_unsupported
 from vllm_spyre_mm.log import get_logger
@@ -79,6 +80,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
             max_model_len=model_config.max_model_len,
             tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
             prefix_caching=vllm_config.cache_config.enable_prefix_caching,
+            vllm_fixes=vllm_fixes_enabled(),
         ),
     )
 

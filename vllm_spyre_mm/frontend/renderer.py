@@ -23,13 +23,31 @@ from vllm_spyre_mm.frontend.mixed_chat import (
     read_once,
     with_loaded,
 )
+from vllm_spyre_mm.upstream.contract import require_attributes, require_parameters
 from vllm_spyre_mm.vllm_fixes import chat_parts, sender_cache
+
+
+def check_base(base: type = HfRenderer) -> None:
+    """Check that vLLM's renderer is called by what is overridden: else it would be left out.
+
+    Raises:
+        UnsupportedVllmError: a method is missing, or its parameters have other names.
+    """
+    expected = {
+        "render_chat_async": ("conversations",),
+        "render_messages": ("messages", "params"),
+        "render_messages_async": ("messages", "params"),
+    }
+    require_attributes(base, expected)
+    for name, parameters in expected.items():
+        require_parameters(getattr(base, name), parameters)
 
 
 class ImageRenderer(HfRenderer):
     """Renders chats in which pictures and embeddings are mixed, and keeps clients apart."""
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
+        check_base()
         super().__init__(config, tokenizer)
         cache = self._mm_processor_cache
         if type(cache) is LruKeyReplicatedSenderCache and sender_cache.FAULT.applies():

@@ -40,6 +40,7 @@ def _register_connector(module: ModuleType) -> None:
         require_parameters(getattr(connector, name), ("url", "media_io", "fetch_timeout"))
     for name in ("fetch_image_embedding", "fetch_image_embedding_async"):
         require_parameters(getattr(connector, name), ("data",))
+    check_bases()
 
     from vllm_spyre_mm.vllm_fixes.media_connector import CheckedMediaConnector
 
@@ -48,3 +49,22 @@ def _register_connector(module: ModuleType) -> None:
         registry.register(NAME)(CheckedMediaConnector)
     elif registered is not CheckedMediaConnector:
         logger.warning("media are loaded by another plugin's connector, %s", registered)
+
+
+def check_bases() -> None:
+    """Check what the platform's connector loads media with.
+
+    Raises:
+        UnsupportedVllmError: one of vLLM's classes is not as expected.
+    """
+    from vllm import connections
+    from vllm.multimodal.media import image
+
+    require_attributes(connections, ("HTTPConnection", "global_http_connection"))
+    for name in ("get_response", "get_async_response"):
+        require_attributes(connections.HTTPConnection, (name,))
+        require_parameters(getattr(connections.HTTPConnection, name), ("url", "allow_redirects"))
+    require_attributes(image, ("ImageMediaIO", "ImageEmbeddingMediaIO"))
+    for media_io in (image.ImageMediaIO, image.ImageEmbeddingMediaIO):
+        require_parameters(media_io.load_bytes, ("data",))
+    require_attributes(image.ImageMediaIO, ("_convert_image_mode",))
