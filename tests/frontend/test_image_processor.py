@@ -57,6 +57,12 @@ def test_it_is_vllms_with_the_platforms_methods_first(processor: Any) -> None:
     assert type(processor).apply is ImageProcessor.apply
 
 
+def test_vllm_makes_many_of_one_class(model_config: ModelConfig, processor: Any) -> None:
+    another = MULTIMODAL_REGISTRY.create_processor(model_config)
+    assert type(another) is type(processor)
+    assert type(another.info) is type(processor.info)
+
+
 def test_registering_again_changes_nothing(model_config: ModelConfig) -> None:
     factories = get_model_cls(model_config)._processor_factory  # type: ignore[attr-defined]
     register_image_processor(model_config)

@@ -17,6 +17,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from tests import architectures
 from vllm_spyre_mm.demo import checkpoint_path
+from vllm_spyre_mm.frontend.image_processor import register_image_processor
 
 TEXT = architectures.llama(num_hidden_layers=1)
 MISTRAL = architectures.mistral(num_hidden_layers=1)
@@ -39,6 +40,7 @@ def processor(
         config.save_pretrained(path)
         architectures.save_processor(path, config)
     model_config = EngineArgs(model=str(path)).create_model_config()
+    register_image_processor(model_config)  # as the platform does for an engine
     made = MULTIMODAL_REGISTRY.create_processor(model_config)
     image_token_id = model_config.hf_config.image_token_index
 

@@ -13,6 +13,7 @@ request alone (HTTP 400).
 """
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -202,5 +203,10 @@ def register_processor_of(model_cls: Any) -> None:
 def _with_mixin(instance: Any, mixin: type) -> Any:
     """An object of vLLM's whose methods are looked up in ``mixin`` first."""
     cls: Any = type(instance)
-    instance.__class__ = type(cls)(cls.__name__, (mixin, cls), {"__module__": __name__})
+    instance.__class__ = _combined(mixin, cls)
     return instance
+
+
+@functools.cache  # vLLM makes a processor for each chat
+def _combined(mixin: type, cls: Any) -> type:
+    return type(cls)(cls.__name__, (mixin, cls), {"__module__": __name__})
