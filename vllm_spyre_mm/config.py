@@ -27,38 +27,39 @@ BackendName = Literal["sendnn", "inductor", "eager"]
 CpuTier = Literal["generic", "avx2", "avx512", "avx512_bf16", "amx"]
 
 CPU_TIERS: tuple[CpuTier, ...] = get_args(CpuTier)
-"""Sets of a CPU's instructions, each with those before it; see ``model_executor.cpu.tier``."""
+"""Instruction sets of CPUs, each including those before it; see ``model_executor.cpu.tier``."""
 
 BLOCK_SIZE = 64
-"""Tokens in a block of the KV cache: what the card's compiler expects."""
+"""Tokens in a block of the KV cache; the card's compiler expects this number."""
 
 CARD_CHUNK_SIZE = 512
 """Tokens in a prefill chunk (vLLM's ``max_num_batched_tokens``) unless the user gives it."""
 
 HOST_CHUNK_SIZE = 1536
-"""The same on a CPU, which reads the weights once for each chunk and computes no padding."""
+"""Tokens in a prefill chunk on a CPU unless the user gives it: more than for the card, because a
+CPU reads the weights once for each chunk and computes no padding."""
 
 DEFAULT_MAX_NUM_SEQS = 16
 """Sequences decoded together (vLLM's ``max_num_seqs``) unless the user gives it."""
 
 DEFAULT_MAX_MODEL_LEN = 8192
 """Upper bound of the ``max_model_len`` that is derived from a checkpoint: Granite says 131,072,
-whose KV cache no development host holds."""
+whose KV cache fits no development host."""
 
 CARD_MAX_BATCH_TKV = 131072
-"""Bound on batch size times padded length that the card is run with unless the user gives it."""
+"""Bound on rows times padded length of the card's decodes unless the user gives it, in tokens."""
 
 
 class SpyreSettings(BaseModel):
     """The platform's settings: what vLLM has no flag for.
 
     Attributes:
-        enable_return_mm_embedding: give back the merged vision features of every request on
+        enable_return_mm_embedding: return the merged vision features of every request on
             ``CompletionOutput.mm_embedding``. Also ``LLM(enable_return_mm_embedding=True)`` and
             ``--enable-return-mm-embedding``.
-        return_mm_embedding_by_default: give it back to requests that do not say. Off, a request
-            asks with ``extra_args={"return_mm_embedding": True}``. Of a server's requests none gets
-            it that does not ask.
+        return_mm_embedding_by_default: return it also for requests that do not ask. Off, a request
+            asks with ``extra_args={"return_mm_embedding": True}``. A request over HTTP always has
+            to ask.
         max_mm_embedding_response_bytes: largest embedding in an HTTP response, in bytes before
             it is encoded as text.
         max_held_mm_embedding_bytes: bound on the embeddings of the requests that run at the same
@@ -141,7 +142,7 @@ class SpyreSettings(BaseModel):
             max_num_seqs: largest decode batch.
 
         Raises:
-            ValueError: the backend is not to be had here, or a bound is below what one request
+            ValueError: the backend is not available here, or a bound is below what one request
                 needs.
         """
         backend = self.resolve_backend(enforce_eager)
@@ -179,10 +180,10 @@ class SpyreSettings(BaseModel):
         )
 
     def resolve_backend(self, enforce_eager: bool) -> BackendName:
-        """What runs the decoder, ``auto`` replaced.
+        """The backend that runs the decoder, with ``auto`` replaced.
 
         Raises:
-            ValueError: it is not to be had here, or contradicts ``--enforce-eager``.
+            ValueError: it is not available here, or contradicts ``--enforce-eager``.
         """
         if self.backend == "sendnn" and not card_backend_available():
             raise ValueError(
@@ -236,14 +237,14 @@ def engine_runs_in_own_process() -> bool:
 
 
 def rust_frontend_requested() -> bool:
-    """Whether vLLM's Rust front end is asked for, which bypasses every Python hook."""
+    """Whether vLLM's Rust front end is requested, which bypasses every Python hook."""
     return os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
 
 
 def cpu_tier_limit() -> CpuTier | None:
     """The CPU tier that ``SPYRE_MM_CPU_TIER`` asks for, None without it.
 
-    A variable like ``ATEN_CPU_CAPABILITY``: it describes the machine, to each process on it.
+    Like ``ATEN_CPU_CAPABILITY``, the variable applies to every process of the machine.
 
     Raises:
         ValueError: it names no tier.
@@ -288,7 +289,7 @@ def export_card_environment(
 
 
 def another_spyre_plugin_contends() -> bool:
-    """Whether vLLM would find ``sendnn-inference``'s platform beside this one."""
+    """Whether vLLM would find the platform of ``sendnn-inference`` beside this one."""
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "sendnn_inference" not in allowed.split(","):
         return False
@@ -300,7 +301,7 @@ def another_spyre_plugin_contends() -> bool:
 
 
 def excluded_by_environment() -> tuple[str, str] | None:
-    """What in the environment keeps vLLM from taking this platform, and what to do, or None."""
+    """What in the environment keeps vLLM from using this platform, and what to do; or None."""
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "spyre_mm" not in allowed.split(","):
         return f"VLLM_PLUGINS={allowed!r} does not name spyre_mm", "add it, or unset the variable"
@@ -310,7 +311,7 @@ def excluded_by_environment() -> tuple[str, str] | None:
 
 
 def warn_of_other_spyre_plugin() -> None:
-    """Explain, before vLLM refuses two platforms, what to do about ``sendnn-inference``."""
+    """Log what to do about ``sendnn-inference``, before vLLM refuses two platforms."""
     if not another_spyre_plugin_contends():
         return
     logger.error(

@@ -9,9 +9,9 @@ NODES = Path("/sys/devices/system/node")
 CGROUP = Path("/sys/fs/cgroup")
 
 NODE_RECLAIMABLE = ("Inactive(file)", "Active(file)", "SReclaimable")
-GROUP_RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
-"""What counts as used and goes when memory is needed: files that were read, a checkpoint for one,
-and caches of the kernel. As a NUMA node's ``meminfo`` and a group's ``memory.stat`` name them."""
+CGROUP_RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
+"""Memory that counts as used but is reclaimed on demand: the page cache, with a checkpoint that was
+read, and slab caches; names of a NUMA node's ``meminfo`` and of a cgroup's ``memory.stat``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class HostMemory:
     """Memory in bytes.
 
     Attributes:
-        total: of all NUMA nodes that this process may use, or a container's limit if that is less.
-        available: what is free of it, or is given back when it is needed.
+        total: memory of all NUMA nodes that this process may use, or a container's limit if less.
+        available: the part of it that is free or can be reclaimed.
     """
 
     total: int
@@ -28,11 +28,11 @@ class HostMemory:
 
     @property
     def taken(self) -> int:
-        """By all processes."""
+        """Bytes that all processes use."""
         return self.total - self.available
 
     def free(self, utilization: float) -> int:
-        """What is left of a share of the total; negative where more is taken.
+        """Bytes left of a share of the total; negative where more is taken.
 
         Args:
             utilization: the share, ``--gpu-memory-utilization``.
@@ -41,20 +41,20 @@ class HostMemory:
 
 
 def host_memory() -> HostMemory:
-    """The memory as it is now."""
+    """Total and available memory at this moment."""
     from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
 
     memory = _memory_of_nodes()
     limit, usage = get_cgroup_memory_limit(), get_cgroup_memory_usage()
     if limit is None:
         return memory
-    left = limit - (usage or 0) + _reclaimable_of_group()
+    left = limit - (usage or 0) + _reclaimable_of_cgroup()
     total = min(memory.total, limit)
     return HostMemory(total, max(0, min(total, memory.available, left)))
 
 
 def _memory_of_nodes() -> HostMemory:
-    """All of the host's memory, or that of the NUMA nodes which the process is kept to."""
+    """Memory of the host, or of the NUMA nodes that the process is bound to."""
     import psutil
     from vllm.utils.cpu_resource_utils import get_visible_memory_node
 
@@ -68,27 +68,27 @@ def _memory_of_nodes() -> HostMemory:
 
 
 def _memory_of_node(node: Path) -> HostMemory:
-    # A line of it: "Node 0 MemTotal:  97421888 kB".
+    # A line of the file: "Node 0 MemTotal:  97421888 kB".
     lines = (line.split() for line in (node / "meminfo").read_text().splitlines())
     sizes = {fields[2].rstrip(":"): int(fields[3]) << 10 for fields in lines}
     reclaimable = sum(sizes[name] for name in NODE_RECLAIMABLE)
     return HostMemory(sizes["MemTotal"], sizes["MemFree"] + reclaimable)
 
 
-def _reclaimable_of_group() -> int:
+def _reclaimable_of_cgroup() -> int:
     files = (CGROUP / "memory.stat", CGROUP / "memory" / "memory.stat")
     file = next((each for each in files if each.exists()), None)
     if file is None:
         return 0
     sizes = {name: int(size) for name, size in map(str.split, file.read_text().splitlines())}
-    # The first version of control groups has sums with the groups inside under names of their own.
-    return sum(sizes.get(f"total_{name}", sizes.get(name, 0)) for name in GROUP_RECLAIMABLE)
+    # In cgroup v1 the sums over child groups have names that start with "total_".
+    return sum(sizes.get(f"total_{name}", sizes.get(name, 0)) for name in CGROUP_RECLAIMABLE)
 
 
 def return_free_memory() -> None:
-    """Give the operating system what is free; glibc would keep it.
+    """Return free heap memory to the operating system (``malloc_trim``); glibc would keep it.
 
-    For the moments after a great deal was needed once: replaced weights, a compilation.
+    Called after peaks that do not come again: replaced weights, a compilation.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -87,7 +87,7 @@ def test_a_beam_search_is_made_of_requests_that_want_none(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     returned: list[int] = []
-    accounts = llm.llm_engine.engine_core.engine_core.scheduler._accounts  # type: ignore[attr-defined]
+    accounts = llm.llm_engine.engine_core.engine_core.scheduler._embedding_budget  # type: ignore[attr-defined]
     monkeypatch.setattr(accounts, "record_returned", returned.append)
     prompt: Any = {"prompt": ONE, "multi_modal_data": {"image": drawn(30)}}
     (found,) = llm.beam_search([prompt], BeamSearchParams(beam_width=3, max_tokens=4))

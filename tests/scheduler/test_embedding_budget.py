@@ -11,7 +11,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.scheduler.simulation import Simulation, make_request, make_scheduler, run
 from vllm_spyre_mm.config import SpyreSettings
-from vllm_spyre_mm.scheduler.embedding_budget import EmbeddingAccounts
+from vllm_spyre_mm.scheduler.embedding_budget import EmbeddingBudget
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 
 ROWS = 100
@@ -21,7 +21,7 @@ ROW_BYTES = 256 * 4  # fp32
 def bounded(vllm_config: VllmConfig, max_held: int) -> SpyreScheduler:
     scheduler = make_scheduler(vllm_config)
     settings = SpyreSettings.from_vllm_config(vllm_config)
-    scheduler._accounts = EmbeddingAccounts(
+    scheduler._embedding_budget = EmbeddingBudget(
         settings.model_copy(update={"max_held_mm_embedding_bytes": max_held}),
         vllm_config.model_config,
     )
@@ -40,11 +40,11 @@ def run_counting(scheduler: SpyreScheduler, bound: int) -> int:
     simulation, most = Simulation(scheduler), 0
     while scheduler.has_unfinished_requests():
         simulation.step()
-        held = scheduler._accounts.held(scheduler.requests)
+        held = scheduler._embedding_budget.held(scheduler.requests)
         assert held <= bound
         most = max(most, held // (ROWS * ROW_BYTES))
     simulation.check_nothing_is_held()
-    assert scheduler._accounts.held(scheduler.requests) == 0
+    assert scheduler._embedding_budget.held(scheduler.requests) == 0
     return most
 
 
@@ -107,14 +107,14 @@ def test_an_aborted_request_gives_its_room_back(vllm_config: VllmConfig) -> None
 def note_counts(scheduler: SpyreScheduler) -> list[tuple[int, int]]:
     """Runs of the encoder and hits of its cache, of each step from now on."""
     counts: list[tuple[int, int]] = []
-    extend = scheduler._accounts.extend
+    extend = scheduler._embedding_budget.extend
 
     def note(*args: Any) -> Any:
         stats = extend(*args)
         counts.append((stats.encoder_runs, stats.encoder_cache_hits))
         return stats
 
-    scheduler._accounts.extend = note  # type: ignore[method-assign]
+    scheduler._embedding_budget.extend = note  # type: ignore[method-assign]
     return counts
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which step comes next, who is admitted when, and the arithmetic of blocks and chunks."""
+"""The scheduler: steps, admission, the embedding budget, and the geometry of blocks and chunks."""

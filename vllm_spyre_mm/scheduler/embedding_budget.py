@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the embeddings of running requests hold, and what was encoded and returned for them.
+"""The memory budget of the embeddings that requests get back, and counts of images and embeddings.
 
 A request's embedding takes memory from its prefill until it finishes: in the worker first, then in
-the front end. The scheduler knows both ends of that time, and the size of the embedding beforehand,
-so that the bound is kept where requests are admitted.
+the front end. The scheduler knows when both happen, and the size of the embedding beforehand, so it
+keeps the bound by admitting requests later.
 """
 
 from collections.abc import Collection, Mapping
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from vllm_spyre_mm.config import SpyreSettings
 
 
-class EmbeddingAccounts:
-    """The scheduler's books on embeddings.
+class EmbeddingBudget:
+    """Embedding bytes held by admitted requests, and counts for the statistics.
 
     Args:
-        settings: of the engine; it has the bound.
-        model_config: of the engine; it has the width of a row.
+        settings: of the engine; gives the bound.
+        model_config: of the engine; gives the width of a row.
     """
 
     def __init__(self, settings: "SpyreSettings", model_config: "ModelConfig") -> None:
@@ -39,7 +39,7 @@ class EmbeddingAccounts:
         self._returned = 0
 
     def num_bytes(self, request: "Request") -> int:
-        """Bytes of the embedding that a request will hold; 0 where it wants none."""
+        """Bytes of the embedding that a request will hold; 0 if it gets none."""
         if not request.mm_features:
             return 0
         choice = choice_of(request.sampling_params, self._settings)
@@ -49,10 +49,10 @@ class EmbeddingAccounts:
         return choice.num_bytes(counts, self._hidden_size, self._settings.encoder_dtype)
 
     def held(self, requests: Collection[str]) -> int:
-        """Bytes held for the requests that were admitted and are not finished.
+        """Bytes of the embeddings of admitted, unfinished requests.
 
         Args:
-            requests: ids of all unfinished requests; what others held is forgotten.
+            requests: ids of all unfinished requests; entries of other requests are dropped.
         """
         for req_id in [req_id for req_id in self._held if req_id not in requests]:
             del self._held[req_id]
@@ -64,7 +64,7 @@ class EmbeddingAccounts:
         No request waits for ever: one that exceeds the bound alone is refused when it is submitted.
 
         Args:
-            request: the one that waits; a preempted one has been counted.
+            request: the waiting request; a preempted one is counted already.
             requests: ids of all unfinished requests.
         """
         if request.request_id in self._held:
@@ -76,10 +76,10 @@ class EmbeddingAccounts:
         )
 
     def record_prefill(self, output: "SchedulerOutput", requests: "Mapping[str, Request]") -> None:
-        """Count what a step that prefills admits and encodes.
+        """Count the embeddings that a prefill step admits, and its images.
 
         Args:
-            output: vLLM's, after which ``num_computed_tokens`` of its requests is the step's end.
+            output: vLLM's; ``num_computed_tokens`` of its requests includes this step already.
             requests: all unfinished requests.
         """
         admitted = {new.req_id for new in output.scheduled_new_reqs}
@@ -101,8 +101,8 @@ class EmbeddingAccounts:
         """Count each image once: in the step that reaches its first feature, or else in the
         admitting one.
 
-        Images that a prefix-cache hit covers are needed where the embedding is to be collected, and
-        not looked at otherwise. Images that are given as embeddings are neither runs nor hits.
+        Images that a prefix-cache hit covers count only if the request's embedding is collected.
+        Images that are given as embeddings are neither runs nor hits.
         """
         end = request.num_computed_tokens
         start = end - num_tokens
@@ -123,10 +123,10 @@ class EmbeddingAccounts:
         self._returned += num_embeddings
 
     def extend(self, stats: "SchedulerStats", requests: Collection[str]) -> SpyreSchedulerStats:
-        """vLLM's statistics of a step, with what was counted since the last ones.
+        """Add to vLLM's statistics of a step the counts since the last call.
 
         Args:
-            stats: of the step.
+            stats: vLLM's, of the step.
             requests: ids of all unfinished requests.
         """
         extended = SpyreSchedulerStats(

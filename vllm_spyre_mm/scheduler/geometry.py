@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Sizes that the scheduler and the runner share.
+    """Block and chunk sizes that the scheduler and the runner share.
 
     Attributes:
         block_size: tokens in a KV cache block.
         chunk_size: tokens in a prefill chunk, a multiple of ``block_size``.
         max_batch_tkv: bound on batch × padded length of a decode step, in tokens.
-        whole_chunks: whether a prefill starts with a whole chunk of the grid, as the card's static
-            program does. A CPU, which computes no padding, starts at any block.
+        whole_chunks: whether a prefill starts at a chunk of the grid, as the card's static graph
+            requires. A CPU, which computes no padding, starts at any block.
     """
 
     block_size: int
@@ -49,24 +49,24 @@ class Geometry:
         return -(-num_tokens // self.block_size)
 
     def left_padding(self, num_tokens: int) -> int:
-        """Padding tokens before a prompt of ``num_tokens`` tokens: whole blocks."""
+        """Padding tokens before a prompt of ``num_tokens`` tokens; a multiple of the block size."""
         padded = self.num_blocks(num_tokens) * self.block_size
         return -padded % self.chunk_size
 
     def padded_length(self, num_tokens: int) -> int:
-        """Length of a prompt of ``num_tokens`` tokens with all its padding: whole chunks."""
+        """Length of a prompt of ``num_tokens`` tokens with its padding to whole chunks."""
         return -(-num_tokens // self.chunk_size) * self.chunk_size
 
     def chunk_end(self, num_tokens: int, start: int) -> int:
-        """Where the chunk that computes token ``start`` of a prompt of ``num_tokens`` ends."""
+        """End of the chunk that contains token ``start`` of a prompt of ``num_tokens`` tokens."""
         padding = self.left_padding(num_tokens)
         padded_end = ((start + padding) // self.chunk_size + 1) * self.chunk_size
         return min(num_tokens, padded_end - padding)
 
     def prefill_start(self, num_tokens: int, num_cached: int) -> int:
-        """Where the prefill of a prompt begins that has ``num_cached`` cached tokens.
+        """First token to compute of a prompt with ``num_cached`` tokens in the prefix cache.
 
-        The last token is computed in any case, for its logits.
+        The last token is always computed, for its logits.
         """
         usable = min(num_cached, num_tokens - 1)
         if not self.whole_chunks:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What travels from the worker through the scheduler to the front end, beside vLLM's own fields."""
+"""Fields beside vLLM's own that travel from the worker through the scheduler to the front end."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +15,11 @@ from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
 
 @dataclass(frozen=True, slots=True)
 class FailedEncoding:
-    """A request whose images could not be encoded, or their features not be converted as it
-    chose, and what the scheduler is to take back.
+    """A request that fails because its images cannot be encoded or its embedding not be converted,
+    and the caches' entries that the scheduler has to remove.
 
     Attributes:
-        req_id: of the request.
+        req_id: id of the request.
         reason: a sentence for the client.
         identifiers: images that the scheduler asked for and that are in no cache.
         block_ids: KV cache blocks that the step was to fill and did not.
@@ -37,8 +37,8 @@ class SpyreModelRunnerOutput(ModelRunnerOutput):
 
     Attributes:
         mm_embeddings: by request id, ``(num_features, hidden_size)`` on the CPU.
-        mm_embedding_infos: by request id, which of its rows are which.
-        failed_encoding: the step's request fails; nothing was computed.
+        mm_embedding_infos: by request id, the image that each row belongs to.
+        failed_encoding: set if the step's request fails; nothing was computed then.
     """
 
     mm_embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -53,8 +53,8 @@ class SpyreSchedulerStats(SchedulerStats):
     Attributes:
         mm_embedding_held_bytes: embeddings of unfinished requests, at the step's end.
         encoder_runs: images encoded since the last statistics.
-        encoder_cache_hits: images that were not encoded because they had been, since then.
-        mm_embeddings_returned: embeddings handed over since then.
+        encoder_cache_hits: images found in the encoder cache since the last statistics.
+        mm_embeddings_returned: embeddings returned since the last statistics.
     """
 
     mm_embedding_held_bytes: int = 0
@@ -70,7 +70,7 @@ class EngineCoreOutput(VllmEngineCoreOutput, array_like=True, omit_defaults=True
         mm_embedding: merged vision features of the whole prompt, ``(num_features, hidden_size)``
             in the encoder's dtype unless the request chose otherwise, on the CPU, contiguous. Set
             on the first output of a request with images that wants it, else None.
-        mm_embedding_info: which of its rows are which; set with it.
+        mm_embedding_info: the image that each of its rows belongs to; set with it.
     """
 
     mm_embedding: torch.Tensor | None = None
@@ -81,7 +81,7 @@ class EngineCoreOutputs(VllmEngineCoreOutputs, array_like=True, omit_defaults=Tr
     """vLLM's outputs of one step, decoding each request's :class:`EngineCoreOutput`.
 
     Attributes:
-        scheduler_stats: what the platform's scheduler makes of vLLM's.
+        scheduler_stats: vLLM's, extended by the platform's scheduler.
     """
 
     outputs: list[EngineCoreOutput] = []  # type: ignore[assignment]  # noqa: RUF012 - msgspec copies it
@@ -114,12 +114,12 @@ def attach_mm_embeddings(
 
 
 def give_reason(outputs: dict[int, Any], req_id: str, reason: str) -> None:
-    """Say on the last output of a failed request why it failed, in place.
+    """Put the reason on the last output of a failed request, in place.
 
     Args:
         outputs: vLLM's ``EngineCoreOutputs`` by client index; a request that was aborted meanwhile
             has none.
-        req_id: of the request.
+        req_id: id of the request.
         reason: becomes its ``stop_reason``, which travels to ``CompletionOutput.stop_reason``.
     """
     for client_outputs in outputs.values():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order in which waiting requests are admitted: those with images and those without in turn.
 
-First come, first served alone would let a few hundred requests with images, each a prefill of many
-chunks, stand before every short question that comes after them.
+With first come, first served alone, every short question would wait behind a few hundred requests
+with images, each a prefill of many chunks.
 """
 
 from collections import deque
@@ -18,11 +18,12 @@ from vllm_spyre_mm.upstream.contract import require
 def next_candidates(waiting: Iterable[Request], deferred: Collection[Request]) -> Iterator[Request]:
     """The waiting requests of which one may be admitted next.
 
-    That is the first one; where it waits for something else (its grammar), vLLM passes over it.
+    That is the first one and, while it waits for something else (its grammar), the ones after it:
+    vLLM passes over such requests.
 
     Args:
-        waiting: all that wait, in their order.
-        deferred: those that vLLM has passed over.
+        waiting: all waiting requests, in their order.
+        deferred: the requests that vLLM has passed over.
     """
     for request in waiting:
         yield request
@@ -33,9 +34,8 @@ def next_candidates(waiting: Iterable[Request], deferred: Collection[Request]) -
 class AlternatingQueue(RequestQueue):
     """Two queues, each first come, first served, that take turns while both have requests.
 
-    So a request waits, besides those of its own kind before it, for at most one of the other kind
-    for each of them and for itself. A request that was preempted comes before all that have not
-    run yet, as in vLLM's own queue.
+    For each request of its own kind before it, and for itself, a request waits for at most one of
+    the other kind. Preempted requests come before all that have not run yet, as in vLLM's queue.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class AlternatingQueue(RequestQueue):
 
     @classmethod
     def check_base(cls) -> None:
-        """Check that vLLM's queue has no method that is not written here.
+        """Check that every abstract method of vLLM's queue is implemented here.
 
         Raises:
             UnsupportedVllmError: names what is missing.
@@ -72,18 +72,18 @@ class AlternatingQueue(RequestQueue):
         self._queue_of(request).append(request)
 
     def pop_request(self) -> Request:
-        """Take the next request; the other kind has the turn then."""
+        """Remove and return the next request; then it is the other kind's turn."""
         queue = self._next()
         if queue is not self._preempted:
             self._turn = int(queue is self._kinds[0])
         return queue.popleft()
 
     def peek_request(self) -> Request:
-        """The next request, which stays."""
+        """Return the next request without removing it."""
         return self._next()[0]
 
     def prepend_request(self, request: Request) -> None:
-        """Put a request before the others of its kind; one that was preempted before all."""
+        """Put a request before the others of its kind, or a preempted one before all."""
         self._queue_of(request).appendleft(request)
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which step comes next: one chunk of one prefill, or a decode of the running requests.
+"""The scheduler: each step is one chunk of one prefill, or a decode of the running requests.
 
 vLLM's scheduler does all the bookkeeping: blocks and whom to preempt for them, encoder cache,
-queues, finished requests. This subclass says which of the running requests take part in a step, and
-keeps every chunk on Spyre's grid (:mod:`vllm_spyre_mm.scheduler.geometry`). Its rules are those of
-:class:`SpyreScheduler`.
+queues, finished requests. The subclass decides which of the running requests take part in a step,
+and keeps every chunk on Spyre's grid (:mod:`vllm_spyre_mm.scheduler.geometry`).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.host_memory import return_free_memory
 from vllm_spyre_mm.multimodal.embedding import choice_of
-from vllm_spyre_mm.scheduler.embedding_budget import EmbeddingAccounts
+from vllm_spyre_mm.scheduler.embedding_budget import EmbeddingBudget
 from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.scheduler.outputs import (
     FailedEncoding,
@@ -65,10 +64,10 @@ class SpyreScheduler(Scheduler):
             self.waiting = AlternatingQueue()
         self.geometry = geometry_of(self.vllm_config)
         self.settings = SpyreSettings.from_vllm_config(self.vllm_config)
-        self._accounts = EmbeddingAccounts(self.settings, self.vllm_config.model_config)
+        self._embedding_budget = EmbeddingBudget(self.settings, self.vllm_config.model_config)
         self._last_step_was_prefill = False
         self._step = Step(False, frozenset())
-        # To learn how many tokens a picture may have, vLLM has processed the largest.
+        # vLLM has processed the largest possible picture to learn its number of tokens.
         return_free_memory()
 
     @classmethod
@@ -106,7 +105,7 @@ class SpyreScheduler(Scheduler):
             ("cached", "freeable", "num_embeds_by_hash", "num_free_slots"),
         )
 
-    # -- the kind of step ---------------------------------------------------------------------
+    # -- choice of the step --------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule one chunk of one prefill, or a decode, as the rules of the class say."""
@@ -119,7 +118,7 @@ class SpyreScheduler(Scheduler):
         if step.is_prefill:
             if not output.num_scheduled_tokens and (decode := self._decode_step()).taking_part:
                 return carry_over(output, self._run(decode, throttle_prefills))
-            self._accounts.record_prefill(output, self.requests)
+            self._embedding_budget.record_prefill(output, self.requests)
         for new in output.scheduled_new_reqs:
             # vLLM leaves out the pixels of images that a prefix-cache hit covers. The worker may
             # need them: for the embedding, or after a preemption that lost the hit.
@@ -143,7 +142,7 @@ class SpyreScheduler(Scheduler):
         return Step(False, frozenset(decoding[row].request_id for row in rows))
 
     def _may_admit(self, num_decoding: int) -> bool:
-        """Whether one of the waiting requests may run too, as far as that is known beforehand.
+        """Whether the step may admit a waiting request; vLLM may still find no blocks for it.
 
         Args:
             num_decoding: running requests that the next decode has room for.
@@ -159,14 +158,14 @@ class SpyreScheduler(Scheduler):
     def _has_room(self) -> bool:
         """Whether one more request fits beside the running ones, all of which decode.
 
-        By the bound on batch × length, in which a prompt is counted with the token that it will
-        decode, and by the bound on the embeddings held.
+        Two bounds apply: batch × padded length, where a prompt counts with the token that it will
+        decode, and the bytes of the embeddings held.
         """
         lengths = [request.num_tokens for request in self.running]
         return all(
             len(self.geometry.decode_rows_that_fit([*lengths, request.num_tokens + 1]))
             == len(lengths) + 1
-            and self._accounts.has_room(request, self.requests)
+            and self._embedding_budget.has_room(request, self.requests)
             for request in next_candidates(self.waiting, self.deferred_waiting)
         )
 
@@ -193,7 +192,7 @@ class SpyreScheduler(Scheduler):
     def _get_local_prefix_cache_hit(
         self, request: Request
     ) -> "tuple[KVCacheBlocks, int, int, bool]":
-        """Round a prefix-cache hit down to where a prefill may start; nothing is allocated yet."""
+        """Round a prefix-cache hit down to a position where a prefill may start."""
         blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         start = self.geometry.prefill_start(request.num_tokens, num_hit)
         if start < num_hit:
@@ -203,9 +202,9 @@ class SpyreScheduler(Scheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """End a chunk where the grid says; vLLM asks this last, for every request.
+        """End a chunk at the grid's boundary; vLLM asks this last, for every request.
 
-        With no tokens, vLLM goes on to the next request.
+        A request that gets 0 tokens is passed over.
         """
         if self._sits_out(request):
             return 0
@@ -227,7 +226,7 @@ class SpyreScheduler(Scheduler):
         encoder_compute_budget: int,
         shift_computed_tokens: int = 0,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
-        """Encode what the chunk needs, and what the request's embedding needs besides.
+        """Choose the images to encode: for the chunk, and for the request's embedding.
 
         A request that returns its embedding wants the features of images that a prefix-cache hit
         covers too: at its admission the window starts at the prompt's start. Cached features are
@@ -250,7 +249,7 @@ class SpyreScheduler(Scheduler):
         return inputs, chunk, budget, external, duplicates
 
     def _collects_from_start(self, request: Request) -> bool:
-        """Whether this is the admission of a request whose embedding is still to be collected."""
+        """Whether the request is about to be admitted and its embedding is not collected yet."""
         return (
             request.status != RequestStatus.RUNNING
             and request.num_output_tokens == 0
@@ -267,7 +266,7 @@ class SpyreScheduler(Scheduler):
             return super().update_from_output(scheduler_output, model_runner_output)
         failed = model_runner_output.failed_encoding
         if failed is None:
-            self._accounts.record_returned(len(model_runner_output.mm_embeddings))
+            self._embedding_budget.record_returned(len(model_runner_output.mm_embeddings))
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             attach_mm_embeddings(
                 outputs,
@@ -275,7 +274,7 @@ class SpyreScheduler(Scheduler):
                 model_runner_output.mm_embedding_infos,
             )
             return outputs
-        # vLLM ends these with FinishReason.ERROR; one that was aborted meanwhile is unknown to it.
+        # vLLM ends these with FinishReason.ERROR, and ignores one that was aborted meanwhile.
         self.encoder_cache_mismatch_reqs.add(failed.req_id)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._undo_failed_step(failed)
@@ -283,11 +282,11 @@ class SpyreScheduler(Scheduler):
         return outputs
 
     def _undo_failed_step(self, failed: FailedEncoding) -> None:
-        """Undo what vLLM noted when it scheduled a step whose request failed.
+        """Remove from vLLM's caches the entries of a step whose request failed.
 
-        Blocks are offered to other prompts as soon as they are allocated, images to other requests
-        as soon as they are scheduled, and neither was computed. No other request has seen them:
-        only its own step came since, and the request itself is gone.
+        vLLM offers blocks to other prompts once they are allocated, and images to other requests
+        once they are scheduled; these were never computed. No other request has used them, because
+        no other step was scheduled since, and the request itself is gone.
         """
         self.kv_cache_manager.evict_blocks(set(failed.block_ids))
         images = self.encoder_cache_manager
@@ -296,6 +295,6 @@ class SpyreScheduler(Scheduler):
             images.num_free_slots += images.freeable.pop(identifier)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """vLLM's statistics of a step, with those of the embeddings."""
+        """vLLM's statistics of a step, with those of images and embeddings."""
         stats = super().make_stats(*args, **kwargs)
-        return None if stats is None else self._accounts.extend(stats, self.requests)
+        return None if stats is None else self._embedding_budget.extend(stats, self.requests)

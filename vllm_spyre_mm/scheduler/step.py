@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scheduler decides about a step before vLLM fills it."""
+"""The plan of a step, made before vLLM schedules its tokens."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step is to do.
+    """The plan of one step.
 
     Attributes:
-        is_prefill: it is a chunk of a prompt (of a running request, or of one that is admitted);
-            otherwise a decode.
-        taking_part: ids of the running requests that compute something in it.
+        is_prefill: whether it is a prefill chunk (of a running request, or of one that is admitted)
+            or a decode.
+        taking_part: ids of the running requests that are given tokens.
         may_admit: whether a waiting request may be admitted.
     """
 
@@ -23,7 +23,7 @@ class Step:
 
 
 def carry_over(empty: SchedulerOutput, output: SchedulerOutput) -> SchedulerOutput:
-    """Add what a step without tokens was to tell the worker to the step that takes its place."""
+    """Add the messages to the worker of a step without tokens to the step that takes its place."""
     output.finished_req_ids |= empty.finished_req_ids
     output.free_encoder_mm_hashes = [*empty.free_encoder_mm_hashes, *output.free_encoder_mm_hashes]
     output.preempted_req_ids = (empty.preempted_req_ids or set()) | (

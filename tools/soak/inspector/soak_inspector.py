@@ -190,7 +190,7 @@ def _worker(worker: Any) -> dict[str, Any]:
             images_without_features=set(books.cached) - set(features),
             features_without_image=set(features) - set(books.cached) - set(books.freed),
         )
-        counts["held_bytes"] = scheduler._accounts.held(scheduler.requests)
+        counts["held_bytes"] = scheduler._embedding_budget.held(scheduler.requests)
         counts["blocks_in_use"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
         counts["encoder_places_lost"] = books.cache_size - books.num_freeable_slots
     done = {"steps": work.steps, "encoded": work.encoded, "late": work.late}
