@@ -12,7 +12,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.scheduler.outputs import SpyreModelRunnerOutput
-from vllm_spyre_mm.worker.requests import RequestState, RequestTable
+from vllm_spyre_mm.worker.requests import RequestTable, WorkerRequest
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=200)
 
@@ -32,9 +32,9 @@ def new_request(req_id: str = "a", **changes: Any) -> NewRequestData:
     return NewRequestData(**values)
 
 
-def state_of(**changes: Any) -> RequestState:
+def state_of(**changes: Any) -> WorkerRequest:
     """What the worker remembers of such a request."""
-    return RequestState.from_new(new_request(**changes), SpyreSettings())
+    return WorkerRequest.from_new(new_request(**changes), SpyreSettings())
 
 
 def cached(

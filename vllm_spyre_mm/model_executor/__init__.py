@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is: loading and checking weights, the attention op, compilation, the KV cache."""
+"""The model: its parts, its weights, the KV cache, and the backends that run it."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What executes the decoder: the contract of a backend. ``cpu`` and ``card`` implement it.
+"""The interface of a backend, which runs the decoder; ``cpu`` and ``card`` implement it.
 
-The vision encoder runs on the host whatever the backend; a backend places and compiles it too.
+The vision encoder runs on the host with every backend, which places and compiles it too.
 """
 
 from abc import ABC, abstractmethod
@@ -16,18 +16,18 @@ from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides, ModelSpec
 from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs, DecodeRows, PrefillChunk
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
-"""Text embeddings ``(batch, tokens, hidden_size)`` of token ids ``(batch, tokens)``."""
+"""Maps token ids ``(batch, tokens)`` to text embeddings ``(batch, tokens, hidden_size)``."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepSizes:
-    """Bounds of the steps that an engine runs, in tokens unless it says otherwise.
+    """Upper bounds of the steps that an engine runs.
 
     Attributes:
-        block_size: of a block of the KV cache.
-        chunk_size: of a prefill chunk.
-        context_len: of the longest sequence, with its padding to whole chunks.
-        max_batch_tkv: of batch × padded length of a decode.
+        block_size: tokens in a block of the KV cache.
+        chunk_size: tokens in a prefill chunk.
+        context_len: tokens of the longest sequence, padded to whole chunks.
+        max_batch_tkv: batch × padded length of a decode, in tokens.
         max_num_seqs: sequences that decode together.
         max_blocks: blocks of a sequence.
     """
@@ -41,40 +41,40 @@ class StepSizes:
 
 
 class StepInputs(ABC):
-    """Lays out a chunk and a decode, and finds the logits that are wanted.
+    """Lays out a prefill chunk or a decode for the decoder, and picks the logits to sample from.
 
     Attributes:
-        padded: whether a chunk is laid out with its padding.
+        padded: whether chunks include their padding.
     """
 
     padded: bool
 
     @abstractmethod
     def chunk_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
-        """A chunk of one prompt, given its merged embeddings ``(1, tokens, hidden_size)``."""
+        """Inputs of a chunk of one prompt, given its embeddings ``(1, tokens, hidden_size)``."""
 
     @abstractmethod
     def chunk_logits(self, logits: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
-        """Of what the decoder gave for a chunk, those of its last token: ``(1, vocab_size)``."""
+        """The last token's logits ``(1, vocab_size)``, of the decoder's logits for a chunk."""
 
     @abstractmethod
     def decode_inputs(self, rows: DecodeRows, embed: Embed) -> DecoderInputs:
-        """One token of each running request."""
+        """Inputs of a decode: one token of each running request."""
 
     @abstractmethod
     def decode_logits(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """Of what the decoder gave for a decode, those of the rows: ``(num_rows, vocab_size)``."""
+        """The rows' logits ``(num_rows, vocab_size)``, of the decoder's logits for a decode."""
 
 
 class Backend(ABC):
-    """Executes one model's decoder, and its vision encoder on the host.
+    """Runs one model's decoder, and its vision encoder on the host.
 
     Called in this order: :meth:`prepare` before the model is loaded, :meth:`place` once it is,
     :meth:`compile`, the passes of :meth:`warmup_passes`, then :meth:`forward` for each step.
 
     Attributes:
-        for_card: whether the decoder is loaded as the card's compiler wants it.
-        inputs: the layout of its steps.
+        for_card: whether the decoder is loaded in the form that the card's compiler requires.
+        inputs: lays out its steps.
     """
 
     for_card: bool
@@ -82,21 +82,21 @@ class Backend(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Set, or begin, what must be there before the model is; runs in the worker's process."""
+        """Prepare the worker's process before the model is loaded."""
 
     @abstractmethod
     def place(self, model: FmsModel, overrides: LoadOverrides) -> None:
-        """Take a loaded model: replace layers, in place, by what is fast here."""
+        """Take a loaded model and replace layers by faster ones, in place."""
 
     @abstractmethod
     def compile(self, model: FmsModel, overrides: LoadOverrides) -> None:
-        """Wrap what is to be compiled; each graph is made at its first run, in the warmup."""
+        """Wrap modules for compilation; each graph is compiled at its first run, in the warmup."""
 
     @abstractmethod
     def warmup_passes(
         self, spec: ModelSpec, kv_cache: KVCache
     ) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-        """How often the warmup's requests run: a title for each pass, and its context."""
+        """The passes over the warmup's requests: the title of each, and the context it runs in."""
 
     @abstractmethod
     def forward(self, inputs: DecoderInputs, kv_cache: KVCache) -> tuple[torch.Tensor, KVCache]:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of a backend."""
+"""Makes the backend that the settings name."""
 
 from vllm_spyre_mm.config import BackendName
 from vllm_spyre_mm.model_executor.backend import Backend, StepSizes
 
 
 def make_backend(name: BackendName, sizes: StepSizes) -> Backend:
-    """The backend of a resolved setting; the other one is not imported."""
+    """Make the backend of a resolved setting, importing only that one."""
     if name == "sendnn":
         from vllm_spyre_mm.model_executor.card.backend import CardBackend
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paged KV cache: how it is described to vLLM, sized and allocated."""
+"""The paged KV cache: its description for vLLM, its size and its allocation."""
 
 import math
 import mmap
@@ -24,7 +24,7 @@ ACTIVATION_RESERVE = 1 << 30
 def kv_cache_spec(
     options: KVCacheOptions, block_size: int, dtype: torch.dtype, world_size: int
 ) -> dict[str, "KVCacheSpec"]:
-    """What vLLM's block manager has to know about each layer, on one rank."""
+    """The KV cache of each layer on one rank, as vLLM's block manager is told of it."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     spec = FullAttentionSpec(
@@ -39,9 +39,9 @@ def kv_cache_spec(
 def kv_cache_bytes(vllm_config: "VllmConfig", spec: dict[str, "KVCacheSpec"]) -> int:
     """Memory for this rank's KV cache, in bytes.
 
-    What the user gives (``--kv-cache-memory-bytes``), else what ``max_num_seqs`` sequences of
-    ``max_model_len`` can use at most, as far as the host's memory goes: the share
-    ``--gpu-memory-utilization`` of all of it, less what is taken and what activations need.
+    It is ``--kv-cache-memory-bytes`` if given, else what ``max_num_seqs`` sequences of
+    ``max_model_len`` can use, but at most the share ``--gpu-memory-utilization`` of the host's
+    memory less what is used and what activations need.
 
     Raises:
         ValueError: not enough memory is available for it.
@@ -64,12 +64,12 @@ def kv_cache_bytes(vllm_config: "VllmConfig", spec: dict[str, "KVCacheSpec"]) ->
     blocks_per_sequence = cdiv(
         vllm_config.model_config.max_model_len, vllm_config.cache_config.block_size
     )
-    # One more: block 0 pads and is never handed out.
+    # One more: block 0 is used for padding and never allocated.
     useful_blocks = blocks_per_sequence * vllm_config.scheduler_config.max_num_seqs + 1
     return min(available, useful_blocks * sum(layer.page_size_bytes for layer in spec.values()))
 
 
-@torch.inference_mode()  # as the steps run: the compiler tells such tensors from others
+@torch.inference_mode()  # like the steps: compiled graphs are specialised to inference tensors
 def allocate_kv_cache(
     options: KVCacheOptions,
     num_blocks: int,
@@ -77,19 +77,13 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     world_size: int,
 ) -> KVCache:
-    """Allocate the cache of one rank on the host.
-
-    Blocks that are never used take no memory.
-    """
+    """Allocate the cache of one rank on the host; blocks that are never used take no memory."""
     shape = (num_blocks, block_size, options.num_kv_heads // world_size, options.head_dim)
     return [(_zeros(shape, dtype), _zeros(shape, dtype)) for _ in range(options.num_layers)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that get their memory page by page when they are first written to.
-
-    ``torch.zeros`` writes all of them.
-    """
+    """Zeros whose pages are allocated at their first write; ``torch.zeros`` would write all."""
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=private)
     return torch.frombuffer(pages, dtype=dtype).view(shape)

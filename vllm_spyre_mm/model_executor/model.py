@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model as the runner uses it: embed, encode and run, whatever executes the decoder."""
+"""The model as the runner uses it: embed, encode and forward, on any backend."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -21,7 +21,7 @@ class SpyreModel(Generic[Spec]):
     Args:
         fms_model: as ``loader.load_model`` returns it; the backend replaces layers of it.
         mapping: of its architecture.
-        backend: what executes the decoder.
+        backend: runs the decoder.
 
     Attributes:
         kv_cache: of the decoder; allocated by the worker.
@@ -32,15 +32,15 @@ class SpyreModel(Generic[Spec]):
         self.mapping = mapping
         self.backend = backend
         self.kv_cache: KVCache = []
-        self._overrides = mapping.load_overrides()  # modules have one name on every backend
+        self._overrides = mapping.load_overrides()  # the fields used here are the same for the card
         backend.place(fms_model, self._overrides)
 
     def compile(self) -> None:
-        """Wrap what is to be compiled; each graph is made at its first run, in the warmup."""
+        """Wrap modules for compilation; each graph is compiled at its first run, in the warmup."""
         self.backend.compile(self.fms_model, self._overrides)
 
     def warmup_passes(self) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-        """The passes of the warmup; there is a KV cache by now."""
+        """The passes of the warmup; the KV cache has to be allocated."""
         return self.backend.warmup_passes(self.mapping, self.kv_cache)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a mapping says about a model, as far as the model is loaded, cached and run by it."""
+"""The part of a mapping that the model executor uses: how to load, cache and run the model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 FmsModel = Any
-"""An FMS model: a module whose parts are reached by the names that its mapping knows."""
+"""An FMS model; its mapping knows the names of its submodules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +32,16 @@ class KVCacheOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """The head of a decoder, which may share its weights with the embedding.
+class LMHead:
+    """The LM head of a decoder, which may be tied to the text embedding.
 
     Attributes:
-        name: of its weight, renamed.
-        embedding: of the embedding's weight, renamed.
-        tied: whether the configuration says that they are one.
-        untied_config: the FMS configuration with a head of its own, for a checkpoint that holds
-            two different tensors all the same.
-        settings: what the configuration says, for messages.
+        name: renamed name of its weight.
+        embedding: renamed name of the embedding's weight.
+        tied: whether the configuration ties them.
+        untied_config: the FMS configuration with an untied head, for a checkpoint whose two tensors
+            differ although the configuration ties them.
+        settings: the configuration's settings in words, for messages.
     """
 
     name: str
@@ -59,12 +59,12 @@ class LoadOverrides:
         architecture: name of the FMS architecture, whose adapter reads the checkpoint.
         model_class: the FMS model; made from ``config`` and ``distributed_strategy``.
         config: its configuration.
-        rename: a checkpoint's tensor name in the one layout that FMS's adapter knows.
+        rename: maps a checkpoint's tensor name to the one that FMS's adapter knows.
         is_unused: whether a tensor, by its renamed name, has no part in the computation.
-        head: the decoder's head. A checkpoint may leave a tied one out.
+        head: the LM head. A checkpoint may leave a tied one out.
         encoder_modules: names of the FMS model's modules and parameters that make up the vision
             encoder: they run on the host, in the encoder's dtype.
-        encoder_blocks: the repeated blocks of the vision encoder, compiled once for all.
+        encoder_blocks: the repeated blocks of the vision encoder, which share one graph.
         decoder_blocks: the repeated blocks of the decoder.
     """
 
@@ -73,7 +73,7 @@ class LoadOverrides:
     config: Any
     rename: Callable[[str], str]
     is_unused: Callable[[str], bool]
-    head: Head
+    head: LMHead
     encoder_modules: tuple[str, ...]
     encoder_blocks: Callable[[FmsModel], nn.ModuleList]
     decoder_blocks: Callable[[FmsModel], nn.ModuleList]

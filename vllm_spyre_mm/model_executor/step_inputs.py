@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step is made from, and what the decoder gets of it: the worker's side and a backend's."""
+"""Inputs of a step: what the worker gives a backend, and what the decoder is called with."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,14 +38,14 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """The members of a batch by row.
+    """The requests of a decode, a row for each.
 
     Attributes:
         token_ids: the last token of each request.
         num_computed: tokens of each that are in the KV cache.
         blocks: the block ids of each, from the left.
-        block_rows: int32 ``(num_rows, blocks)``, vLLM's own array: the same; rows beyond the batch
-            are of no meaning.
+        block_rows: the same as int32 ``(num_rows, blocks)``, vLLM's own array; rows beyond the
+            batch hold stale values.
     """
 
     token_ids: list[int]
@@ -56,10 +56,10 @@ class DecodeRows:
 
 @dataclass(frozen=True, slots=True)
 class DecoderInputs:
-    """One forward pass of the decoder; made by a backend.
+    """Inputs of one forward pass of the decoder; made by a backend.
 
-    All on the host; *padded* as in :mod:`vllm_spyre_mm.scheduler.geometry`. On the CPU the batch is
-    1: the tokens of all sequences are in one row.
+    All tensors are on the host; *padded* as in :mod:`vllm_spyre_mm.scheduler.geometry`. On the CPU
+    the batch is 1: the tokens of all sequences are in one row.
 
     Attributes:
         embeds: ``(batch, length, hidden_size)``, the decoder's dtype.
@@ -67,7 +67,7 @@ class DecoderInputs:
         attention: keyword arguments of the attention op: ``slot_mapping`` int64
             ``(batch, length)``; for the card ``block_table`` int64 ``(batch, blocks)`` and
             ``current_tkv_mask`` and ``left_padded_prompt_mask`` int64 ``(batch,)``; for the CPU
-            what ``cpu.attention.cpu_attention_kwargs`` describes.
+            the result of ``cpu.attention.cpu_attention_kwargs``.
         last_n_tokens: how many positions from the end get logits; 0: all.
     """
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of the engine: the worker, and the runner that executes its steps."""
+"""The worker, one process for each rank, and the model runner that executes its steps."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The requests that are sampled together: vLLM's input batch, and what it keeps of the tokens."""
+"""The requests that are sampled together, in vLLM's input batch."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from vllm.v1.worker.block_table import SlotMappingMode
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
 from vllm_spyre_mm.model_executor.step_inputs import DecodeRows
-from vllm_spyre_mm.worker.requests import RequestState
+from vllm_spyre_mm.worker.requests import WorkerRequest
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,8 +27,8 @@ class SamplingBatch:
         num_rows: requests it can hold.
 
     Attributes:
-        inputs: vLLM's. Its tables of tokens and of how many are computed are not kept up to date:
-            its sampler takes prompts from them alone.
+        inputs: vLLM's ``InputBatch``. Its arrays of token ids and computed tokens are not kept up
+            to date: the sampler reads only the prompts in them.
         members: the requests by row, as of the last :meth:`set_members`.
     """
 
@@ -51,9 +51,9 @@ class SamplingBatch:
             # The rows' cache slots are computed in model_executor.card and .cpu.
             slot_mapping_modes=[SlotMappingMode.NONE],
         )
-        self.members: list[RequestState] = []
-        self._num_blocks: list[int] = []  # of each member, in the block table
-        self._given: list[str] = []  # ids, as they were given last
+        self.members: list[WorkerRequest] = []
+        self._num_blocks: list[int] = []  # blocks of each member that the block table has
+        self._given: list[str] = []  # ids of the last set_members, in its order
 
     def __len__(self) -> int:
         return self.inputs.num_reqs
@@ -63,28 +63,28 @@ class SamplingBatch:
         """Request ids by row."""
         return self.inputs.req_ids
 
-    def set_members(self, states: list[RequestState]) -> None:
+    def set_members(self, requests: list[WorkerRequest]) -> None:
         """Make exactly these requests the members; the rows of those that stay are kept."""
-        req_ids = [state.req_id for state in states]
+        req_ids = [request.req_id for request in requests]
         if req_ids != self._given:
-            self._replace_members(dict(zip(req_ids, states, strict=True)))
+            self._replace_members(dict(zip(req_ids, requests, strict=True)))
             self._given = req_ids
         self._append_blocks()
-        # Also where nobody came or went: logits processors may count steps.
+        # Also where no member came or went: logits processors may count steps.
         self.inputs.refresh_metadata()
 
-    def _replace_members(self, wanted: dict[str, RequestState]) -> None:
+    def _replace_members(self, wanted: dict[str, WorkerRequest]) -> None:
         for req_id in [req_id for req_id in self.req_ids if req_id not in wanted]:
             self.inputs.remove_request(req_id)
-        for req_id, state in wanted.items():
+        for req_id, request in wanted.items():
             if req_id not in self.inputs.req_id_to_index:
-                self.inputs.add_request(state)
+                self.inputs.add_request(request)
         self.inputs.condense()
         self.members = [wanted[req_id] for req_id in self.req_ids]
         self._num_blocks = self.inputs.block_table[0].num_blocks_per_row[: len(wanted)].tolist()
 
     def discard(self, req_ids: Iterable[str]) -> None:
-        """Remove requests that ended."""
+        """Remove requests that ended or were preempted."""
         removed = [self.inputs.remove_request(req_id) for req_id in req_ids]
         if any(row is not None for row in removed):
             self._given = []
@@ -92,18 +92,20 @@ class SamplingBatch:
             self.inputs.refresh_metadata()
 
     def _append_blocks(self) -> None:
-        """Take over the new blocks of the members."""
-        for row, (state, num_known) in enumerate(zip(self.members, self._num_blocks, strict=True)):
-            blocks = state.blocks
+        """Append the new blocks of the members to the block table."""
+        for row, (request, num_known) in enumerate(
+            zip(self.members, self._num_blocks, strict=True)
+        ):
+            blocks = request.blocks
             if num_known < len(blocks):
                 self.inputs.block_table[0].append_row(blocks[num_known:], row)
                 self._num_blocks[row] = len(blocks)
 
     def decode_rows(self) -> DecodeRows:
-        """What a decode of all members is made from."""
+        """The rows of a decode of all members."""
         return DecodeRows(
-            token_ids=[state.output_token_ids[-1] for state in self.members],
-            num_computed=[state.num_computed_tokens for state in self.members],
-            blocks=[state.blocks for state in self.members],
+            token_ids=[request.output_token_ids[-1] for request in self.members],
+            num_computed=[request.num_computed_tokens for request in self.members],
+            blocks=[request.blocks for request in self.members],
             block_rows=self.inputs.block_table[0].get_numpy_array(),
         )

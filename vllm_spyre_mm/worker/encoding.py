@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encodes the images of a step, and says which request fails when that goes wrong.
+"""Encodes the images of a step; a failure is the failure of one request.
 
-The scheduler gives a prefill a step of its own, so that the images of a step are one request's. An
-encoder that raises, or runs out of memory, or gives NaN fails that request; the engine and the
-other requests go on.
+The scheduler gives a prefill a step of its own, so the images of a step belong to one request. If
+the encoder raises, runs out of memory or returns NaN, that request fails; the engine and the other
+requests go on.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,8 +23,8 @@ class ImageEncodingError(RuntimeError):
     """The images of a step cannot be encoded; nothing of the step entered a cache.
 
     Attributes:
-        on_every_rank: every rank of a tensor-parallel model fails in the same way at the same
-            place, so that none of them waits for another.
+        on_every_rank: whether every rank of a tensor-parallel model fails at the same place, so
+            that none waits for another.
     """
 
     def __init__(self, message: str, *, on_every_rank: bool) -> None:
@@ -38,21 +38,21 @@ def encode_images(
     dtype: torch.dtype,
     decoder_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Features of each image, ``(num_features, hidden_size)``; images are encoded together.
+    """Encode images together; returns the features of each, ``(num_features, hidden_size)``.
 
     Args:
         model: with the vision encoder.
-        images: of one request, by their index among all of its images; ready-made embeddings
-            among them are converted.
-        dtype: of the encoder.
-        decoder_dtype: what the features are converted to when they are merged.
+        images: of one request, by their index among all of its images; those given as embeddings
+            are only converted.
+        dtype: of the encoder and of the result.
+        decoder_dtype: dtype that the features are converted to when they are merged.
 
     Raises:
-        ImageEncodingError: the encoder raised, or :func:`check_features` refuses what it gave.
+        ImageEncodingError: the encoder raised, or :func:`check_features` refused its output.
     """
     try:
         encoded = _encode(model, list(images.values()), dtype)
-    # Anything may come out of a vision tower; the log has its traceback.
+    # A vision tower may raise anything; the log has the traceback.
     except Exception as error:
         raise ImageEncodingError(
             f"{_named(images)} could not be encoded: {type(error).__name__}: {error}",
@@ -69,7 +69,7 @@ def encode_images(
 
 
 def _named(indices: Iterable[int]) -> str:
-    """Images by their place in the request, counted from 1."""
+    """Images in words, by their place in the request, counted from 1."""
     numbers = [str(index + 1) for index in indices]
     return f"image{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} of the request"
 

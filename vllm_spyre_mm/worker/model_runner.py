@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Executes the scheduler's steps. Orchestration only: each concern has a module of its own."""
+"""The model runner, which executes the scheduler's steps; each concern has a module of its own."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from vllm_spyre_mm.worker.batch import SamplingBatch
 from vllm_spyre_mm.worker.encoding import ImageEncodingError, encode_images
 from vllm_spyre_mm.worker.prefill import prefill_chunk
 from vllm_spyre_mm.worker.requests import (
-    RequestState,
     RequestTable,
+    WorkerRequest,
 )
 from vllm_spyre_mm.worker.sampler import HostSampler
 
@@ -37,11 +37,11 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PendingSample:
-    """What ``execute_model`` leaves for ``sample_tokens``.
+    """Logits that ``execute_model`` computed and ``sample_tokens`` will sample from.
 
     Attributes:
         scheduler_output: of the step.
-        batch: the requests that are sampled.
+        batch: the requests to sample for.
         logits: ``(len(batch), vocab_size)``.
     """
 
@@ -56,9 +56,8 @@ class SpyreModelRunner:
     Args:
         vllm_config: of the engine.
         model: placed, with its KV cache.
-        geometry: sizes that the scheduler uses too.
-        return_mm_embedding: collect the embeddings that requests choose. Off on every rank but
-            the first.
+        geometry: block and chunk sizes, the scheduler's too.
+        return_mm_embedding: collect the embeddings that requests ask for; only on rank 0.
     """
 
     def __init__(
@@ -93,33 +92,35 @@ class SpyreModelRunner:
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
-        """Run one step as far as its logits.
+        """Run one step up to its logits.
 
         Returns:
-            The step's output when no token comes of it (nothing scheduled, or a chunk that is not
-            a prompt's last), else None: then :meth:`sample_tokens` gives it.
+            The step's output if it samples no token (nothing scheduled, or a chunk that is not a
+            prompt's last), else None: then :meth:`sample_tokens` returns it.
 
         Raises:
-            ImageEncodingError: :meth:`failed_encoding` gives the step's output.
+            ImageEncodingError: :meth:`failed_encoding` makes the step's output.
         """
         self._update_requests(scheduler_output)
         scheduled = scheduler_output.num_scheduled_tokens
         if not scheduled:
             return EMPTY_MODEL_RUNNER_OUTPUT
         self._encode(scheduler_output.scheduled_encoder_inputs)
-        states = [self.requests[req_id] for req_id in scheduled]
-        if all(state.prefilled for state in states):
-            self.decodes.set_members(states)
+        requests = [self.requests[req_id] for req_id in scheduled]
+        if all(request.prefilled for request in requests):
+            self.decodes.set_members(requests)
             logits = self._decode()
             self._pending = PendingSample(scheduler_output, self.decodes, logits)
             return None
-        (state,) = states  # the scheduler gives a prefill a step of its own
-        logits = self._prefill(state, scheduled[state.req_id])
-        if not state.prefilled:
+        (request,) = requests  # the scheduler gives a prefill a step of its own
+        logits = self._prefill(request, scheduled[request.req_id])
+        if not request.prefilled:
             return ModelRunnerOutput(
-                req_ids=[state.req_id], req_id_to_index={state.req_id: 0}, sampled_token_ids=[[]]
+                req_ids=[request.req_id],
+                req_id_to_index={request.req_id: 0},
+                sampled_token_ids=[[]],
             )
-        self.prefilled.set_members([state])
+        self.prefilled.set_members([request])
         self._pending = PendingSample(scheduler_output, self.prefilled, logits)
         return None
 
@@ -129,14 +130,14 @@ class SpyreModelRunner:
         pending, self._pending = self._pending, None
         assert pending is not None, "execute_model comes first"
         inputs = pending.batch.inputs
-        # The sampler works in fp32 and in place; some of vLLM's processors want that up front.
+        # The sampler works in fp32 and in place; some logits processors of vLLM need fp32 before.
         logits = pending.logits.float()
         if grammar_output is not None:
             apply_grammar_bitmask(pending.scheduler_output, grammar_output, inputs, logits)
         sampled = self.sampler(logits=logits, sampling_metadata=inputs.sampling_metadata)
         token_ids = sampled.sampled_token_ids.tolist()
-        for state, new in zip(pending.batch.members, token_ids, strict=True):
-            state.output_token_ids += new
+        for request, new in zip(pending.batch.members, token_ids, strict=True):
+            request.output_token_ids += new
         output = ModelRunnerOutput(
             req_ids=list(inputs.req_ids),
             req_id_to_index=dict(inputs.req_id_to_index),
@@ -146,18 +147,18 @@ class SpyreModelRunner:
         return output if pending.batch is self.decodes else self._end_prefill(output)
 
     def _end_prefill(self, output: ModelRunnerOutput) -> SpyreModelRunnerOutput:
-        """The output of a prompt's last chunk: its embedding goes with it, or the request fails."""
-        (state,) = self.prefilled.members
-        self.prefilled.discard([state.req_id])  # it decodes from the next step on
-        if state.embedding_fault is not None:
-            return _failed_embedding(state.req_id, state.embedding_fault)
-        embeddings, infos = _take_embedding(state)
+        """The output of a prompt's last chunk, with its embedding or the reason of its failure."""
+        (request,) = self.prefilled.members
+        self.prefilled.discard([request.req_id])  # it decodes from the next step on
+        if request.embedding_fault is not None:
+            return _failed_embedding(request.req_id, request.embedding_fault)
+        embeddings, infos = _take_embedding(request)
         return SpyreModelRunnerOutput(
             **vars(output), mm_embeddings=embeddings, mm_embedding_infos=infos
         )
 
     def reset_encoder_cache(self) -> None:
-        """Forget all encoded images (vLLM asks for it when it drops its own books on them)."""
+        """Drop all encoded images (vLLM calls this when it resets its encoder cache manager)."""
         self.encoder_cache.clear()
 
     # -- steps --------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ class SpyreModelRunner:
         """Encode the images that the scheduler asks for, all of a request together.
 
         Raises:
-            ImageEncodingError: nothing of the request's entered the cache.
+            ImageEncodingError: none of the request's images entered the cache.
         """
         for req_id, items in scheduled.items():
             images = {item: self.requests[req_id].mm_features[item] for item in items}
@@ -188,11 +189,11 @@ class SpyreModelRunner:
     def failed_encoding(
         self, scheduler_output: SchedulerOutput, error: ImageEncodingError
     ) -> SpyreModelRunnerOutput:
-        """The output of a step whose images could not be encoded: its one request fails."""
+        """The output of a step whose images could not be encoded; its one request fails."""
         (req_id,) = scheduler_output.num_scheduled_tokens
-        state = self.requests[req_id]
+        request = self.requests[req_id]
         items = scheduler_output.scheduled_encoder_inputs[req_id]
-        unfilled = state.num_computed_tokens // self.geometry.block_size
+        unfilled = request.num_computed_tokens // self.geometry.block_size
         return SpyreModelRunnerOutput(
             req_ids=[req_id],
             req_id_to_index={req_id: 0},
@@ -200,62 +201,62 @@ class SpyreModelRunner:
             failed_encoding=FailedEncoding(
                 req_id=req_id,
                 reason=str(error),
-                identifiers=[state.mm_features[item].identifier for item in items],
-                block_ids=state.blocks[unfilled:],
+                identifiers=[request.mm_features[item].identifier for item in items],
+                block_ids=request.blocks[unfilled:],
             ),
         )
 
-    def _prefill(self, state: RequestState, num_new: int) -> torch.Tensor:
+    def _prefill(self, request: WorkerRequest, num_new: int) -> torch.Tensor:
         """Run one chunk; returns the logits of its last token, ``(1, vocab_size)``."""
-        start, num_tokens = state.num_computed_tokens, state.num_tokens
+        start, num_tokens = request.num_computed_tokens, request.num_tokens
         end = start + num_new
-        slices, feature_index = plan_merge(state.mm_features, start, end)
+        slices, feature_index = plan_merge(request.mm_features, start, end)
         chunk = prefill_chunk(
-            token_ids=state.token_ids(start, end),
+            token_ids=request.token_ids(start, end),
             start=start,
             num_tokens=num_tokens,
-            blocks=state.blocks,
+            blocks=request.blocks,
             feature_index=feature_index,
             geometry=self.geometry,
             padded=self.inputs.padded,
         )
         embeds = self.spyre_model.embed(looked_up(chunk.token_ids, chunk.feature_index))
         if slices:
-            rows = torch.cat(self.encoder_cache.gather(state.mm_features, slices))
+            rows = torch.cat(self.encoder_cache.gather(request.mm_features, slices))
             embeds = self.spyre_model.mapping.merge(embeds, rows, chunk.feature_index)
-        if self.return_mm_embedding and state.choice is not None:
-            self._collect(state, end)
-        state.prefilled = end == num_tokens
-        if state.choice is not None and not state.choice.generate:
+        if self.return_mm_embedding and request.choice is not None:
+            self._collect(request, end)
+        request.prefilled = end == num_tokens
+        if request.choice is not None and not request.choice.generate:
             return embeds.new_zeros(1, self.vocab_size)  # nobody reads its token or its blocks
         logits = self.spyre_model.forward(self.inputs.chunk_inputs(chunk, embeds))
         return self.inputs.chunk_logits(logits, chunk)
 
-    def _collect(self, state: RequestState, end: int) -> None:
-        """Take what the merge consumed: the images with features before ``end``, in prompt order.
+    def _collect(self, request: WorkerRequest, end: int) -> None:
+        """Collect for the embedding the images with features before ``end``, in prompt order.
 
-        The scheduler has had every image from the prompt's start encoded at the request's
-        admission, whatever the prefix cache covers.
+        At the request's admission the scheduler has every image from the prompt's start on encoded,
+        also those that a prefix-cache hit covers.
         """
-        if state.output_token_ids:
-            return  # resumed after its first token, with which the embedding went out
-        for feature in state.mm_features[len(state.mm_parts) :]:
+        if request.output_token_ids:
+            return  # resumed after its first token, with which the embedding was returned
+        for feature in request.mm_features[len(request.mm_parts) :]:
             if first_feature(feature.mm_position) >= end:
                 break
-            state.mm_parts.append(self.encoder_cache.get(feature))
-        if end == state.num_tokens and state.mm_parts:
-            assert state.choice is not None, "looked at before"
+            request.mm_parts.append(self.encoder_cache.get(feature))
+        if end == request.num_tokens and request.mm_parts:
+            assert request.choice is not None, "looked at before"
             layouts = [
                 self.spyre_model.mapping.feature_layout(feature.data or {})
-                for feature in state.mm_features
+                for feature in request.mm_features
             ]
             try:
-                state.mm_embedding, state.mm_embedding_info = assemble(
-                    state.mm_parts, state.mm_features, layouts, state.choice
+                request.mm_embedding, request.mm_embedding_info = assemble(
+                    request.mm_parts, request.mm_features, layouts, request.choice
                 )
-            except EmbeddingOverflowError as error:  # the other ranks know of no embedding: go on
-                state.embedding_fault = str(error)
-            state.mm_parts.clear()
+            except EmbeddingOverflowError as error:  # the other ranks collect nothing: go on
+                request.embedding_fault = str(error)
+            request.mm_parts.clear()
 
     def _decode(self) -> torch.Tensor:
         """Run the decode batch; returns logits ``(batch, vocab_size)``."""
@@ -264,7 +265,7 @@ class SpyreModelRunner:
 
 
 def _failed_embedding(req_id: str, reason: str) -> SpyreModelRunnerOutput:
-    """The output of a prefill whose request fails after all: its images and blocks are whole."""
+    """The output of a prefill whose embedding cannot be returned; images and blocks are valid."""
     return SpyreModelRunnerOutput(
         req_ids=[req_id],
         req_id_to_index={req_id: 0},
@@ -274,11 +275,11 @@ def _failed_embedding(req_id: str, reason: str) -> SpyreModelRunnerOutput:
 
 
 def _take_embedding(
-    state: RequestState,
+    request: WorkerRequest,
 ) -> tuple[dict[str, torch.Tensor], dict[str, MMEmbeddingInfo]]:
-    """Hand over the embedding, if there is one; the request holds it no longer."""
-    embedding, info = state.mm_embedding, state.mm_embedding_info
-    state.mm_embedding = state.mm_embedding_info = None
+    """Remove the embedding from the request and return it, if there is one."""
+    embedding, info = request.mm_embedding, request.mm_embedding_info
+    request.mm_embedding = request.mm_embedding_info = None
     if embedding is None or info is None:
         return {}, {}
-    return {state.req_id: embedding}, {state.req_id: info}
+    return {request.req_id: embedding}, {request.req_id: info}

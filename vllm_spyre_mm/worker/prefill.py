@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of one chunk of one prefill."""
+"""Lays out one chunk of one prefill."""
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ def prefill_chunk(
         num_tokens: length of the whole prompt.
         blocks: the request's blocks, enough for the chunk.
         feature_index: int64 ``(len(token_ids),)``, from ``plan_merge``.
-        geometry: sizes.
-        padded: lay the padding out too, as the card's static chunk wants it. Without a card it
-            would be computed for nothing, so the chunk is its real tokens alone.
+        geometry: block and chunk sizes.
+        padded: include the padding, as the card's static graph requires. On a CPU the chunk is its
+            real tokens alone.
     """
     left = geometry.left_padding(num_tokens) if padded else 0
     before, after = 0, 0
@@ -45,19 +45,19 @@ def prefill_chunk(
     positions = np.arange(start, start + len(token_ids))
     left_blocks = left // size
 
-    def laid_out(values: np.ndarray | list[int], fill: int) -> torch.Tensor:
+    def padded_row(values: np.ndarray | list[int], fill: int) -> torch.Tensor:
         row = np.full(before + len(token_ids) + after, fill, dtype=np.int64)
         row[before : before + len(values)] = values
         return torch.from_numpy(row).unsqueeze(0)
 
-    slot_mapping = laid_out(slots, 0)
+    slot_mapping = padded_row(slots, 0)
     if before:
         slot_mapping[0, :before] = torch.arange(before) % size  # block 0
     return PrefillChunk(
-        token_ids=laid_out(token_ids, 0),
-        position_ids=laid_out(positions, 0),
-        feature_index=laid_out(feature_index, TEXT),
-        is_padding=laid_out(np.zeros(len(token_ids)), 1).bool(),
+        token_ids=padded_row(token_ids, 0),
+        position_ids=padded_row(positions, 0),
+        feature_index=padded_row(feature_index, TEXT),
+        is_padding=padded_row(np.zeros(len(token_ids)), 1).bool(),
         slot_mapping=slot_mapping,
         block_table=torch.from_numpy(np.concatenate([np.zeros(left_blocks, np.int64), block_ids]))[
             None

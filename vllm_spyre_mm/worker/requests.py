@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the worker remembers of each request."""
+"""The request that the worker keeps of each request."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,22 +14,22 @@ from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, MMEmbeddingInfo,
 
 
 @dataclass
-class RequestState(CachedRequestState):
-    """vLLM's cached request, with where its prefill is and what it collected.
+class WorkerRequest(CachedRequestState):
+    """A request as the worker knows it: vLLM's cached request, its prefill and its embedding.
 
     Attributes:
-        prefilled: the whole prompt is in the KV cache; set by the runner after the last chunk,
-            unset when the request resumes after a preemption.
+        prefilled: whether the whole prompt is in the KV cache; set by the runner after the last
+            chunk, unset when the request resumes after a preemption.
         mm_parts: features of the images collected so far, whole images in prompt order,
             ``(num_features, hidden_size)`` each; references into the encoder cache. Set by the
             runner at each chunk; empty when no embedding is wanted.
-        choice: what it wants of its embedding; None for nothing. Set when it is added.
+        choice: which embedding it gets back; None for none. Set when the request is added.
         mm_embedding: the collected features as one tensor, ``(num_features, hidden_size)`` in the
             encoder's dtype unless ``choice`` says otherwise, contiguous, on the CPU. Set at the
             last chunk, handed over with the first token, then None again.
-        mm_embedding_info: which of its rows are which; set and handed over with it.
-        embedding_fault: why there is none although it is wanted, a sentence for the client; set
-            at the last chunk, and the request fails with it.
+        mm_embedding_info: the image that each of its rows belongs to; set and handed over with it.
+        embedding_fault: why the embedding cannot be returned, a sentence for the client; set at the
+            last chunk, and the request fails with it.
     """
 
     prefilled: bool = False
@@ -40,12 +40,12 @@ class RequestState(CachedRequestState):
     embedding_fault: str | None = None
 
     @classmethod
-    def from_new(cls, data: NewRequestData, settings: SpyreSettings) -> "RequestState":
-        """The state of a request that the scheduler sends for the first time.
+    def from_new(cls, data: NewRequestData, settings: SpyreSettings) -> "WorkerRequest":
+        """Make a request from the scheduler's first message about it.
 
         Args:
-            data: what the scheduler sends.
-            settings: of the engine, for what a request does not choose.
+            data: the message.
+            settings: of the engine; they give the defaults of a request's choice.
         """
         params = data.sampling_params
         generator = None
@@ -88,35 +88,35 @@ class RequestTable:
 
     def __init__(self, settings: SpyreSettings) -> None:
         self._settings = settings
-        self._states: dict[str, RequestState] = {}
+        self._requests: dict[str, WorkerRequest] = {}
 
-    def __getitem__(self, req_id: str) -> RequestState:
-        return self._states[req_id]
+    def __getitem__(self, req_id: str) -> WorkerRequest:
+        return self._requests[req_id]
 
     def __len__(self) -> int:
-        return len(self._states)
+        return len(self._requests)
 
     def remove(self, req_ids: Iterable[str]) -> None:
-        """Forget finished requests and everything they hold."""
+        """Drop finished requests and everything they hold."""
         for req_id in req_ids:
-            self._states.pop(req_id, None)
+            self._requests.pop(req_id, None)
 
     def add(self, new: Iterable[NewRequestData]) -> None:
-        """Remember requests that are scheduled for the first time."""
+        """Add requests that are scheduled for the first time."""
         for data in new:
-            self._states[data.req_id] = RequestState.from_new(data, self._settings)
+            self._requests[data.req_id] = WorkerRequest.from_new(data, self._settings)
 
     def update(self, cached: CachedRequestData) -> None:
-        """Take over blocks and progress of requests that are scheduled again."""
+        """Update blocks and progress of requests that are scheduled again."""
         for i, req_id in enumerate(cached.req_ids):
-            state = self._states[req_id]
-            state.num_computed_tokens = cached.num_computed_tokens[i]
+            request = self._requests[req_id]
+            request.num_computed_tokens = cached.num_computed_tokens[i]
             new_blocks = cached.new_block_ids[i]
             if req_id in cached.resumed_req_ids:
                 assert new_blocks is not None, "a resumed request is allocated anew"
-                state.block_ids = new_blocks
-                state.prefilled = False
-                state.mm_parts.clear()
+                request.block_ids = new_blocks
+                request.prefilled = False
+                request.mm_parts.clear()
             elif new_blocks is not None:
-                for blocks, more in zip(state.block_ids, new_blocks, strict=True):
+                for blocks, more in zip(request.block_ids, new_blocks, strict=True):
                     blocks.extend(more)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the model on made-up requests before the first real one, so that every graph exists.
+"""Runs the model on dummy requests before the first real one, so that every graph is compiled.
 
-The requests are real ones: pictures that go through vLLM's processor, token ids, sampling. So the
+Dummy requests are complete: pictures that go through vLLM's processor, token ids, sampling. So the
 vision tower, the projector, the merge, the prefill and the decode are all traced as they will run.
 """
 
@@ -27,10 +27,10 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WarmupRequest:
-    """A made-up request.
+    """A dummy request.
 
     Attributes:
-        name: shown while it runs; also its request id.
+        name: shown by the progress bar; also its request id.
         token_ids: the prompt, placeholders expanded.
         mm_features: its images.
     """
@@ -41,7 +41,7 @@ class WarmupRequest:
 
 
 def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
-    """Prefill and decode made-up requests alone and together, then forget them.
+    """Prefill and decode dummy requests, alone and together, then drop them.
 
     Uses the first blocks of the KV cache, which no request owns yet.
     """
@@ -86,7 +86,7 @@ def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[W
 
 
 def _check_rows(token_ids: list[int], feature: MultiModalFeatureSpec, num_rows: int) -> None:
-    """Raise ValueError if a placeholder has a text token that the embedding has no row for."""
+    """Raise ValueError if a placeholder has a text token without a row in the text embedding."""
     position = first_without_row(token_ids, [feature], num_rows)
     if position is not None:
         raise ValueError(
@@ -99,10 +99,10 @@ def _check_rows(token_ids: list[int], feature: MultiModalFeatureSpec, num_rows: 
 def _run_all(
     runner: SpyreModelRunner, requests: list[WarmupRequest], together: int, title: str
 ) -> None:
-    """Each request alone (prefill in chunks, one decode), then one decode of the last together.
+    """Run each request alone (prefill in chunks, one decode), then one decode of the last together.
 
-    What a small cache cannot hold side by side lies in the same blocks: whatever is read there is
-    as good as anything.
+    In a small cache requests may share blocks and read each other's keys and values: the numbers do
+    not matter here.
     """
     lengths: dict[str, int] = {}
     num_blocks = len(runner.spyre_model.kv_cache[0][0])
@@ -136,7 +136,7 @@ def _prefill(runner: SpyreModelRunner, request: WarmupRequest, block_ids: list[i
         req_id=request.name,
         prompt_token_ids=request.token_ids,
         mm_features=request.mm_features,
-        # vLLM traces a helper of its own when log probabilities are first asked for.
+        # vLLM compiles a helper when log probabilities are first requested.
         sampling_params=SamplingParams(temperature=0.0, logprobs=1),
         pooling_params=None,
         block_ids=(block_ids,),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One worker process: device, model, KV cache, warmup; vLLM's executor calls it."""
+"""The worker of one rank: device, model, KV cache, warmup; vLLM's executor calls it."""
 
 import time
 from contextlib import nullcontext
@@ -43,7 +43,7 @@ logger = get_logger(__name__)
 
 
 def step_sizes(vllm_config: "VllmConfig") -> StepSizes:
-    """Bounds of the steps of a resolved configuration."""
+    """The step sizes of a resolved configuration."""
     geometry, max_model_len = geometry_of(vllm_config), vllm_config.model_config.max_model_len
     return StepSizes(
         block_size=geometry.block_size,
@@ -56,7 +56,7 @@ def step_sizes(vllm_config: "VllmConfig") -> StepSizes:
 
 
 class SpyreWorker(RefusingWorker):
-    """A worker that executes one rank of the model on the host or through the card's compiler."""
+    """Executes one rank of the model, on the host or through the card's compiler."""
 
     model_runner: SpyreModelRunner  # type: ignore[assignment]  # vLLM says a module or None
 
@@ -81,7 +81,7 @@ class SpyreWorker(RefusingWorker):
     # -- start --------------------------------------------------------------------------------
 
     def init_device(self) -> None:
-        """Prepare the backend, join the process group, seed."""
+        """Prepare the backend, join the process group, set the random seed."""
         self.device = torch.device("cpu")
         self.backend.prepare()
         self._join_process_group()
@@ -93,7 +93,7 @@ class SpyreWorker(RefusingWorker):
         set_random_seed(self.model_config.seed)
 
     def _join_process_group(self) -> None:
-        # vLLM's worker for GPUs has a function for this, whose module imports all that GPUs need.
+        # vLLM's GPU worker has a function for this, but its module imports what only GPUs need.
         from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 
         seconds = self.parallel_config.distributed_timeout_seconds
@@ -111,7 +111,7 @@ class SpyreWorker(RefusingWorker):
         """Load the checkpoint.
 
         Raises:
-            CheckpointError: it does not hold exactly what the model needs.
+            CheckpointError: the checkpoint does not hold exactly the model's tensors.
         """
         if load_dummy_weights:
             raise ValueError(
@@ -147,15 +147,15 @@ class SpyreWorker(RefusingWorker):
         )
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
-        """vLLM's name of the layout of ``kv_cache.KVCache``: layer, block, token, head, content."""
+        """Layout of ``kv_cache.KVCache`` in vLLM's letters: layer, block, token, head, content."""
         return ["LBNHC"]
 
     def determine_available_memory(self) -> int:
-        """Bytes for this rank's KV cache."""
+        """Bytes available for this rank's KV cache."""
         return kv_cache_bytes(self.vllm_config, self.get_kv_cache_spec())
 
     def update_max_model_len(self, max_model_len: int) -> None:
-        """vLLM fitted ``max_model_len`` to the memory (``--max-model-len auto``)."""
+        """Take the ``max_model_len`` that vLLM fitted to the memory (``--max-model-len auto``)."""
         self.model_config.max_model_len = max_model_len
 
     def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
@@ -175,7 +175,7 @@ class SpyreWorker(RefusingWorker):
         )
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Make every graph before the first request."""
+        """Compile every graph before the first request."""
         started = time.perf_counter()
         self.model.compile()
         warm_up(self.model_runner, self.vllm_config)
@@ -191,8 +191,8 @@ class SpyreWorker(RefusingWorker):
         """Run one step; a request whose images cannot be encoded fails alone.
 
         Raises:
-            ImageEncodingError: on one rank of several, perhaps: the others may wait for it inside
-                the encoder, so that the engine has to end.
+            ImageEncodingError: the failure may be of one rank of several; the others may wait for
+                it inside the encoder, so the engine has to end.
         """
         try:
             return self.model_runner.execute_model(scheduler_output)
@@ -214,10 +214,10 @@ class SpyreWorker(RefusingWorker):
         return ("generate",)
 
     def reset_mm_cache(self) -> None:
-        """The worker keeps no processor outputs: vLLM's engine does."""
+        """Do nothing: vLLM's engine, not the worker, keeps the processor's outputs."""
 
     def reset_encoder_cache(self) -> None:
         self.model_runner.reset_encoder_cache()
 
     def execute_dummy_batch(self) -> None:
-        """Only data parallelism, which is refused, needs batches of nothing."""
+        """Do nothing: only data parallelism, which is refused, runs dummy batches."""

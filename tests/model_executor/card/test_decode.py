@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_spyre_mm.model_executor.card.decode import DecodeBatch, decode_batch
+from vllm_spyre_mm.model_executor.card.decode import CardDecode, card_decode
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=300)
 GARBAGE = 999
@@ -29,10 +29,10 @@ class Case:
         self.block_size = block_size
         self.token_ids = [11 + 5 * row for row in range(len(num_computed))]
 
-    def lay_out(self, at_least: int = 1) -> DecodeBatch:
+    def lay_out(self, at_least: int = 1) -> CardDecode:
         width = max(map(len, self.blocks))
         rows = [blocks + [GARBAGE] * (width + 1 - len(blocks)) for blocks in self.blocks]
-        return decode_batch(
+        return card_decode(
             token_ids=np.array(self.token_ids, dtype=np.int32),
             num_computed=np.array(self.num_computed, dtype=np.int32),
             block_rows=np.array(rows, dtype=np.int32),
@@ -122,5 +122,5 @@ def test_a_token_at_a_blocks_edge_is_in_the_block_that_it_opens(num_computed: in
 
 def test_indices_are_int64():
     batch = Case([3, 70], [[1], [2, 3]], 64).lay_out()
-    for name in DecodeBatch.__dataclass_fields__:
+    for name in CardDecode.__dataclass_fields__:
         assert getattr(batch, name).dtype == torch.int64

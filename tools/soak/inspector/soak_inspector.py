@@ -168,11 +168,11 @@ def _extend_worker(module: ModuleType) -> None:
 
 def _worker(worker: Any) -> dict[str, Any]:
     runner = worker.model_runner
-    states: Mapping[str, Any] = runner.requests._states
+    requests: Mapping[str, Any] = runner.requests._requests
     counts = _sizes(
-        worker_requests=states,
+        worker_requests=requests,
         worker_embeddings=[
-            state for state in states.values() if state.mm_parts or state.mm_embedding is not None
+            each for each in requests.values() if each.mm_parts or each.mm_embedding is not None
         ],
         decoding=runner.decodes.req_ids,
         prefilled=runner.prefilled.req_ids,

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the card wants: its two graphs and their inputs."""
+"""The card's backend: its two graphs and their inputs."""

@@ -17,7 +17,7 @@ from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides, ModelSpec
 from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs
 
 CARD_ATTENTION = "spyre_paged_attn"
-"""Name of FMS's own algorithm for the card."""
+"""FMS's name of its attention algorithm for the card."""
 
 
 class CardBackend(Backend):
@@ -57,12 +57,12 @@ class CardBackend(Backend):
         self, spec: ModelSpec, kv_cache: KVCache
     ) -> Iterator[tuple[str, AbstractContextManager[None]]]:
         yield "Compiling", warmup_context()
-        # What was compiled inside the card's context is deployed by a run outside it.
+        # A run outside the card's warmup context deploys the graphs that were compiled inside it.
         yield "Deploying", nullcontext()
 
     def forward(self, inputs: DecoderInputs, kv_cache: KVCache) -> tuple[torch.Tensor, KVCache]:
-        # FMS's attention for the card is functional: the cache that it returns stands for the
-        # device's, and is never read on the host.
+        # FMS's attention for the card is functional: the cache that it returns is of ghost tensors,
+        # which stand for the device's memory and are never read on the host.
         return self._run(
             inputs.embeds,
             position_ids=inputs.position_ids,

@@ -14,7 +14,7 @@ class CardError(RuntimeError):
 
 
 def compile_for_card(model: nn.Module) -> Callable[..., Any]:
-    """The decoder as one graph for the card's compiler; a failure says of which step.
+    """Compile the decoder for the card as one graph; a failure raises :class:`CardError`.
 
     Importing ``torch_sendnn`` registers the backend; it reads ``VLLM_DT_*`` at that moment.
     """
@@ -49,7 +49,7 @@ def _step_of(embeds: torch.Tensor, inputs: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def warmup_context() -> Iterator[None]:
-    """The card compiler's context for making graphs."""
+    """The card compiler's context in which graphs are compiled."""
     import torch_sendnn
 
     with torch_sendnn.warmup_mode():
@@ -59,7 +59,7 @@ def warmup_context() -> Iterator[None]:
 def mark_for_card(
     tensor: torch.Tensor, *, dynamic: tuple[int, ...] = (), static: tuple[int, ...] = ()
 ) -> torch.Tensor:
-    """Tell the compiler which dimensions vary between calls and which never do."""
+    """Mark the dimensions that vary between calls as dynamic and those that never do as static."""
     for dim in dynamic:
         torch._dynamo.mark_dynamic(tensor, dim)
     for dim in static:

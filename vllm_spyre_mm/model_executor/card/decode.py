@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of one decode step of the running batch."""
+"""The layout of a decode for the card."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeBatch:
+class CardDecode:
     """One token of each running request, laid out for the decoder.
 
     Attributes:
@@ -28,14 +28,14 @@ class DecodeBatch:
     left_padding: torch.Tensor
 
 
-def decode_batch(
+def card_decode(
     *,
     token_ids: np.ndarray,
     num_computed: np.ndarray,
     block_rows: np.ndarray,
     block_size: int,
     at_least: int = 1,
-) -> DecodeBatch:
+) -> CardDecode:
     """Lay out a decode step; no loop over requests.
 
     Args:
@@ -43,8 +43,8 @@ def decode_batch(
         num_computed: int ``(batch,)``, tokens of each that are in the KV cache.
         block_rows: int ``(batch, width)``, the block ids of each, from the left.
         block_size: tokens in a block.
-        at_least: rows and blocks of a row that there are at least. The card's compiler takes a
-            dimension of one for a constant; rows are added that decode token 0 in block 0.
+        at_least: minimum number of rows, and of blocks in a row. The card's compiler specialises a
+            dimension of 1 to a constant; added rows decode token 0 in block 0.
     """
     missing = max(0, at_least - len(token_ids))
     token_ids, num_computed = (np.pad(values, (0, missing)) for values in (token_ids, num_computed))
@@ -61,7 +61,7 @@ def decode_batch(
     def tensor(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int64))
 
-    return DecodeBatch(
+    return CardDecode(
         token_ids=tensor(token_ids)[:, None],
         position_ids=tensor(num_computed)[:, None],
         slot_mapping=tensor(slots)[:, None],

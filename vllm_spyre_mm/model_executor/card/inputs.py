@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of a step for the card: chunks with their padding, and a decode of two rows at least.
+"""Inputs of a step for the card: chunks with their padding, and decodes of at least two rows.
 
-Each tensor is marked with the dimensions that vary between steps; the card's compiler makes one
-graph for prefill and one for decode of that.
+The dimensions that vary between steps are marked dynamic, so that the card's compiler makes one
+graph for prefill and one for decode.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from vllm_spyre_mm.model_executor.backend import Embed, StepInputs
 from vllm_spyre_mm.model_executor.card.compile import mark_for_card
-from vllm_spyre_mm.model_executor.card.decode import decode_batch
+from vllm_spyre_mm.model_executor.card.decode import card_decode
 from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs, DecodeRows, PrefillChunk
 
 
@@ -27,7 +27,7 @@ class CardInputs(StepInputs):
         self.block_size = block_size
 
     def chunk_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
-        """A whole chunk of the grid."""
+        """Inputs of a whole chunk of the grid, padding included."""
         # The card's attention masks padding by adding -inf, which a NaN would survive.
         embeds = embeds.masked_fill(chunk.is_padding.unsqueeze(-1), 0.0)
         for tensor in (embeds, chunk.position_ids, chunk.slot_mapping):
@@ -38,16 +38,16 @@ class CardInputs(StepInputs):
             "current_tkv_mask": mark_for_card(chunk.current_tkv, static=(0,)),
             "left_padded_prompt_mask": mark_for_card(chunk.left_padding, static=(0,)),
         }
-        # The chunk may end with padding inside the last block: the whole block gets logits.
+        # The chunk may end with padding inside its last block: logits are computed for that block.
         return DecoderInputs(embeds, chunk.position_ids, attention, last_n_tokens=self.block_size)
 
     def chunk_logits(self, logits: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
-        """The last real token's, inside the last block."""
+        """Logits of the last real token, which is in the last block."""
         return logits[:, chunk.last_row]
 
     def decode_inputs(self, rows: DecodeRows, embed: Embed) -> DecoderInputs:
-        """A row for each request, left-padded to the longest."""
-        batch = decode_batch(
+        """Inputs of a decode: a row for each request, left-padded to the longest."""
+        batch = card_decode(
             token_ids=np.array(rows.token_ids),
             num_computed=np.array(rows.num_computed),
             block_rows=rows.block_rows[: len(rows.token_ids)],
@@ -65,5 +65,5 @@ class CardInputs(StepInputs):
         return DecoderInputs(embeds, position_ids, attention, last_n_tokens=1)
 
     def decode_logits(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """Without the rows that are there to make two."""
+        """Logits of the requests, without those of added rows."""
         return logits[:num_rows, -1]

@@ -19,7 +19,7 @@ from vllm_spyre_mm.model_executor.models.composition import (
 )
 from vllm_spyre_mm.model_executor.models.decoders import DECODERS, decoder_mismatch, head_dim_of
 from vllm_spyre_mm.model_executor.models.towers import TOWERS, tower_mismatch
-from vllm_spyre_mm.model_executor.spec import FmsModel, Head, KVCacheOptions, LoadOverrides
+from vllm_spyre_mm.model_executor.spec import FmsModel, KVCacheOptions, LMHead, LoadOverrides
 from vllm_spyre_mm.multimodal.mm_mappings.base import MMUtils, UnsupportedModelError
 
 CARD_HEAD_DIM = 128
@@ -67,7 +67,7 @@ class DecoderMapping(MMUtils):
             config=config,
             rename=self.rename,
             is_unused=self.is_unused,
-            head=Head(HEAD, EMBEDDING, tied, untied, self.tie_settings),
+            head=LMHead(HEAD, EMBEDDING, tied, untied, self.tie_settings),
             encoder_modules=(),
             encoder_blocks=lambda _: nn.ModuleList(),
             decoder_blocks=lambda model: model.language_model.base_model.layers,
