@@ -29,7 +29,7 @@ def linear(x: torch.Tensor, linears: list[nn.Linear], gelu: bool) -> Kernel:
 def attention_to_all(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Kernel:
     """A tower's attention: all are ``(batch, positions, heads, head_dim)``."""
     scale = query.shape[-1] ** -0.5
-    return lambda: bidirectional.attend_compiled(query, keys, values, scale)
+    return lambda: bidirectional.bidirectional_attention(query, keys, values, scale)
 
 
 def paged_attention(

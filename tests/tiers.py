@@ -51,7 +51,7 @@ def can_emulate_amx() -> bool:
 @contextmanager
 def emulated_amx() -> Iterator[None]:
     """Compute in the highest tier, with tiles in software, in this process alone."""
-    own, written = cpu_tier.INSTRUCTIONS[cpu_tier.detect_tier()], kernels.source
+    own, written = cpu_tier.INSTRUCTIONS[cpu_tier.detect_tier()], kernels.kernel_source
 
     def emulating(name: str) -> str:
         text = INLINE_ASSEMBLY.sub(lambda match: EMULATED[match[1]], written(name))
@@ -60,7 +60,7 @@ def emulated_amx() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(cpu_tier.INSTRUCTIONS, "amx", own)
         patch.setattr(cpu_tier, "detect_tier", lambda: "amx")
-        patch.setattr(kernels, "source", emulating)
+        patch.setattr(kernels, "kernel_source", emulating)
         kernels.compile_kernel.cache_clear()
         with force_tier("amx"):
             yield

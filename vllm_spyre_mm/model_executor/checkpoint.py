@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint files: where they are, what is in them, and whether that is what a model needs."""
+"""Checkpoint files: finding them, listing their tensors, and comparing these with the model's."""
 
 import functools
 import json
@@ -18,10 +18,10 @@ MAX_NAMES_SHOWN = 8
 """Names that an error lists of each kind of fault."""
 
 ELEMENTS_AT_ONCE = 1 << 20
-"""Elements of a tensor that are looked at together."""
+"""Elements of a tensor that are summed together."""
 
 INDEX = "model.safetensors.index.json"
-"""Says which tensor is in which file, where a checkpoint has several."""
+"""File that maps tensors to files, in a checkpoint of several."""
 
 MISTRAL_FORMAT = "consolidated*.safetensors"
 """Weights in Mistral's own format, which its repositories hold beside those of Hugging Face."""
@@ -66,14 +66,14 @@ def find_checkpoint(model_config: "ModelConfig", load_config: "LoadConfig") -> P
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """Which files of a checkpoint are read.
+    """The files of a checkpoint.
 
     Attributes:
         folder: of the checkpoint.
         read: names of the files that are read, sorted.
-        indexed: by file, the tensors that the index places in it; None without an index: then
-            every tensor of each file.
-        absent: names of files that the index names and that are not there.
+        indexed: by file, the tensors that the index places in it; None without an index, when every
+            tensor of each file is read.
+        absent: names of files that the index names and that do not exist.
         left_out: names of safetensors files that are not read.
     """
 
@@ -190,8 +190,8 @@ def open_checkpoint(files: WeightFiles, rename: Callable[[str], str]) -> dict[st
     """List the tensors of a checkpoint by renamed name; reads headers only.
 
     Args:
-        files: which are read.
-        rename: gives a stored name in the model's one layout.
+        files: of the checkpoint.
+        rename: maps a stored name to the one that FMS's adapter knows.
 
     Raises:
         CheckpointError: a file cannot be read, or two tensors mean the same parameter.
@@ -228,11 +228,11 @@ def check_complete(
     adapted: Mapping[str, torch.Tensor],
     expected: Mapping[str, torch.Tensor],
 ) -> None:
-    """Compare what a checkpoint would put into a model with what the model has.
+    """Compare the tensors of a checkpoint with those of a model.
 
     Args:
         files: of the checkpoint, for the message.
-        adapted: the checkpoint's tensors under the model's names (no data is looked at).
+        adapted: the checkpoint's tensors under the model's names; only their shapes are used.
         expected: the model's parameters and buffers.
 
     Raises:
@@ -281,6 +281,6 @@ def raise_if_any(files: WeightFiles, **faults: list[str]) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The first of some names, and how many there are more."""
+    """The first names, and the number of the others."""
     more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
     return f"{', '.join(names[:MAX_NAMES_SHOWN])}{more}"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way a model is loaded: FMS's models and adapters, with every tensor accounted for.
+"""Loads a model: FMS's classes and adapters, with a check that every tensor is used and present.
 
-FMS warns about tensors that it cannot place and leaves what they should have filled uninitialised.
-Here the shapes of the whole checkpoint go through FMS's adapter before any data is read, and a
-model that does not get exactly its parameters is not built.
+FMS only warns about tensors that it cannot place, and leaves parameters without a tensor
+uninitialised. Here the shapes of the whole checkpoint go through FMS's adapter before any data is
+read, and a checkpoint that does not give exactly the model's parameters is refused.
 """
 
 import copy
@@ -43,15 +43,15 @@ SOURCE = "hf"
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a model is placed.
+    """How a model is loaded.
 
     Attributes:
         decoder_dtype: dtype of the decoder and of the text embeddings.
         encoder_dtype: dtype of the vision encoder and its projector.
-        for_card: make the decoder what the card's compiler wants: heads of 128 and separate
-            projections. On a CPU fused projections are the faster ones.
+        for_card: build the decoder as the card's compiler requires: heads of 128 and separate
+            projections. On a CPU fused projections are faster.
         group: process group for tensor parallelism, None without.
-        encoder_only: leave the decoder out: its tensors are not read, and its modules are gone.
+        encoder_only: leave the decoder out: its tensors are not read, its modules are removed.
     """
 
     decoder_dtype: torch.dtype
@@ -62,10 +62,10 @@ class LoadOptions:
 
 
 class NoDecoder(nn.Module):
-    """Stands where a decoder was left out."""
+    """Takes the place of a decoder that is left out."""
 
     def post_init(self) -> None:
-        """There is nothing to tie or to compute."""
+        """Do nothing: no head to tie, no table to compute."""
 
 
 def load_model(mapping: ModelSpec, checkpoint: Path, options: LoadOptions) -> FmsModel:
@@ -83,7 +83,7 @@ def load_model(mapping: ModelSpec, checkpoint: Path, options: LoadOptions) -> Fm
         CheckpointError: a tensor is missing, unexpected, wrongly shaped or not finite.
     """
     files = weight_files(checkpoint)
-    overrides, encoder, decoder = _take_stock(
+    overrides, encoder, decoder = _checked_tensors(
         mapping.load_overrides(options.for_card), files, options
     )
     model = _build(overrides, options.decoder_dtype, options.group)
@@ -93,13 +93,13 @@ def load_model(mapping: ModelSpec, checkpoint: Path, options: LoadOptions) -> Fm
                 setattr(model, name, NoDecoder())
     for part, dtype in ((encoder, options.encoder_dtype), (decoder, options.decoder_dtype)):
         _fill(model, overrides.architecture, part, dtype, options.group)
-    model.post_init()  # ties the head and computes the rotary tables, now that there is storage
+    model.post_init()  # ties the head and computes the RoPE tables, now that there is storage
     check_initialised(files, model)
     return model.eval().requires_grad_(False)
 
 
 def check_checkpoint(mapping: ModelSpec, checkpoint: Path, options: LoadOptions) -> int:
-    """Look at a checkpoint as :func:`load_model` does before it reads any weights.
+    """Check a checkpoint as :func:`load_model` does, without reading weights.
 
     Returns:
         The number of elements that would be loaded.
@@ -108,19 +108,21 @@ def check_checkpoint(mapping: ModelSpec, checkpoint: Path, options: LoadOptions)
         CheckpointError: a tensor is missing, unexpected or wrongly shaped.
     """
     overrides = mapping.load_overrides(options.for_card)
-    _, *parts = _take_stock(overrides, weight_files(checkpoint), options)
+    _, *parts = _checked_tensors(overrides, weight_files(checkpoint), options)
     return sum(math.prod(tensor.shape) for part in parts for tensor in part.values())
 
 
-def _take_stock(
+def _checked_tensors(
     overrides: LoadOverrides, files: WeightFiles, options: LoadOptions
 ) -> tuple[LoadOverrides, dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """The tensors of the encoder and of the decoder, which are exactly what the model needs.
+    """List a checkpoint's tensors, and check that they are exactly the model's.
 
-    The overrides are given back with a head as the checkpoint has it.
+    Returns:
+        The overrides, with the LM head tied or not as in the checkpoint; the encoder's tensors; the
+        decoder's tensors.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: a tensor is missing, unexpected or wrongly shaped.
     """
     tensors = {
         name: tensor
@@ -137,10 +139,10 @@ def _take_stock(
 
 
 def _build(overrides: LoadOverrides, dtype: torch.dtype, group: ProcessGroup | None) -> FmsModel:
-    """The model's structure, without storage.
+    """Build the model on the meta device.
 
-    FMS's ``get_model`` would initialise it at random first, which its SigLIP cannot
-    (``reset_parameters`` calls itself without end).
+    FMS's ``get_model`` would initialise it at random first, which fails for its SigLIP
+    (``reset_parameters`` recurses without end).
     """
     from fms.distributed.strategy import NoOpStrategy, TensorParallelStrategy
 
@@ -158,11 +160,11 @@ def _settle_head(
     overrides: LoadOverrides,
     dtype: torch.dtype,
 ) -> LoadOverrides:
-    """Tie the head to the embedding, or not, as Transformers does with the same checkpoint.
+    """Tie the LM head to the embedding, or not, as Transformers does with the same checkpoint.
 
-    A tied head that is stored beside an equal embedding is left out of ``tensors``: FMS would let
-    it replace the embedding. One that differs in ``dtype`` stays a head of its own, and one that is
-    stored alone is the embedding.
+    Where the configuration ties them: a stored head that equals the embedding is removed from
+    ``tensors``, because FMS would let it replace the embedding; one that differs in ``dtype`` is
+    kept untied; one that is stored alone is taken for the embedding.
 
     Raises:
         CheckpointError: there is no head, and the configuration does not tie it.
@@ -199,8 +201,8 @@ def _settle_head(
 def _split(
     tensors: Mapping[str, T], encoder_modules: tuple[str, ...]
 ) -> tuple[dict[str, T], dict[str, T]]:
-    """The encoder's tensors and the decoder's: they have a dtype each, and FMS's adapter pads the
-    heads of a decoder only where it sees nothing else."""
+    """Separate the encoder's tensors from the decoder's: each part has its dtype, and FMS's adapter
+    pads a decoder's heads only if it is given nothing else."""
     encoder = {
         name: tensor
         for name, tensor in tensors.items()
@@ -218,7 +220,7 @@ def _check(
     """Run the shapes through FMS's adapter and compare the result with the unsharded model."""
     from fms.utils.serialization import get_adapted
 
-    # Separate projections have a name each, which says what is missing.
+    # Separate projections have names of their own, so that an error names the missing one.
     config = dataclasses.replace(overrides.config, fused_weights=False)
     whole = _build(dataclasses.replace(overrides, config=config), options.decoder_dtype, None)
     adapted: dict[str, torch.Tensor] = {}
@@ -250,8 +252,8 @@ def _check(
 
 
 def _layers(tensors: Mapping[str, StoredTensor]) -> list[list[str]]:
-    """Names by layer, as FMS adapts them: the parts of a fused projection come together, and the
-    heads of a decoder are padded where nothing but decoder is seen."""
+    """Group names by layer: FMS's adapter needs the parts of a fused projection together, and pads
+    a decoder's heads only if it is given nothing else."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
         layer = re.match(r"(.*?\.\d+)\.", name)
@@ -266,7 +268,7 @@ def _fill(
     dtype: torch.dtype,
     group: ProcessGroup | None,
 ) -> None:
-    """Copy tensors into the model, layer by layer so that little is held twice."""
+    """Copy tensors into the model, layer by layer, so that few are in memory twice."""
     from fms.utils.serialization import LazySafetensorsDict, load_state_dict_into_model
 
     lazy = LazySafetensorsDict()

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from vllm_spyre_mm.model_executor.cpu import attention_fusion, bidirectional, linear_fusion
-from vllm_spyre_mm.model_executor.cpu.eager_graph import call_directly
+from vllm_spyre_mm.model_executor.cpu.eager_graph import eager_forward
 
 OPS = torch.ops.spyre_mm
 POSITIONS, HEADS, HEAD_DIM = 7, 2, 16
@@ -47,9 +47,9 @@ def called(module: fx.GraphModule) -> list[Any]:
 @torch.inference_mode()
 def test_the_projects_operations_and_views_need_no_compiler():
     module, untouched = make_graph(), make_graph()
-    run = call_directly(module)
+    run = eager_forward(module)
     assert run is not None
-    assert bidirectional.attend_compiled in called(module)
+    assert bidirectional.bidirectional_attention in called(module)
     assert OPS.bidirectional_attention not in called(module)
     fused = torch.randn(1, POSITIONS, 3 * WIDTH)
     torch.testing.assert_close(run(fused, POSITIONS), untouched(fused, POSITIONS))
@@ -67,14 +67,14 @@ def test_the_projects_operations_and_views_need_no_compiler():
 def test_what_computes_anything_else_is_left_as_it_is(also: Callable[[fx.Graph, fx.Node], fx.Node]):
     module = make_graph(also)
     before = called(module)
-    assert call_directly(module) is None
+    assert eager_forward(module) is None
     assert called(module) == before
 
 
 @pytest.mark.parametrize(
     ("name", "function"),
     [
-        ("bidirectional_attention", bidirectional.attend_compiled),
+        ("bidirectional_attention", bidirectional.bidirectional_attention),
         ("linear_in_block", linear_fusion.linear_in_block),
         ("rope_store_attend", attention_fusion.rope_store_attend),
     ],

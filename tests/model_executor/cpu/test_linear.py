@@ -15,9 +15,9 @@ from tests.tiers import VECTOR_TIERS, on_distinct_tiers, on_vector_tiers
 from vllm_spyre_mm.config import CpuTier
 from vllm_spyre_mm.model_executor.cpu.kernels.tiled_linear import is_tiled
 from vllm_spyre_mm.model_executor.cpu.linear import (
-    HostGatedUnit,
     HostLinear,
     HostPatches,
+    HostSwiGLU,
     replace_linears,
 )
 
@@ -113,7 +113,7 @@ def test_the_gates_of_a_unit_are_computed_with_it(width: int, hidden: int, rows:
     expected = unit.w2.float()((F.silu(gates) * values).bfloat16().float())
     model = nn.Sequential(unit.bfloat16())
     replace_linears(model, compiled=True)
-    assert isinstance(model[0], HostGatedUnit)
+    assert isinstance(model[0], HostSwiGLU)
     torch.testing.assert_close(model(x).float(), expected, rtol=2**-6, atol=2**-6)
 
 

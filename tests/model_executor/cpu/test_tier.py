@@ -13,7 +13,7 @@ from tests.tiers import force_tier
 from vllm_spyre_mm.config import CPU_TIERS, CpuTier
 from vllm_spyre_mm.model_executor.cpu import tier as cpu_tier
 from vllm_spyre_mm.model_executor.cpu.kernels import registry as kernel_registry
-from vllm_spyre_mm.model_executor.cpu.kernels.kernel import Kernel, source
+from vllm_spyre_mm.model_executor.cpu.kernels.kernel import Kernel, kernel_source
 from vllm_spyre_mm.model_executor.cpu.tier import host_dtypes
 
 AVX2 = ("avx2", "bmi", "bmi2", "f16c", "fma3", "lzcnt")
@@ -109,7 +109,7 @@ def test_each_kernel_compiles_for_each_of_its_tiers(kernel: Kernel, name: CpuTie
     constants = {"HEAD_DIM": 64, "GROUP": 3, "KV_HEADS": 2, "BLOCK_SIZE": 64}
     defines = [f"-D{key}={value}" for key, value in constants.items()]
     file = tmp_path / f"{kernel.name}.cpp"
-    file.write_text(source(kernel.name))
+    file.write_text(kernel_source(kernel.name))
     instructions = cpu_tier.INSTRUCTIONS[name]
     command = ["g++", "-std=c++20", "-O1", "-fopenmp", "-fsyntax-only", *defines]
     command += [f"-DBF16={bf16}", f"-DBF16_PAIRS={bf16}", f"-march={instructions.march}"]

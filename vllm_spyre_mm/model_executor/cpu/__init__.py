@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs on the host: attention, linear layers, graph passes, memory."""
+"""The CPU backend: attention, linear layers, graph passes, memory, kernels."""

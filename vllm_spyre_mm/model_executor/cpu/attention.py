@@ -2,10 +2,10 @@
 """Paged attention on the CPU, as FMS attention algorithms.
 
 They take the keyword arguments of FMS's ``spyre_paged_attn`` (which the card runs, and which on a
-CPU copies the whole cache at every store and loops over tokens in Python), or what is derived from
-them once a step rather than once a layer: see :func:`cpu_attention_kwargs`.
+CPU copies the whole cache at every store and loops over tokens in Python), or the arguments that
+:func:`cpu_attention_kwargs` derives from them, once a step instead of once a layer.
 
-The operations are opaque to the compiler, so that one compiled block serves every step.
+The operators are opaque to the compiler, so that one compiled block serves every step.
 """
 
 import functools
@@ -18,15 +18,15 @@ from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention, paged_de
 from vllm_spyre_mm.model_executor.cpu.kernels.operands import PagedKV
 
 CPU_ATTENTION = "spyre_mm_cpu_paged_attn"
-"""Name of the algorithm made of PyTorch's operations, FMS's ``attn_name``."""
+"""FMS's ``attn_name`` of the algorithm that uses PyTorch's operators."""
 
 CPU_COMPILED_ATTENTION = "spyre_mm_cpu_paged_attn_compiled"
-"""Name of the algorithm that is compiled (:mod:`paged_decode`, :mod:`blocked_attention`)."""
+"""FMS's ``attn_name`` of the one with kernels (:mod:`paged_decode`, :mod:`blocked_attention`)."""
 
 
 @functools.cache
 def register_cpu_attention() -> None:
-    """Make both CPU algorithms known to FMS; repeatable."""
+    """Register both CPU algorithms with FMS; later calls do nothing."""
     from fms.modules.attention import register_attention_op
 
     define_attention()
@@ -46,21 +46,21 @@ def cpu_attention_kwargs(
     query_length: int,
     block_size: int,
 ) -> dict[str, torch.Tensor]:
-    """What each sequence's queries attend to; the same for every layer of a step.
+    """Arguments of the CPU algorithms: the KV blocks and lengths of each sequence of a step.
 
-    A step is one query of each sequence, or several of one. Its queries may be laid out as
-    ``(sequences, queries)`` or all in one row.
+    They are the same for every layer. A step has one query of each sequence, or several of one; its
+    queries are laid out as ``(sequences, queries)`` or all in one row.
 
     Args:
         block_table: int64 ``(batch, blocks)``.
         current_tkv_mask: int64 ``(batch,)``: end of each sequence, in padded positions.
         left_padded_prompt_mask: int64 ``(batch,)``: padding before each sequence, whole blocks.
-        query_length: queries of each sequence; the last of its positions.
+        query_length: queries of each sequence, at its last positions.
         block_size: tokens in a block.
 
     Returns:
-        ``kv_blocks``: int32 ``(batch, width)``, the blocks of each sequence from the left; what
-        follows them is not read.
+        ``kv_blocks``: int32 ``(batch, width)``, the blocks of each sequence from the left; entries
+        after them are not read.
         ``kv_lengths``: int32 ``(batch,)``, tokens of each.
         ``query_lengths``: int32 ``(batch,)``, queries of each.
     """
@@ -128,14 +128,14 @@ def define_attention() -> torch.library.Library:
         "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor kv_blocks, "
         "Tensor kv_lengths, Tensor query_lengths, float scale, bool compiled) -> Tensor"
     )
-    library.impl("paged_store", store, "CPU")
+    library.impl("paged_store", paged_store, "CPU")
     library.impl("paged_store", lambda *_: None, "Meta")
-    library.impl("paged_attention", attend, "CPU")
+    library.impl("paged_attention", paged_attention, "CPU")
     library.impl("paged_attention", lambda query, *_: query.new_empty(query.shape), "Meta")
     return library
 
 
-def store(
+def paged_store(
     keys: torch.Tensor,
     values: torch.Tensor,
     key_cache: torch.Tensor,
@@ -155,7 +155,7 @@ def store(
         cache.flatten(0, 1).index_copy_(0, slots, new.flatten(0, 1))
 
 
-def attend(
+def paged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
@@ -165,7 +165,7 @@ def attend(
     scale: float,
     compiled: bool,
 ) -> torch.Tensor:
-    """The operator ``paged_attention``; see :func:`attend_paged`."""
+    """Implements the operator ``paged_attention``; see :func:`attend_paged`."""
     kv = PagedKV(key_cache, value_cache, kv_blocks, kv_lengths)
     return attend_paged(query, kv, query_lengths, scale, compiled)
 
@@ -179,8 +179,8 @@ def attend_paged(
         query: of the step.
         kv: of its sequences.
         query_lengths: int32 ``(at least sequences,)``, queries of each.
-        scale: of the products of queries and keys.
-        compiled: by the kernels, as far as they take such heads.
+        scale: factor of the scores.
+        compiled: use the C++ kernels where they support such heads.
     """
     one_each = int(query_lengths[0]) <= 1
     if one_each and compiled and paged_decode.supports(query.shape[-1], query.dtype):
@@ -189,7 +189,7 @@ def attend_paged(
     if one_each:
         attended = _attend_tokens(rows, kv, scale)
     elif compiled and blocked_attention.supports(query.shape[-1], query.dtype):
-        attended = blocked_attention.attend_to_earlier(rows, kv, scale)
+        attended = blocked_attention.attend_causally(rows, kv, scale)
     else:
         attended = _attend_chunk(rows, kv, scale)
     return attended.view(query.shape)
@@ -198,30 +198,30 @@ def attend_paged(
 def _attend_chunk(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
     """Attention of the last tokens of one sequence, ``(length, heads, head_dim)``, to all of it.
 
-    The tokens before the chunk are seen by every query, those of the chunk by the later ones. Each
-    part goes without a mask, and their softmaxes are joined by their logarithms of sums.
+    Attention to the tokens before the chunk needs no mask, that within the chunk is causal; the two
+    results are merged by their log-sum-exp.
     """
     length, heads, head_dim = query.shape
     block_size, kv_heads = kv.keys.shape[1:3]
     num_keys = int(kv.lengths[0])
     group, context = heads // kv_heads, num_keys - length
     blocks = kv.blocks[0, : -(-num_keys // block_size)]
-    # KV heads take the place of the batch, so that those who share one need no copy of it.
+    # KV heads are the batch dimension, so that the queries of a group share one without a copy.
     queries = query.view(length, kv_heads, group, head_dim).permute(1, 2, 0, 3)
     keys, values = (
         cache.index_select(0, blocks).flatten(0, 1).permute(1, 0, 2).unsqueeze(1)
         for cache in (kv.keys, kv.values)
     )
 
-    def attend(first: int, last: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend_range(first: int, last: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
         shared = (part[:, :, first:last].expand(-1, group, -1, -1) for part in (keys, values))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, *shared, 0.0, causal, scale=scale
         )
 
-    attended, log_sum = attend(context, num_keys, True)
+    attended, log_sum = attend_range(context, num_keys, True)
     if context:
-        before, log_sum_before = attend(0, context, False)
+        before, log_sum_before = attend_range(0, context, False)
         share = torch.sigmoid(log_sum_before - log_sum).unsqueeze(-1)
         attended = torch.lerp(attended.float(), before.float(), share).to(query.dtype)
     return attended.permute(2, 0, 1, 3).reshape(query.shape)
@@ -230,9 +230,9 @@ def _attend_chunk(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tenso
 def _attend_tokens(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
     """Attention of one token of each sequence, ``(sequences, heads, head_dim)``.
 
-    Beyond the end of a shorter sequence that sequence's last token is read again, so that nothing
-    else ever is: neither block 0 nor another request's block, whatever they hold. Rows of padding,
-    whose length is 0, come last, have no blocks, and yield zeros.
+    Beyond the end of a shorter sequence its last token is read again and masked, so that block 0
+    and other requests' blocks, which may hold NaN, are never read. Rows of padding have length 0
+    and no blocks, come last, and yield zeros.
     """
     rows = int(kv.lengths[: len(query)].count_nonzero())
     padding, query = len(query) - rows, query[:rows]

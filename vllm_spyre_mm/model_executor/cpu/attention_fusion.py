@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoPE, store and attention of a layer as one operation.
+"""A graph pass that fuses RoPE, the store to the KV cache and attention into one operator.
 
-FMS calls them one after the other. In the graph of a block that is about to be compiled they are
-put together: a layer of a decode has one call into C++ and one parallel region instead of three.
+FMS calls them one after the other. Fused, a layer of a decode makes one call into C++ with one
+parallel region instead of three.
 """
 
 import functools
@@ -17,29 +17,29 @@ from vllm_spyre_mm.model_executor.cpu.kernels.operands import NewKV, PagedKV, Ro
 
 
 def fuse_attention(graph_module: fx.GraphModule) -> None:
-    """Replace each rotation whose results are stored and attended with, in place.
+    """Fuse each RoPE with the store and the attention that use its results, in place.
 
     Args:
-        graph_module: of a decoder's block, as Dynamo gives it to a compiler. What is not of this
-            form (no rotation, or not the compiled one) is left as it is.
+        graph_module: of a decoder's block, as Dynamo gives it to a compiler. Other patterns (no
+            RoPE, or not the compiled one) are left as they are.
     """
     rope.define_rope()
     attention.define_attention()
     _define_op()
     ops = torch.ops.spyre_mm
-    for rotation in graph_module.graph.find_nodes(op="call_function", target=ops.rope):
-        parts = {node.args[1]: node for node in rotation.users if node.target is operator.getitem}
+    for rope_node in graph_module.graph.find_nodes(op="call_function", target=ops.rope):
+        parts = {node.args[1]: node for node in rope_node.users if node.target is operator.getitem}
         users = [user for part in parts.values() for user in part.users]
         stores = [user for user in users if user.target is ops.paged_store]
         attends = [user for user in users if user.target is ops.paged_attention]
         if len(parts) == 2 and len(users) == 2 and len(stores) == len(attends) == 1:
-            _fuse(graph_module.graph, rotation, stores[0], attends[0])
+            _fuse(graph_module.graph, rope_node, stores[0], attends[0])
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
 
 
-def _fuse(graph: fx.Graph, rotation: fx.Node, store: fx.Node, attend: fx.Node) -> None:
-    query, keys, position_ids, table = rotation.args
+def _fuse(graph: fx.Graph, rope_node: fx.Node, store: fx.Node, attend: fx.Node) -> None:
+    query, keys, position_ids, table = rope_node.args
     _, values, key_cache, value_cache, slot_mapping = store.args
     _, _, _, kv_blocks, kv_lengths, query_lengths, scale, compiled = attend.args
     if not compiled or attend.args[1:3] != (key_cache, value_cache):
@@ -86,12 +86,12 @@ def rope_store_attend(
     query_lengths: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """What ``rope``, ``paged_store`` and ``paged_attention`` do one after the other."""
+    """``rope``, ``paged_store`` and ``paged_attention`` in one operator."""
     kv = PagedKV(key_cache, value_cache, kv_blocks, kv_lengths)
     angles = RopeAngles(position_ids, table)
     if int(query_lengths[0]) <= 1 and paged_decode.supports(query.shape[-1], query.dtype):
         new = NewKV(keys, values, slot_mapping)
         return paged_decode.rope_store_decode(query, new, angles, kv, scale)
     query, keys = rope.rotate(query, keys, *angles)
-    attention.store(keys, values, key_cache, value_cache, slot_mapping)
+    attention.paged_store(keys, values, key_cache, value_cache, slot_mapping)
     return attention.attend_paged(query, kv, query_lengths, scale, compiled=True)

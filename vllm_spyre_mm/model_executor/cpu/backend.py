@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder on the CPU: compiled by Inductor, block by block, or run as it stands."""
+"""The decoder on the CPU: compiled by Inductor, block by block, or eager."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +33,7 @@ class CpuBackend(Backend):
 
     Args:
         sizes: of the steps.
-        compiled: by Inductor, with the project's kernels; else eagerly, by PyTorch's operators.
+        compiled: compile with Inductor and use the C++ kernels; else run PyTorch's operators.
     """
 
     for_card = False
@@ -50,7 +50,7 @@ class CpuBackend(Backend):
         self._run: Any = None
 
     def prepare(self) -> None:
-        """Begin what the compiler does once in a process."""
+        """Start the compiler's one-time preparation in the background."""
         if self.compiled:
             prepare_cpu_compiler()
 
@@ -85,11 +85,11 @@ class CpuBackend(Backend):
             attn_name=self._attn_name,
             **inputs.attention,
         )
-        return logits, kv_cache  # which attention has written in place
+        return logits, kv_cache  # attention writes to it in place
 
 
 def _shape(spec: ModelSpec, kv_cache: KVCache) -> ModelShape:
-    """What kernels are compiled for."""
+    """The sizes that kernels are compiled for."""
     keys, _ = kv_cache[0]
     _, block_size, kv_heads, head_dim = keys.shape
     group = spec.text_config.num_attention_heads // spec.kv_cache_options().num_kv_heads

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a vision tower, as an FMS attention algorithm.
+"""Bidirectional attention of a vision tower, as an FMS attention algorithm.
 
-FMS's own, ``sdpa_bidirectional``, tells the layout of keys by comparing their length with the
+FMS's own, ``sdpa_bidirectional``, guesses the layout of keys by comparing their length with the
 number of heads, and is wrong for an image that has as many patches as the tower has heads.
 """
 
@@ -16,13 +16,13 @@ from fms.modules.attention import register_attention_op
 from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention
 
 BIDIRECTIONAL = "spyre_mm_bidirectional"
-"""Name of the algorithm, FMS's ``attn_name``."""
+"""FMS's ``attn_name`` of the algorithm."""
 
 
 def hidden_states(embeddings: torch.Tensor, layers: Any) -> Iterator[torch.Tensor]:
-    """The embeddings, and what each layer of FMS's SigLIP encoder makes of them, in turn.
+    """Yield the embeddings, then the output of each layer of FMS's SigLIP encoder.
 
-    The encoder itself would keep all of them.
+    The encoder itself would keep all of them in memory.
     """
     states = embeddings
     yield states
@@ -31,7 +31,7 @@ def hidden_states(embeddings: torch.Tensor, layers: Any) -> Iterator[torch.Tenso
         yield states
 
 
-def _attend(
+def _compute(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -44,13 +44,13 @@ def _attend(
     """Every position attends to every other; all are ``(batch, positions, heads, head_dim)``."""
     assert nheads == kvheads, "a tower's heads share no keys"
     scale = scale_factor if scale_factor is not None else query.shape[-1] ** -0.5
-    # Where nothing is compiled no compiler may be needed.
+    # In eager mode the C++ kernel must not be needed.
     if torch.compiler.is_compiling():
         return torch.ops.spyre_mm.bidirectional_attention(query, keys, values, scale)
-    return _attend_plainly(query, keys, values, scale)
+    return _attend_with_sdpa(query, keys, values, scale)
 
 
-def _attend_plainly(
+def _attend_with_sdpa(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
 ) -> torch.Tensor:
     attended = F.scaled_dot_product_attention(
@@ -59,12 +59,13 @@ def _attend_plainly(
     return attended.transpose(1, 2).contiguous()
 
 
-def attend_compiled(
+def bidirectional_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
 ) -> torch.Tensor:
+    """Implements the operator: the C++ kernel where it supports such heads, else PyTorch's SDPA."""
     if blocked_attention.supports(query.shape[-1], query.dtype):
-        return blocked_attention.attend_to_all(query, keys, values, scale)
-    return _attend_plainly(query, keys, values, scale)
+        return blocked_attention.attend_bidirectionally(query, keys, values, scale)
+    return _attend_with_sdpa(query, keys, values, scale)
 
 
 def _store(*_: Any, **__: Any) -> Any:
@@ -78,10 +79,10 @@ def _define_op() -> torch.library.Library:
     library.define(
         "bidirectional_attention(Tensor query, Tensor keys, Tensor values, float scale) -> Tensor"
     )
-    library.impl("bidirectional_attention", attend_compiled, "CPU")
+    library.impl("bidirectional_attention", bidirectional_attention, "CPU")
     library.impl("bidirectional_attention", lambda query, *_: query.new_empty(query.shape), "Meta")
     return library
 
 
 _define_op()
-register_attention_op(BIDIRECTIONAL, store_op=_store, compute_op=_attend)
+register_attention_op(BIDIRECTIONAL, store_op=_store, compute_op=_compute)

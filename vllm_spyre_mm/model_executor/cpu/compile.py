@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compilation by Inductor: the repeated blocks of an encoder and of a decoder, one graph each."""
+"""Compilation with Inductor: one graph for an encoder's repeated blocks, one for a decoder's."""
 
 import contextlib
 import contextvars
@@ -19,13 +19,13 @@ from vllm_spyre_mm.model_executor.cpu.linear_fusion import replace_norms
 from vllm_spyre_mm.model_executor.cpu.shared_graph import share_graph
 
 MAX_COMPILE_THREADS = 4
-"""Processes that compile kernels at the same time; a graph has about as many."""
+"""Processes that compile kernels in parallel; a graph has about as many kernels."""
 
 
 def compile_encoder_blocks(blocks: nn.ModuleList) -> None:
     """Compile the repeated blocks of an encoder for the CPU, in place; one graph serves all.
 
-    The number of positions is dynamic, and that of tiles, unless a mapping encodes one at a time.
+    The number of positions is dynamic, and so is that of tiles, if the first call has several.
     """
     replace_norms(blocks)
     share_graph(blocks, _mark_positions_dynamic)
@@ -55,11 +55,11 @@ def _mark_positions_dynamic(inputs: dict[str, Any]) -> None:
 
 @functools.cache
 def prepare_cpu_compiler() -> Future[None]:
-    """Begin, in a thread, what the compiler does once in a process before it compiles.
+    """Start the compiler's one-time preparation in a thread.
 
-    It waits for other programs and reads files, for which there is time while weights are read.
+    It waits for other programs and reads files, which overlaps with reading weights.
     """
-    # Imported here: two threads that import PyTorch's modules get in each other's way.
+    # Imported here: two threads that import PyTorch's modules interfere with each other.
     from torch._inductor import config
     from torch._inductor.codecache import CacheBase
     from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -77,21 +77,21 @@ def prepare_cpu_compiler() -> Future[None]:
 
 @contextlib.contextmanager
 def cpu_compile_context(kernels: Sequence[Callable[[], object]] = ()) -> Iterator[None]:
-    """Make the CPU's graphs in as little time as may be; the second start finds them on disk.
+    """Context in which the CPU's graphs are compiled; a second start finds them on disk.
 
     Args:
-        kernels: what else will be compiled, each when it is called. They are called beside what
-            happens in the context, so that the first use finds them or waits for them. An error
-            is left to the first use.
+        kernels: functions that each compile a C++ kernel. They are called in threads beside the
+            context's body, so that a kernel's first use finds it compiled or waits for it. An error
+            appears at the first use.
     """
     from torch._dynamo import config as dynamo_config
     from torch._inductor import config
     from torch._inductor.async_compile import shutdown_compile_workers
 
-    # Kernels are found again by the instruction sets that they are compiled for. Threads that look
-    # for those at the same time change each other's findings.
+    # The keys of compiled kernels contain the instruction sets. Threads that detect these at the
+    # same time interfere with each other.
     prepare_cpu_compiler().result()
-    # Numbers of a module, an epsilon for one, are constants; only lengths vary.
+    # A module's floats, such as an epsilon, become constants; only lengths vary.
     with (
         config.patch(compile_threads=min(MAX_COMPILE_THREADS, os.cpu_count() or 1)),
         dynamo_config.patch(specialize_float=True),
@@ -104,14 +104,14 @@ def cpu_compile_context(kernels: Sequence[Callable[[], object]] = ()) -> Iterato
             yield
         finally:
             shutdown_compile_workers()
-            for file in linecache.cache.keys() - sources:  # 5 MB of what Dynamo has traced
+            for file in linecache.cache.keys() - sources:  # 5 MB of Dynamo's traced sources
                 del linecache.cache[file]
 
 
 def _compiler_knows_cpu() -> bool:
-    """Whether the C++ compiler takes the flags of every instruction set that Inductor may use.
+    """Whether the C++ compiler accepts the flags of every instruction set that Inductor may use.
 
-    Inductor builds and runs a program for each, which takes seconds; asking takes milliseconds.
+    Inductor builds and runs a program for each, which takes seconds; this takes milliseconds.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A block of nothing but the project's operations, called without a compiler or a dispatcher.
+"""Runs the FX graph of a block without a compiler, if it has the project's operators alone.
 
-With the kernels of AVX-512 or AMX, fusing leaves five operations of a block, and views. There is
-nothing for Inductor to compile; its code around them, AOTAutograd's, and PyTorch's way from an
+With the kernels of AVX-512 or AMX, fusing leaves five operators in a block, and views. There is
+nothing for Inductor to compile; its wrapper code, AOTAutograd's, and PyTorch's dispatch from an
 operator to Python take as long as the Python itself: a tenth of a step that decodes one sequence.
 """
 
@@ -19,18 +19,18 @@ VIEWS = ("split", "view")
 """Methods of a tensor that compute nothing."""
 
 
-def call_directly(graph_module: fx.GraphModule) -> Callable[..., Any] | None:
-    """What runs a graph as it stands.
+def eager_forward(graph_module: fx.GraphModule) -> Callable[..., Any] | None:
+    """Return a function that runs a graph eagerly, calling the operators' implementations.
 
     Args:
         graph_module: of a block, after fusing; its operators are replaced, in place.
 
     Returns:
-        A function of the graph's inputs; None, and the graph is as it was, if it computes anything
-        that is not an operation of the project's.
+        A function of the graph's inputs; None, with the graph unchanged, if the graph computes
+        anything but the project's operators.
     """
     nodes = graph_module.graph.nodes
-    if not all(map(_computes_nothing_else, nodes)):
+    if not all(map(_is_view_or_own_op, nodes)):
         return None
     implementations = _implementations()
     for node in nodes:
@@ -39,7 +39,7 @@ def call_directly(graph_module: fx.GraphModule) -> Callable[..., Any] | None:
     return graph_module.forward
 
 
-def _computes_nothing_else(node: fx.Node) -> bool:
+def _is_view_or_own_op(node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target is operator.getitem or "spyre_mm." in str(node.target)
     return node.op in ("placeholder", "output") or node.target in VIEWS
@@ -48,7 +48,7 @@ def _computes_nothing_else(node: fx.Node) -> bool:
 def _implementations() -> Mapping[Any, Callable[..., Any]]:
     ops = torch.ops.spyre_mm
     return {
-        ops.bidirectional_attention: bidirectional.attend_compiled,
+        ops.bidirectional_attention: bidirectional.bidirectional_attention,
         ops.linear_in_block: linear_fusion.linear_in_block,
         ops.rope_store_attend: attention_fusion.rope_store_attend,
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision encoder on the host, whatever executes the decoder."""
+"""The vision encoder on the host, with either backend of the decoder."""
 
 from torch import nn
 

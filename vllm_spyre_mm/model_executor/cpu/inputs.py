@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs of a step on the CPU: the tokens of all its sequences in one row.
 
-A chunk of one prompt and one token of each running request look alike to everything but attention:
-a row of tokens. So one compiled graph serves both, and what tells them apart are small tensors of
-fixed shape, which are updated in place.
+To everything but attention a chunk of one prompt and one token of each running request look alike:
+a row of tokens. So one compiled graph serves both; they differ in small tensors of fixed shape,
+which are updated in place.
 """
 
 from collections.abc import Mapping
@@ -19,16 +19,16 @@ from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs, DecodeRows, 
 
 @dataclass(frozen=True, slots=True)
 class CpuDecode:
-    """One token of each running request, and padding up to the least number of tokens.
+    """One token of each running request, and padding up to the minimum number of tokens.
 
-    Valid until the next step: the tensors are views of memory that is used again.
+    Valid until the next step: the tensors are views of memory that is reused.
 
     Attributes:
         token_ids: int64 ``(1, tokens)``, 0 on padding.
         position_ids: int64 ``(1, tokens)``, 0 on padding.
         attention: ``slot_mapping`` int64 ``(1, tokens)``, the cache row of each token, 0 (in
-            block 0, which is nobody's) on padding; and what ``attention.cpu_attention_kwargs``
-            describes, for all the rows there may be.
+            block 0, which no request owns) on padding; and the arguments that
+            ``attention.cpu_attention_kwargs`` describes, for the maximum number of rows.
     """
 
     token_ids: torch.Tensor
@@ -43,8 +43,8 @@ class CpuInputs(StepInputs):
         max_num_seqs: most requests that decode together.
         max_blocks: most blocks of a request.
         block_size: tokens in a block.
-        least_tokens: tokens of a step at least. The compiler takes a dimension of one for a
-            constant and would make a second graph; 1 where nothing is compiled.
+        least_tokens: minimum number of tokens of a step. The compiler specialises a dimension of 1
+            and would make a second graph; 1 where nothing is compiled.
     """
 
     padded = False
@@ -57,7 +57,7 @@ class CpuInputs(StepInputs):
         self.least_tokens = least_tokens
         self._by_token = np.zeros((3, rows), dtype=np.int64)  # ids, positions, slots
         self._decodes: dict[int, CpuDecode] = {}  # by the number of requests
-        self._block_rows = np.zeros((0, 0), dtype=np.int32)  # that they have
+        self._block_rows = np.zeros((0, 0), dtype=np.int32)  # of those decodes
         self._num_laid_out = 0  # requests of the last step, if that was a decode
         self._kv_lengths, self._query_lengths = np.zeros((2, rows), dtype=np.int32)
         self._memory = [memoryview(values) for values in (*self._by_token, self._kv_lengths)]
@@ -68,7 +68,7 @@ class CpuInputs(StepInputs):
         self._kv_blocks = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
 
     def chunk_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
-        """The real tokens of a chunk, and padding up to the least number of tokens."""
+        """Inputs of a chunk: its real tokens, padded up to the minimum number of tokens."""
         length = embeds.shape[1]
         missing = max(0, self.least_tokens - length)
         pad = (0, missing)
@@ -86,26 +86,26 @@ class CpuInputs(StepInputs):
         )
 
     def chunk_logits(self, logits: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
-        """The last token's, before the padding."""
+        """Logits of the last real token, which is before the padding."""
         return logits[:, 0]
 
     def decode_inputs(self, rows: DecodeRows, embed: Embed) -> DecoderInputs:
-        """One token of each request in one row."""
+        """Inputs of a decode: one token of each request, all in one row."""
         step = self.decode(rows)
         return DecoderInputs(
             embed(step.token_ids), step.position_ids, step.attention, last_n_tokens=0
         )
 
     def decode_logits(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """One request's after the other's, before the padding."""
+        """Logits of the requests, which are before the padding."""
         logits = logits[0]
         return logits if len(logits) == num_rows else logits[:num_rows]
 
     def decode(self, rows: DecodeRows) -> CpuDecode:
         """Lay out one token of each request; the table of blocks is not copied.
 
-        The model has just gone through the CPU's caches, and whatever is used for the first time
-        after it is slow: a few lines of Python for each request cost less than NumPy's functions.
+        The model has just evicted everything from the CPU's caches, so code that runs for the first
+        time after it is slow: a few lines of Python a request cost less than NumPy's functions.
         """
         batch = len(rows.token_ids)
         if rows.block_rows is not self._block_rows:
@@ -129,7 +129,7 @@ class CpuInputs(StepInputs):
         return self._decodes[batch]
 
     def _make_decode(self, tokens: int) -> CpuDecode:
-        """Views of the kept memory, with the strides of tensors of so many tokens."""
+        """A decode of so many tokens, as views of the memory that is reused."""
         ids, positions, slots = (
             torch.from_numpy(values[:tokens]).unsqueeze(0) for values in self._by_token
         )
@@ -139,10 +139,10 @@ class CpuInputs(StepInputs):
     def chunk_attention(
         self, *, block_ids: np.ndarray, end: int, length: int
     ) -> Mapping[str, torch.Tensor]:
-        """What the tokens of a chunk of one prompt attend to.
+        """Attention arguments of a chunk of one prompt.
 
         Args:
-            block_ids: int ``(blocks,)``, of the prompt as far as it is computed after the chunk.
+            block_ids: int ``(blocks,)``, of the prompt up to the end of the chunk.
             end: position after the chunk.
             length: tokens of the chunk.
         """

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers on the CPU: weights in the order in which they are multiplied.
+"""Linear layers on the CPU, with prepacked weights.
 
-oneDNN rearranges a bf16 weight in a checkpoint's row-major layout at every call, which for the few
-rows of a decode costs more than the arithmetic. Here it is rearranged once, and replaces the
-original: for the project's own kernel where the CPU has AVX-512 (:mod:`tiled_linear`), else for
-oneDNN. That of a tied
-head stays in rows, for its embedding (:mod:`rows_linear`). For fp32 there is nothing to gain.
+oneDNN packs a bf16 weight in a checkpoint's row-major layout at every call, which for the few rows
+of a decode costs more than the GEMM. Here it is packed once and replaces the original: for the
+project's kernel where the CPU has AVX-512 (:mod:`tiled_linear`), else for oneDNN. The weight of a
+tied LM head stays row-major, for the embedding (:mod:`rows_linear`). fp32 gains nothing.
 
-The operation is opaque to the compiler, and the weight an input of its graph: one graph serves
+The operator is opaque to the compiler, and the weight an input of its graph, so one graph serves
 every layer.
 """
 
@@ -25,20 +24,20 @@ from vllm_spyre_mm.model_executor.cpu.kernels import rows_linear, tiled_linear
 from vllm_spyre_mm.model_executor.cpu.tier import computes_in_bf16
 
 HOST_LINEARS = (nn.Linear, LinearClassificationHead)
-"""What is replaced: FMS's head is a linear layer with a way to shard it."""
+"""Classes that are replaced; FMS's LM head is a linear layer that can be sharded."""
 
 GELUS = {"gelu": "none", tiled_linear.GELU_TANH: "tanh"}
-"""``approximate`` of ``nn.GELU``, by the operator's name of it."""
+"""``approximate`` of ``nn.GELU``, by the operator's name of the activation."""
 
 
 class HostLinear(nn.Module):
-    """``nn.Linear`` on the host.
+    """``nn.Linear`` on the host, perhaps with a GELU after it.
 
     Args:
-        linear: what it replaces; its weight is left to whoever else refers to it.
-        activation: a GELU that follows it and is computed with it, if there is one.
-        compiled: take the project's kernels where the CPU's tier has them.
-        tied: an embedding has the same weight; the kernels leave it as it is.
+        linear: the layer to replace; its weight is not modified.
+        activation: a GELU that follows the layer and is fused with it, or None.
+        compiled: use the C++ kernels where the CPU's tier has them.
+        tied: whether an embedding shares the weight; then the kernels use it row-major.
     """
 
     def __init__(
@@ -75,11 +74,11 @@ class HostLinear(nn.Module):
         return f"{shape}, layout={layout}, activation={self.activation}"
 
 
-class HostGatedUnit(nn.Module):
-    """FMS's ``GatedLinearUnit`` on the host: gates are computed with the layer that makes them.
+class HostSwiGLU(nn.Module):
+    """SwiGLU on the host: the gating is fused with the linear layer before it.
 
     Args:
-        unit: what it replaces, :func:`_takes_gates` has accepted it.
+        unit: the FMS module to replace; :func:`_is_swiglu` has accepted it.
     """
 
     def __init__(self, unit: GatedLinearUnit) -> None:
@@ -98,12 +97,12 @@ class HostGatedUnit(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., width)`` to ``(..., width)``."""
         gated = torch.ops.spyre_mm.linear(
-            x, self.weight, self.bias, self.hidden_dim, tiled_linear.SILU_GATED
+            x, self.weight, self.bias, self.hidden_dim, tiled_linear.SWIGLU
         )
         return self.w2(gated)
 
 
-def _takes_gates(part: nn.Module) -> TypeGuard[GatedLinearUnit]:
+def _is_swiglu(part: nn.Module) -> TypeGuard[GatedLinearUnit]:
     return (
         type(part) is GatedLinearUnit
         and part.fused
@@ -114,13 +113,13 @@ def _takes_gates(part: nn.Module) -> TypeGuard[GatedLinearUnit]:
 
 
 class HostPatches(nn.Module):
-    """A convolution of patches that do not overlap: a linear layer of each one's pixels.
+    """A convolution over patches that do not overlap, as a linear layer over each patch's pixels.
 
-    PyTorch's convolution leaves the patches across the rows of what follows, which then reads and
-    writes it element by element.
+    PyTorch's convolution returns channels-first memory, which the following layers would read and
+    write element by element.
 
     Args:
-        convolution: what it replaces.
+        convolution: the module to replace.
         compiled: as for :class:`HostLinear`.
     """
 
@@ -135,12 +134,12 @@ class HostPatches(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        """What others ask for the dtype."""
+        """The weight, which callers read the dtype from."""
         return self.linear.weight
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """``(tiles, channels, height, width)`` to ``(tiles, hidden_size, rows, columns)``, where
-        the patches of a tile lie one after the other."""
+        """``(tiles, channels, height, width)`` to ``(tiles, hidden_size, rows, columns)``, with the
+        channels of a patch contiguous."""
         (high, wide), (height, width) = self.patch, pixels.shape[-2:]
         whole = pixels[..., : height // high * high, : width // wide * wide]
         patches = whole.unflatten(3, (-1, wide)).unflatten(2, (-1, high)).permute(0, 2, 4, 1, 3, 5)
@@ -158,14 +157,14 @@ def _cuts_patches(part: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def replace_linears(module: nn.Module, *, compiled: bool = False) -> None:
-    """Replace every ``nn.Linear`` below a module on the host, and what cuts patches, one at a time.
+    """Replace the linear layers, SwiGLUs and patch convolutions of a module, one at a time.
 
     Args:
-        module: what they are below.
-        compiled: take the project's kernels where the CPU's tier has them. Without them a bf16 head
-            that is tied to the embedding is held twice: the embedding keeps its rows.
+        module: whose submodules are replaced, in place.
+        compiled: use the C++ kernels where the CPU's tier has them. Without them a tied bf16 LM
+            head is in memory twice: packed, and as the embedding.
     """
-    # Nothing here may keep a layer that was replaced: its weight has to go before the next comes.
+    # No reference to a replaced layer may stay: its weight has to be freed before the next is made.
     embeddings = {
         part.weight.data_ptr() for part in module.modules() if isinstance(part, nn.Embedding)
     }
@@ -174,14 +173,14 @@ def replace_linears(module: nn.Module, *, compiled: bool = False) -> None:
         tied = linear.weight.data_ptr() in embeddings
         return HostLinear(linear, activation, compiled=compiled, tied=tied)
 
-    gated = [
+    swiglus = [
         (parent, name)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if compiled and _takes_gates(child)
+        if compiled and _is_swiglu(child)
     ]
-    for parent, name in gated:
-        setattr(parent, name, HostGatedUnit(getattr(parent, name)))
+    for parent, name in swiglus:
+        setattr(parent, name, HostSwiGLU(getattr(parent, name)))
     parents = [part for part in module.modules() if not isinstance(part, nn.Linear)]
     for parent in parents:
         if isinstance(parent, FeedForwardBlock) and isinstance(parent.a, nn.GELU):
@@ -231,7 +230,7 @@ def _linear_dense(
 ) -> torch.Tensor:
     if tiled_linear.is_tiled(weight):
         return linear_tiled(x, weight, bias, out_features, activation)
-    # As a matrix: F.linear copies the weight for a slice of a three-dimensional tensor.
+    # Flattened: F.linear copies the weight for a slice of a three-dimensional tensor.
     rows = x.reshape(-1, x.shape[-1])
     few = rows_linear.takes(rows, weight)
     result = (rows_linear.rows_linear if few else F.linear)(rows, weight, bias)
@@ -245,21 +244,21 @@ def linear_tiled(
     bias: torch.Tensor | None,
     out_features: int,
     activation: str | None,
-    **around: Any,
+    **fused: Any,
 ) -> torch.Tensor:
-    """The linear layer of a tiled weight, with any activation.
+    """A linear layer with a tiled weight, and any activation.
 
     Args:
         x: ``(..., in_features)``.
         weight: of ``tiled_linear.tile_weight``.
         bias: ``(out_features,)``.
         out_features: of the layer.
-        activation: one of :data:`GELUS`, or ``SILU_GATED``.
-        around: what else ``tiled_linear.tiled_linear`` computes with it.
+        activation: one of :data:`GELUS`, or ``SWIGLU``.
+        fused: further arguments of ``tiled_linear.tiled_linear``: a norm, a residual.
     """
-    beside = activation if activation in tiled_linear.ACTIVATIONS else None
-    result = tiled_linear.tiled_linear(x, weight, bias, out_features, beside, **around)
-    return result if activation is None or beside else _gelu_(result, activation)
+    in_kernel = activation if activation in tiled_linear.ACTIVATIONS else None
+    result = tiled_linear.tiled_linear(x, weight, bias, out_features, in_kernel, **fused)
+    return result if activation is None or in_kernel else _gelu_(result, activation)
 
 
 def _gelu_(x: torch.Tensor, activation: str) -> torch.Tensor:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands around a linear layer in a block is computed with it: norms and residuals.
+"""A graph pass that fuses norms and residuals with linear layers.
 
-A norm by itself reads and writes every row once more, and so does the sum of a residual: in a tower
+A norm of its own reads and writes every row once more, and so does adding a residual: in a tower
 the two take a twentieth of the time, and in a decode as many calls as the layers. The kernel of the
-tiled linear layer normalises rows as it packs them and adds the residual to its sums. Which norms
-and sums stand beside which layers is seen in the graph of a block, whatever its class.
+tiled linear layer normalises rows as it packs them and adds the residual in its epilogue. The pass
+finds them in the graph of a block, whatever its class.
 """
 
 import functools
@@ -27,7 +27,7 @@ class HostNorm(nn.Module):
     """FMS's norm on the host, computed in fp32 and rounded once.
 
     Args:
-        norm: what it replaces; it has a weight.
+        norm: the module to replace; it has a weight.
     """
 
     def __init__(self, norm: LayerNormParameterized) -> None:
@@ -38,12 +38,12 @@ class HostNorm(nn.Module):
         self.centered, self.epsilon = norm.use_mean, norm.eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(..., width)`` to the same."""
+        """``(..., width)`` to ``(..., width)``."""
         return torch.ops.spyre_mm.norm(x, self.weight, self.bias, self.centered, self.epsilon)
 
 
 def replace_norms(blocks: nn.ModuleList) -> None:
-    """Let the norms of blocks be seen in their graphs, where the linear kernel can compute them."""
+    """Replace the norms of blocks by :class:`HostNorm`, where the linear kernel can fuse them."""
     for block in blocks:
         for name, child in list(block.named_children()):
             if isinstance(child, LayerNormParameterized) and _takes_norm(child):
@@ -60,7 +60,7 @@ def _takes_norm(norm: LayerNormParameterized) -> bool:
 
 
 def fuse_linears(graph_module: fx.GraphModule) -> None:
-    """Compute norms and residuals with the linear layers that they stand beside, in place.
+    """Fuse norms and residuals with the linear layers beside them, in place.
 
     Args:
         graph_module: of a block, as Dynamo gives it to a compiler.
@@ -95,7 +95,7 @@ def _fuse(graph: fx.Graph, linear: fx.Node) -> None:
 
 
 def _find_residual(linear: fx.Node) -> tuple[fx.Node, fx.Node | None, float]:
-    """The sum that alone follows a linear layer, what it adds, and a factor of the layer's."""
+    """Find ``scale * linear + residual``: the last node, the residual (or None) and the scale."""
     last, scale = linear, 1.0
     user = _only_user(last)
     if _is(user, *MULTIPLY):
@@ -111,7 +111,7 @@ def _find_residual(linear: fx.Node) -> tuple[fx.Node, fx.Node | None, float]:
 
 
 def _other_operand(node: fx.Node, operand: fx.Node) -> Any:
-    """What a product or a sum takes beside an operand; None if that is the same once more."""
+    """The other operand of a product or a sum; None if both are the same."""
     return next((part for part in node.args if part is not operand), None)
 
 
@@ -162,7 +162,7 @@ def _norm(
     centered: bool,
     epsilon: float,
 ) -> torch.Tensor:
-    """Of what no linear layer is alone to take."""
+    """Implements the operator ``norm``, for norms that are not fused."""
     if centered:
         return F.layer_norm(x, weight.shape, weight, bias, epsilon)
     result = F.rms_norm(x.float(), weight.shape, weight.float(), epsilon)
@@ -182,12 +182,12 @@ def linear_in_block(
     residual: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """A linear layer of the norm of ``x``, times ``scale`` and added to a residual."""
+    """``residual + scale * linear(norm(x))``, where the norm and the residual are optional."""
     norm = None
     if norm_weight is not None:
         norm = tiled_linear.Norm(norm_weight, norm_bias, centered, epsilon)
-    around = {"norm": norm, "residual": residual, "scale": scale}
-    return linear_tiled(x, weight, bias, out_features, activation, **around)
+    fused = {"norm": norm, "residual": residual, "scale": scale}
+    return linear_tiled(x, weight, bias, out_features, activation, **fused)
 
 
 def _linear_in_block_shape(x: torch.Tensor, *arguments: Any) -> torch.Tensor:

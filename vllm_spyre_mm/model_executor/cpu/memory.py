@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process's memory."""
+"""Host memory of a process: malloc thresholds, reusable blocks, huge pages."""
 
 import contextlib
 import ctypes
@@ -14,31 +14,31 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt``."""
 
-SEPARATE_BYTES = 1 << 20
-"""Blocks of this size and more are large."""
+LARGE_BLOCK_BYTES = 1 << 20
+"""Size in bytes from which a block counts as large."""
 
 HEAP_BYTES = 1 << 25
-"""The most that glibc takes from its heap: by itself it does so once it has seen such a block."""
+"""The mmap threshold after loading: the largest that glibc would adapt to by itself."""
 
 CACHE_LINE = 64
 HUGE_PAGE = 1 << 21
 REGION_BYTES = 1 << 26
-"""Bytes of the processor's, of the system's, and of what is asked for at a time."""
+"""Bytes of a cache line, of a huge page, and of a region that is mapped at once."""
 
 
 @contextlib.contextmanager
 def mmap_threshold() -> Iterator[None]:
-    """Give large blocks that are allocated here pages of their own, which go when they are freed.
+    """Context in which malloc takes large blocks from mmap, so that freeing returns their pages.
 
     For weights that are replaced one after the other: in glibc's heap they would leave as much free
-    memory as they took, through which later blocks wander. What is allocated after this comes from
-    the heap, whose pages are there already.
+    memory as they took, fragmented. After the context blocks come from the heap again, whose pages
+    are mapped already.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         yield
         return
-    mallopt(M_MMAP_THRESHOLD, SEPARATE_BYTES)
+    mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
     try:
         yield
     finally:
@@ -47,14 +47,14 @@ def mmap_threshold() -> Iterator[None]:
 
 
 def empty_result(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """As ``x.new_empty(shape)``, and a large one takes the place that another of its size has left.
+    """Like ``x.new_empty(shape)``, but large results reuse the memory of freed ones of their size.
 
     PyTorch asks glibc for blocks aligned to 64 bytes. glibc takes a larger block for that and gives
-    what is too much at both ends to small objects; the hole that is left when the block is freed is
-    then too small for the next of its size, and the activations of a chunk take up to twice their
-    memory. NumPy asks for a plain block; the room for the alignment stays with it.
+    the rest at both ends to small objects; when the block is freed, the hole is too small for the
+    next of its size, and the activations of a chunk take up to twice their memory. NumPy asks for a
+    plain block, which keeps the space for the alignment.
     """
-    if x.is_meta or math.prod(shape) * x.itemsize < SEPARATE_BYTES:
+    if x.is_meta or math.prod(shape) * x.itemsize < LARGE_BLOCK_BYTES:
         return x.new_empty(shape)
     num_bytes = math.prod(shape) * x.itemsize
     block = torch.from_numpy(np.empty(num_bytes + CACHE_LINE, dtype=np.uint8))
@@ -63,18 +63,18 @@ def empty_result(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 class HugePages:
-    """Memory for what is read from end to end again and again: the weights.
+    """Allocates tensors in transparent huge pages, for weights, which every step reads entirely.
 
-    With pages of 4 KiB the processor looks up an address every few rows. Pieces follow each other,
-    so that the pages they share are huge as well; a region goes back with the last piece of it.
-    Where the system has no huge pages, it is in small ones.
+    With pages of 4 KiB there is a TLB miss every few rows. Tensors follow each other, so that the
+    pages they share are huge as well; a region is freed with the last of its tensors. Where the
+    system has no huge pages, small ones are used.
     """
 
     def __init__(self) -> None:
         self._left = memoryview(b"")
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """As :func:`torch.empty` on the host."""
+        """Like :func:`torch.empty` on the host."""
         count = math.prod(shape)
         num_bytes = -(-count * dtype.itemsize // CACHE_LINE) * CACHE_LINE
         if num_bytes > len(self._left):
@@ -84,7 +84,7 @@ class HugePages:
 
 
 def _map_region(num_bytes: int) -> memoryview:
-    """Memory that begins with a huge page; what is not written takes none."""
+    """Map memory that starts at a huge page's boundary; pages are allocated when written."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -95,5 +95,5 @@ def _map_region(num_bytes: int) -> memoryview:
 
 @functools.cache
 def huge_pages() -> HugePages:
-    """Those of this process."""
+    """The allocator of this process."""
     return HugePages()

@@ -3,9 +3,9 @@
 
 A function of ``torch.compile`` evaluates its guards at every call: for a block, some thirty on its
 modules and numbers, which never change, take as long as the block's own Python. Here they are
-evaluated once for each block, at its first call. What varies afterwards is the number of tokens.
-Inductor's code checks the shapes and strides of all that it is given; a graph that needs none
-(:mod:`eager_graph`) runs as the block itself would.
+evaluated once for each block, at its first call; afterwards only the number of tokens varies.
+Inductor's code checks the shapes and strides of its inputs; a graph that runs without Inductor
+(:mod:`eager_graph`) needs no such checks.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from torch._dynamo.variables.torch_function import torch_function_mode_stack_sta
 from torch._guards import TracingContext, tracing
 
 from vllm_spyre_mm.model_executor.cpu.attention_fusion import fuse_attention
-from vllm_spyre_mm.model_executor.cpu.eager_graph import call_directly
+from vllm_spyre_mm.model_executor.cpu.eager_graph import eager_forward
 from vllm_spyre_mm.model_executor.cpu.linear_fusion import fuse_linears
 from vllm_spyre_mm.model_executor.cpu.tier import compiler_settings
 
@@ -31,11 +31,11 @@ class SharedGraphError(RuntimeError):
 
 
 def share_graph(blocks: nn.ModuleList, mark_dynamic: Callable[[dict[str, Any]], None]) -> None:
-    """Let blocks run one graph, in place; the first call of the first of them makes it.
+    """Let blocks share one graph, in place; the first call of any of them compiles it.
 
     Args:
-        blocks: of one class, called with keyword arguments; a text model's tower has none.
-        mark_dynamic: marks the dimensions that vary, in the arguments of that call.
+        blocks: of one class, called with keyword arguments; empty for a text model's tower.
+        mark_dynamic: marks the dimensions that vary, in the arguments of the first call.
     """
     if not len(blocks):
         return
@@ -45,7 +45,7 @@ def share_graph(blocks: nn.ModuleList, mark_dynamic: Callable[[dict[str, Any]], 
 
 
 class SharedGraph:
-    """The graph of one block, for all that are like it.
+    """The graph that is compiled for one block and shared by all that are equal to it.
 
     Args:
         forward: of the blocks' class.
@@ -60,14 +60,14 @@ class SharedGraph:
         self._compiled: tuple[Callable[..., Any], Any] | None = None
 
     def first_call(self, block: nn.Module, **inputs: Any) -> Any:
-        """Compile, or check that the block is like the one that was compiled; then run.
+        """Compile the graph, or check that it fits this block; then run it.
 
         Raises:
-            SharedGraphError: it is not.
+            SharedGraphError: the block differs from the one that was compiled.
         """
         if self._compiled is None:
             self._mark_dynamic(inputs)
-            # Else each call would make itself known to a profiler, even where there is none.
+            # Otherwise each call would record itself for a profiler, even without one.
             with dynamo_config.patch(record_runtime_overhead=False):
                 self._compiled = _compile(self._forward, block, inputs)
         run, guards = self._compiled
@@ -86,7 +86,7 @@ class SharedGraph:
 def _compile(
     forward: Callable[..., Any], block: nn.Module, inputs: dict[str, Any]
 ) -> tuple[Callable[..., Any], Any]:
-    """What runs blocks, called like ``forward``, and the guards on its arguments."""
+    """Compile ``forward``: a function with its signature, and the guards on its arguments."""
     from torch._inductor.compile_fx import compile_fx
 
     with get_metrics_context(), dynamo_timed("share_graph"), torch_function_mode_stack_state_mgr:
@@ -98,7 +98,7 @@ def _compile(
         with tracing(context):
             fuse_attention(graph.graph_module)
             fuse_linears(graph.graph_module)
-            compiled: Any = call_directly(graph.graph_module)
+            compiled: Any = eager_forward(graph.graph_module)
             if compiled is None:
                 with compiler_settings():
                     compiled = compile_fx(graph.graph_module, graph.example_inputs)

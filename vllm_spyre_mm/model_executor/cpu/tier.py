@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CPU can compute with: one tier for the process, which chooses every kernel.
+"""The CPU's tier of instruction sets: one for the process, which decides every kernel.
 
-A tier is a set of instructions. Code is compiled for a tier, never for the machine at hand: what
-lies in a compile cache runs on every CPU of that tier, and its key names the tier's flags.
+Code is compiled for a tier, never for the machine at hand: code from a compile cache runs on every
+CPU of its tier, because its key contains the tier's flags.
 """
 
 import functools
@@ -17,13 +17,13 @@ from vllm_spyre_mm.config import CPU_TIERS, CpuTier, cpu_tier_limit
 
 @dataclass(frozen=True, slots=True)
 class Instructions:
-    """The instructions of a tier beside those of the tiers below it.
+    """The instructions that a tier adds to the tiers below it, and how to compile for it.
 
     Attributes:
-        capabilities: names of ``torch.cpu.get_capabilities``.
-        march: of GCC and Clang.
-        flags: of the compiler, beside ``march``.
-        simdlen: bits of Inductor's vectors; 1 for none.
+        capabilities: names in ``torch.cpu.get_capabilities``.
+        march: ``-march`` of GCC and Clang.
+        flags: further compiler flags.
+        simdlen: width of Inductor's vectors in bits; 1 for none.
     """
 
     capabilities: tuple[str, ...]
@@ -45,7 +45,7 @@ INSTRUCTIONS: dict[CpuTier, Instructions] = {
         ("amx_tile", "amx_bf16"), "x86-64-v4", (*BF16, "-mamx-tile", "-mamx-bf16"), 512
     ),
 }
-"""Of x86-64; elsewhere everything is ``generic``, and compiled for the machine at hand."""
+"""The tiers of x86-64; on other CPUs the tier is ``generic``, compiled for the machine at hand."""
 
 
 @functools.cache
@@ -67,7 +67,7 @@ def cpu_tier() -> CpuTier:
 def detect_tier() -> CpuTier:
     """The highest tier whose instructions, and those of all below it, the CPU has.
 
-    For AMX this process asks the operating system for the tile registers.
+    For AMX the process requests the tile registers from the operating system.
     """
     tier = CPU_TIERS[0]
     if not is_x86():
@@ -93,7 +93,7 @@ def is_x86() -> bool:
 
 
 def computes_in_bf16() -> bool:
-    """Whether bf16 is at least as fast as fp32 here: with AVX-512, or where oneDNN says so."""
+    """Whether bf16 is at least as fast as fp32: with AVX-512, or off x86 if oneDNN says so."""
     if is_x86():
         return has_tier("avx512")
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -110,9 +110,9 @@ def compiler_settings() -> AbstractContextManager[None]:
 
 
 def host_dtypes() -> tuple[torch.dtype, ...]:
-    """What the host computes in, fastest first: bf16 where the CPU has it, fp32 always.
+    """The dtypes the host computes in, fastest first: bf16 where it is fast, and fp32.
 
-    fp16 is left out on purpose: on a CPU it is many times slower than either.
+    fp16 is left out: on a CPU it is many times slower than either.
     """
     if computes_in_bf16():
         return (torch.bfloat16, torch.float32)

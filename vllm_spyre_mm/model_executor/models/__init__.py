@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models in FMS's style: vision towers, decoders, and what is composed of them."""
+"""Models in FMS's style: vision towers, decoders, and their compositions."""

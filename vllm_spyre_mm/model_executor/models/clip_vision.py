@@ -42,7 +42,7 @@ class QuickGELU(nn.Module):
 
 
 class CLIPVisionEmbeddings(nn.Module):
-    """Patches behind a class token, with a learnt embedding for each position."""
+    """A class token and the patches, with a learnt embedding for each position."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class CLIPVisionEmbeddings(nn.Module):
 
 
 class CLIPVision(nn.Module):
-    """The tower as far as its last hidden state: nothing pools it, so there is no final norm.
+    """CLIP's vision tower without pooling and final norm, which features do not use.
 
     Args:
         config: shapes; ``hidden_act`` may be ``quick_gelu`` or a name that FMS knows.
@@ -91,7 +91,7 @@ class CLIPVision(nn.Module):
             layer.mlp.a = QuickGELU() if is_quick else str_to_activation(config.hidden_act)
 
     def forward(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Hidden states of squares of pixels.
+        """Compute the hidden states of square tiles.
 
         Args:
             pixel_values: ``(tiles, 3, image_size, image_size)``.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any vision tower, a projector, and any FMS decoder, as one model in FMS's style.
+"""A composition: any vision tower, a projector and any FMS decoder as one model in FMS's style.
 
-What is read from a checkpoint goes through the adapters that FMS has for the parts; see
-:func:`_adapt`. A composition without a tower is a text model.
+A checkpoint's tensors go through the adapters that FMS has for the parts; see :func:`_adapt`. A
+composition without a tower is a text model.
 """
 
 import copy
@@ -32,20 +32,20 @@ NEWLINE = "image_newline"
 
 @dataclass
 class CompositionConfig(ModelConfig):
-    """What is composed; FMS's projectors and tile functions read the fields by these names.
+    """The parts of a composition; FMS's projectors and tile functions read fields by these names.
 
     Attributes:
-        decoder: which decoder.
-        text_config: its FMS configuration.
-        tower: which vision tower, None for a text model.
-        vision_config: its FMS configuration.
+        decoder: the decoder.
+        text_config: the decoder's FMS configuration.
+        tower: the vision tower, None for a text model.
+        vision_config: the tower's FMS configuration.
         projector: makes the projector from this configuration.
-        vision_feature_layer: the hidden states that make features, counted from the front.
+        vision_feature_layer: indices of the hidden states that make features, from the front.
         drop_class_token: leave out the tower's first position.
         projector_hidden_act: activation of the projector.
         multimodal_projector_bias: whether its linear layers have a bias.
         spatial_merge_size: patches on the side of a square that becomes one feature.
-        newline: whether there is a learnt feature that ends a row of patches.
+        newline: whether a learnt feature ends each row of patches.
         image_grid_pinpoints: ``(height, width)`` of the grids of tiles.
         fused_weights: whether projections may be fused.
     """
@@ -66,7 +66,7 @@ class CompositionConfig(ModelConfig):
 
 
 class TextEmbedding(nn.Embedding):
-    """Looks token ids up and lets embeddings pass: some of FMS's decoders look up in any case."""
+    """Looks up token ids and passes embeddings through; some FMS decoders look up any input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x if x.is_floating_point() else super().forward(x)
@@ -76,8 +76,8 @@ class Composition(nn.Module):
     """A decoder with the vision tower and the projector that make its image features.
 
     Args:
-        config: what is composed.
-        distributed_strategy: how the decoder is distributed; the rest is whole on each rank.
+        config: the parts.
+        distributed_strategy: shards the decoder; the other parts are replicated on each rank.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Composition(nn.Module):
         return self.language_model.base_model.embedding(token_ids)
 
     def select_hidden_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the projector takes: ``(tiles, patches, layers * hidden_size)``."""
+        """The projector's input ``(tiles, patches, layers * hidden_size)``, from the tower."""
         assert self.config.tower is not None, "a text model has no pictures"
         states = self.config.tower.hidden_states(self.vision_tower, pixel_values)
         layers = self.config.vision_feature_layer
@@ -147,7 +147,7 @@ class TiledComposition(Composition):
 
 
 def _unfused(config: CompositionConfig) -> CompositionConfig:
-    """A copy whose parts have separate projections too."""
+    """A copy of the configuration whose parts have separate projections."""
     config = copy.deepcopy(config)
     for part in (config.text_config, config.vision_config):
         if part is not None:

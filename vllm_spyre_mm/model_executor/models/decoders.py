@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoders: what FMS builds for a Transformers configuration, and what it would not honour.
+"""FMS's decoders, and which Transformers configurations they compute exactly.
 
-FMS reads part of a configuration and assumes the rest. Each :class:`Decoder` says what it assumes,
-so that another model is refused by name instead of being computed without an error.
+FMS reads part of a configuration and assumes the rest. Each :class:`Decoder` states what it
+assumes, so that other models are refused with the property's name, not computed wrongly.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ class Decoder:
         model_class: the FMS model with its head; made from a configuration and a distributed
             strategy.
         config_class: FMS's configuration.
-        params: FMS's reader of the Transformers configuration.
+        params: FMS's function that reads the Transformers configuration.
         adapter: FMS's architecture whose adapter reads the checkpoint.
-        prefix: what that adapter expects before a decoder's names. An adapter of a multimodal
-            architecture takes the configuration of the whole model.
-        rope_types: the scalings of the rotary embedding that it computes.
-        biases: the switches for biases that it honours.
-        has_head_dim: whether a head may be another width than ``hidden_size`` / heads.
-        pads_heads: whether its adapter widens the heads to what the card wants.
+        prefix: prefix that the adapter expects before a decoder's names. An adapter with one takes
+            the configuration of the whole model.
+        rope_types: the RoPE scalings that it computes.
+        biases: the configuration's bias flags that it honours.
+        has_head_dim: whether a head's width may differ from ``hidden_size`` / heads.
+        pads_heads: whether its adapter pads heads to the card's width.
         fuses: whether it may have fused projections.
     """
 
@@ -53,13 +53,13 @@ class Decoder:
 
         Args:
             text: the Transformers configuration; :func:`decoder_mismatch` has accepted it.
-            tied: whether the head is the embedding: the configuration of a whole model says so.
-            head_dim: width that the heads are padded to, or None for their own.
+            tied: whether the LM head is tied to the embedding, by the whole model's configuration.
+            head_dim: width that the heads are padded to; None for no padding.
         """
         params = self.params(text)
         params["multiple_of"] = 1  # some of FMS's defaults round the feed-forward width up
         params["tie_heads"] = tied
-        # Padding matters to training alone, and its token may have no row in the embedding.
+        # Only training uses the padding token, which may have no row in the embedding.
         params["pad_id"] = -1
         if not self.fuses:
             params["fused_weights"] = False
@@ -69,7 +69,7 @@ class Decoder:
 
 
 def _llama_params(text: Any) -> dict[str, Any]:
-    """FMS's parameters, with the scaling that FMS looks for where Transformers 5 has none."""
+    """FMS's parameters, with the RoPE scaling from where Transformers 5 keeps it."""
     params = param_builders.build_llama_params(text)
     if rope_type(text) == "llama3":
         params["rope_scaling"] = dict(text.rope_parameters)
@@ -77,7 +77,7 @@ def _llama_params(text: Any) -> dict[str, Any]:
 
 
 def _qwen3_params(text: Any) -> dict[str, Any]:
-    """FMS's parameters under the names of its own configuration, which lacks some of them."""
+    """FMS's parameters, renamed and restricted to the fields of its configuration."""
     params = param_builders.build_qwen3_embeddings_params(text)
     params["rope_theta"] = params.pop("rope_base")
     fields = {field.name for field in dataclasses.fields(qwen3.Qwen3Config)}
@@ -89,7 +89,7 @@ DECODERS: Mapping[str, Decoder] = {
         granite.Granite,
         granite.GraniteConfig,
         param_builders.build_granite_params,
-        # The adapter of "granite" alone takes every head for hidden_size / heads wide.
+        # The adapter "granite" assumes heads of hidden_size / heads.
         adapter="llava_next",
         prefix="language_model.",
         biases=("mlp_bias",),
@@ -125,7 +125,7 @@ DECODERS: Mapping[str, Decoder] = {
         fuses=False,
     ),
 }
-"""By the ``model_type`` of Transformers."""
+"""The decoders by Transformers' ``model_type``."""
 
 
 def head_dim_of(text: Any) -> int:
@@ -134,7 +134,7 @@ def head_dim_of(text: Any) -> int:
 
 
 def rope_type(text: Any) -> str:
-    """The scaling of the rotary embedding, by Transformers' name."""
+    """Transformers' name of the RoPE scaling."""
     rope = getattr(text, "rope_parameters", None) or {}
     return rope.get("rope_type") or rope.get("type") or "default"
 
@@ -156,7 +156,7 @@ def decoder_mismatch(text: Any, name: str = "text_config.") -> str | None:
 
 
 def width_mismatch(part: Any, name: str) -> str | None:
-    """FMS computes the width of feed-forward layers from a ratio, in floating point."""
+    """Why FMS would build another ``intermediate_size``, or None: it computes it from a ratio."""
     built = int(part.hidden_size * (part.intermediate_size / part.hidden_size))
     if built != part.intermediate_size:
         return f"{name}intermediate_size {part.intermediate_size} would be built as {built}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision towers: what is built for a Transformers configuration, and what is not honoured."""
+"""The vision towers, and which Transformers configurations they compute exactly."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from vllm_spyre_mm.model_executor.models.decoders import width_mismatch
 
 
 def _siglip(config: SiglipVisionConfig) -> nn.Module:
-    """FMS's SigLIP without the pooling head and the final norm, whose outputs nobody reads."""
+    """FMS's SigLIP without the pooling head and the final norm, whose outputs are not used."""
     tower: Any = SiglipVision(config)
     tower.head = nn.Identity()
     tower.base_model.post_layernorm = nn.Identity()
@@ -34,7 +34,7 @@ def _clip_states(tower: Any, pixel_values: torch.Tensor) -> Iterator[torch.Tenso
 
 
 def _pixtral_states(tower: Any, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Of one picture: FMS lets the patches of several attend to each other."""
+    """Hidden states of one picture: with several, FMS lets their patches attend to each other."""
     assert len(pixel_values) == 1, "one picture at a time"
     sizes = [tuple(pixel_values.shape[-2:])]
     return tower(pixel_values, sizes, output_hidden_states=True, attn_name=BIDIRECTIONAL)[1]
@@ -46,16 +46,16 @@ class Tower:
 
     Attributes:
         build: makes the module from its configuration.
-        hidden_states: the embeddings and the output of each layer, ``(tiles, positions,
-            hidden_size)``, of pixels ``(tiles, 3, height, width)``; one after the other, so that
-            only those that are wanted take memory.
+        hidden_states: computes, from pixels ``(tiles, 3, height, width)``, the embeddings and the
+            output of each layer, ``(tiles, positions, hidden_size)`` each; one after the other, so
+            that only those in use take memory.
         config_class: its configuration, in FMS's style.
         adapter: FMS's architecture whose adapter reads the checkpoint.
-        prefix: what that adapter expects before a tower's names.
-        inner: what Transformers 4 writes between ``vision_tower.`` and a name of the tower.
-        blocks: the repeated blocks of a tower, and what their names begin with in a checkpoint.
-        unused: beginnings of the names, below ``inner``, of what has no part in hidden states.
-        class_token: whether the first position stands for the whole tile and not for a patch.
+        prefix: prefix that the adapter expects before a tower's names.
+        inner: the part that Transformers 4 writes between ``vision_tower.`` and a tower's name.
+        blocks: the repeated blocks of a tower, and the prefix of their names in a checkpoint.
+        unused: prefixes, below ``inner``, of names that have no part in the hidden states.
+        class_token: whether the first position is a class token and not a patch.
         activations: the activations that it computes.
         own_fields: what its configuration has beside the fields that all towers have, by the
             Transformers configuration.
@@ -74,11 +74,11 @@ class Tower:
     own_fields: Callable[[Any], dict[str, Any]]
 
     def config(self, vision: Any, num_layers: int) -> ModelConfig:
-        """The configuration of the tower's first layers.
+        """FMS's configuration of the tower's first layers.
 
         Args:
             vision: the Transformers configuration; :func:`tower_mismatch` has accepted it.
-            num_layers: how many layers are built: those that somebody reads.
+            num_layers: layers to build: up to the last whose output is used.
         """
         return self.config_class(
             hidden_size=vision.hidden_size,
@@ -141,7 +141,7 @@ TOWERS: Mapping[str, Tower] = {
         own_fields=_rope,
     ),
 }
-"""By the ``model_type`` of Transformers."""
+"""The towers by Transformers' ``model_type``."""
 
 
 def tower_mismatch(vision: Any, layers: list[int]) -> str | None:
@@ -149,7 +149,7 @@ def tower_mismatch(vision: Any, layers: list[int]) -> str | None:
 
     Args:
         vision: the Transformers configuration of one of :data:`TOWERS`.
-        layers: the hidden states that are looked at, as the model's configuration counts them.
+        layers: the hidden states that are used, as the model's configuration counts them.
     """
     if vision.hidden_act not in TOWERS[vision.model_type].activations:
         return f"vision_config.hidden_act {vision.hidden_act!r} is not implemented"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ministral 3's decoder with the rotary frequencies that Transformers computes.
+"""Ministral 3's decoder with the YaRN RoPE frequencies that Transformers computes.
 
 FMS rounds the range in which YaRN interpolates before it divides, not after, so its frequencies
-are near the model's and not equal to them.
+differ a little from the model's.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from fms.modules.positions import CachedYarnRotaryEmbedding
 
 
 class YarnRotaryEmbedding(CachedYarnRotaryEmbedding):
-    """FMS's rotation by a table, from Transformers' frequencies.
+    """FMS's YaRN RoPE with Transformers' frequencies.
 
     Args:
         config: of the decoder; ``rope_parameters`` are Transformers'.
@@ -32,7 +32,7 @@ class YarnRotaryEmbedding(CachedYarnRotaryEmbedding):
         self._config = config
 
     def compute_freqs_cis(self, device: torch.device, max_seq_len: int) -> None:
-        """Make the table of rotations, once for a device; ``max_seq_len`` is the model's own."""
+        """Make the cos/sin table, once for a device, of the model's length, not ``max_seq_len``."""
         if device == torch.device("meta") or device.index in self.cached_freqs:
             return
         from transformers import Ministral3Config
@@ -50,7 +50,7 @@ class YarnRotaryEmbedding(CachedYarnRotaryEmbedding):
 
 
 class Ministral3Decoder(Ministral3Text):
-    """FMS's decoder, its layers rotated by :class:`YarnRotaryEmbedding`."""
+    """FMS's decoder with :class:`YarnRotaryEmbedding` in its layers."""
 
     def __init__(
         self,
@@ -58,8 +58,8 @@ class Ministral3Decoder(Ministral3Text):
         distributed_strategy: DistributedStrategy = NoOpStrategy,
     ) -> None:
         super().__init__(config, distributed_strategy)
-        rotation: Any = YarnRotaryEmbedding(config)
-        self.base_model.rot_emb = rotation
+        rope: Any = YarnRotaryEmbedding(config)
+        self.base_model.rot_emb = rope
         blocks: Any = self.base_model.layers
         for block in blocks:
-            block.attn.position_encoder = rotation
+            block.attn.position_encoder = rope

@@ -107,7 +107,7 @@ def test_one_graph_without_a_break_serves_tiles_and_positions():
 
 def test_nothing_is_compiled_where_nothing_is_asked_to_be(monkeypatch: pytest.MonkeyPatch):
     """An eager engine needs no C++ compiler."""
-    monkeypatch.setattr(blocked_attention, "attend_to_all", None)
+    monkeypatch.setattr(blocked_attention, "attend_bidirectionally", None)
     parts = qkv(2, 30, 4, 64)
     assert relative_error(attend(*parts), exact(*parts)) < 4e-3
 
@@ -133,7 +133,7 @@ def test_tokens_of_a_chunk_attend_to_earlier_ones(
             cache[block, : len(rows)] = rows
     lengths = torch.tensor([num_keys], dtype=torch.int32)
     kv = PagedKV(*caches, blocks.int().unsqueeze(0), lengths)
-    attended = blocked_attention.attend_to_earlier(query[context:], kv, head_dim**-0.5)
+    attended = blocked_attention.attend_causally(query[context:], kv, head_dim**-0.5)
     shared = [part.repeat_interleave(heads // kv_heads, 1).double() for part in own]
     scores = torch.einsum("qhd,khd->hqk", query[context:].double(), shared[0]) * head_dim**-0.5
     ends = torch.arange(context, num_keys).unsqueeze(1)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ kernels of the CPU, a Python module each, and their registry."""
+"""The C++ kernels of the CPU, each with a Python wrapper, and their registry."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled attention of many queries: of a vision tower, and of a prompt's chunk.
+"""The kernel for attention of many queries: of a vision tower, and of a prefill chunk.
 
-PyTorch's attention keeps a bf16 matrix unit waiting: with SigLIP's 729 keys of 72 it reaches a
-sixth of what a product of matrices does. The kernel pads heads and keys to whole tiles, packs them
+PyTorch's attention leaves a bf16 matrix unit idle: with SigLIP's 729 keys of 72 it reaches a sixth
+of a GEMM's speed. The kernel, a flash attention, pads heads and keys to whole tiles, packs them
 once for hundreds of queries, and multiplies a block at a time in the L1 cache.
 """
 
@@ -13,7 +13,7 @@ from vllm_spyre_mm.model_executor.cpu.kernels.kernel import (
     POINTER,
     SIZE,
     Kernel,
-    heads_side_by_side,
+    with_contiguous_heads,
 )
 from vllm_spyre_mm.model_executor.cpu.kernels.operands import PagedKV
 from vllm_spyre_mm.model_executor.cpu.memory import empty_result
@@ -31,7 +31,7 @@ def supports(head_dim: int, dtype: torch.dtype) -> bool:
     return head_dim % 2 == 0 and KERNEL.takes(dtype)
 
 
-def attend_to_all(
+def attend_bidirectionally(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Attention of every position to every other, without a mask.
@@ -40,28 +40,28 @@ def attend_to_all(
         query: ``(batch, positions, heads, head_dim)``, bf16.
         keys: likewise.
         values: likewise.
-        scale: of the products of queries and keys.
+        scale: factor of the scores.
 
     Returns:
         Shaped like ``query``, contiguous.
     """
-    parts = [heads_side_by_side(part) for part in (query, keys, values)]
+    parts = [with_contiguous_heads(part) for part in (query, keys, values)]
     return _run(parts, None, 0, keys.shape[1], scale)
 
 
-def attend_to_earlier(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
-    """Attention of the last tokens of one sequence to all before them, and to themselves.
+def attend_causally(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
+    """Causal attention of the last tokens of one sequence to all of its tokens.
 
     Args:
         query: ``(tokens, heads, head_dim)``, bf16.
         kv: of the sequence, the first of its rows; the queries' own tokens are in it.
-        scale: of the products of queries and keys.
+        scale: factor of the scores.
 
     Returns:
         Shaped like ``query``, contiguous.
     """
     parts = [
-        heads_side_by_side(query.unsqueeze(0)),
+        with_contiguous_heads(query.unsqueeze(0)),
         *(cache.flatten(0, 1).unsqueeze(0) for cache in (kv.keys, kv.values)),
     ]
     return _run(parts, kv.blocks.data_ptr(), kv.keys.shape[1], int(kv.lengths[0]), scale)[0]

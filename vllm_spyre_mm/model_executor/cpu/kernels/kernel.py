@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""C++ kernels, compiled for the model and the CPU tier at hand by Inductor's tool chain."""
+"""C++ kernels, compiled by Inductor's tool chain for a model's shapes and the CPU's tier."""
 
 import ctypes
 import functools
@@ -25,23 +25,23 @@ HEADERS = (
     *("linear_epilogue.h", "linear_pack.h", "linear_problem.h"),
     *("rope.h", "tiles.h", "amx.h", "avx512.h", "bf16.h", "simd.h"),
 )
-"""What kernels may include; a header may include those after it."""
+"""The headers that kernels include. The order matters: a header may include those after it."""
 
 POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-"""Types of arguments."""
+"""Types of a kernel's arguments."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)  # one of a kind: hashed by identity, at each call
+@dataclass(frozen=True, eq=False, slots=True)  # hashed by identity, which is fast
 class Kernel:
-    """A C++ function, in a file of its name beside this one.
+    """A C++ function, in the file ``NAME.cpp`` beside this one.
 
     Attributes:
         name: of the function.
-        tiers: for which there is code of its own, lowest first. A tier between or above two of
-            them runs that of the lower one, compiled for itself.
-        dtypes: that it computes in.
-        arguments: their types, of :mod:`ctypes`.
-        returns: the type of what it returns, None for nothing.
+        tiers: the tiers with code of their own, lowest first. A tier between or above them compiles
+            the code of the next lower one.
+        dtypes: the dtypes that it computes in.
+        arguments: types of its arguments, of :mod:`ctypes`.
+        returns: type of its result, None for nothing.
     """
 
     name: str
@@ -51,11 +51,15 @@ class Kernel:
     returns: Any = None
 
     def takes(self, dtype: torch.dtype) -> bool:
-        """Whether there is code for such numbers in the process's tier."""
+        """Whether there is code for the dtype in the process's tier."""
         return dtype in self.dtypes and has_tier(self.tiers[0])
 
     def load(self, **constants: int) -> Callable[..., Any]:
-        """The compiled function, for what the file wants defined; compiled once a process."""
+        """Return the compiled function.
+
+        Args:
+            constants: values of the macros that the file needs.
+        """
         return compile_kernel(self, cpu_tier(), tuple(constants.items()))
 
 
@@ -67,22 +71,22 @@ def compile_kernel(
     from torch._inductor.codecache import CppCodeCache
 
     defines = "".join(f"#define {key} {value}\n" for key, value in constants)
-    if not is_x86():  # compiled for the machine at hand: no other may find it
+    if not is_x86():  # compiled for the machine at hand: others must not find it in a shared cache
         defines += f"// {sorted(torch.cpu.get_capabilities().items())}\n"
-    # Inductor keeps products and sums apart, to round as PyTorch does.
+    # Inductor's default forbids fused multiply-adds, to round as PyTorch does.
     flags = ("-ffp-contract=fast", *(INSTRUCTIONS[tier].flags if is_x86() else ()))
     with compiler_settings():
-        text = defines + source(kernel.name)
+        text = defines + kernel_source(kernel.name)
         library = CppCodeCache.load(text, extra_flags=flags, needs_vec_isa=False)
     function = getattr(library, kernel.name)
     function.argtypes, function.restype = kernel.arguments, kernel.returns
     return function
 
 
-def source(name: str) -> str:
-    """The text of a kernel, with its headers in place.
+def kernel_source(name: str) -> str:
+    """The text of a kernel, with its headers inlined.
 
-    The compile cache goes by the text, and would not see another text of a header.
+    The compile cache's key is the text, which has to change when a header changes.
     """
     files = resources.files(__package__)
     text = files.joinpath(f"{name}.cpp").read_text()
@@ -91,9 +95,9 @@ def source(name: str) -> str:
     return text
 
 
-def heads_side_by_side(part: torch.Tensor) -> torch.Tensor:
-    """``(batch, tokens, heads, head_dim)`` whose heads of a token follow each other; copied if not.
+def with_contiguous_heads(part: torch.Tensor) -> torch.Tensor:
+    """``(batch, tokens, heads, head_dim)`` with each token's heads contiguous; copied if needed.
 
-    A view of what holds queries, keys and values together is taken as it is.
+    A view into a fused QKV projection is used as it is.
     """
     return part if part.stride()[2:] == (part.shape[3], 1) else part.contiguous()

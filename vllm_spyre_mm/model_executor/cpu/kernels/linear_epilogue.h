@@ -45,7 +45,7 @@ struct Finish {
     held = ~0u >> (BLOCK - std::min(left, of.results));
     __m512i bits = _mm512_setzero_si512();
     if (of.bias)
-      bits = _mm512_maskz_loadu_epi16(AFTER == SILU_GATED ? ~0u : held, of.bias + panel * BLOCK);
+      bits = _mm512_maskz_loadu_epi16(AFTER == SWIGLU ? ~0u : held, of.bias + panel * BLOCK);
     widen(bits, bias);
   }
   void next() {
@@ -55,7 +55,7 @@ struct Finish {
     __builtin_prefetch(to + AHEAD * stride, 1);  // rows lie apart, which hides them from hardware
     __m512 low = _mm512_add_ps(_mm512_load_ps(from), bias[0]);
     __m512 high = _mm512_add_ps(_mm512_load_ps(from + 16), bias[1]);
-    if constexpr (AFTER == SILU_GATED) low = _mm512_mul_ps(silu((Floats)low), high);
+    if constexpr (AFTER == SWIGLU) low = _mm512_mul_ps(silu((Floats)low), high);
     if constexpr (AFTER == GELU_TANH) {
       low = gelu_tanh((Floats)low);
       high = gelu_tanh((Floats)high);

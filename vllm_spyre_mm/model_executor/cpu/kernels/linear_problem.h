@@ -12,7 +12,7 @@
 constexpr int64_t BLOCK = 32;       // rows, and outputs, that are multiplied at a time
 constexpr int64_t STEP = 32 * 32;   // numbers of a block of either operand in a step
 
-enum After { NONE, GELU_TANH, SILU_GATED, RESIDUAL };
+enum After { NONE, GELU_TANH, SWIGLU, RESIDUAL };
 
 struct Problem {
   const Element *x, *weight, *bias, *norm_weight, *norm_bias, *residual;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that the operations of attention take together."""
+"""Named tuples of the tensors that attention kernels take."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import torch
 
 
 class PagedKV(NamedTuple):
-    """Keys and values of each sequence of a step, where they lie in the paged KV cache.
+    """The paged KV cache, and the blocks and lengths of a step's sequences in it.
 
     Attributes:
         keys: ``(blocks, block_size, kv_heads, head_dim)``, contiguous.
@@ -23,7 +23,7 @@ class PagedKV(NamedTuple):
 
 
 class NewKV(NamedTuple):
-    """Keys and values of the tokens of a step, and where they go.
+    """Keys and values of a step's tokens, and their slots in the KV cache.
 
     Attributes:
         keys: ``(1, tokens, kv_heads, head_dim)``.
@@ -37,7 +37,7 @@ class NewKV(NamedTuple):
 
 
 class RopeAngles(NamedTuple):
-    """What RoPE rotates the tokens of a step by.
+    """Positions of a step's tokens, and RoPE's table.
 
     Attributes:
         position_ids: int64 ``(1, tokens)``, contiguous.

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled attention of a decode: reads the KV cache where it lies.
+"""The kernel for paged attention of a decode: one query of each sequence.
 
-PyTorch's attention takes keys and values that lie side by side, and gathering those of a paged
-cache costs as much as the attention of a single query. The kernel is C++ that Inductor's own
-tool chain compiles, with its flags and into its cache, for the shape of one model.
+PyTorch's attention needs contiguous keys and values, and gathering them from a paged cache costs as
+much as the attention of a single query. The kernel reads the cache in place.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from vllm_spyre_mm.model_executor.cpu.kernels.kernel import (
     POINTER,
     SIZE,
     Kernel,
-    heads_side_by_side,
+    with_contiguous_heads,
 )
 from vllm_spyre_mm.model_executor.cpu.kernels.operands import NewKV, PagedKV, RopeAngles
 from vllm_spyre_mm.model_executor.cpu.tier import has_tier
@@ -33,7 +32,7 @@ KERNEL = Kernel(
 
 
 def supports(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel takes such heads."""
+    """Whether the kernel takes such heads in this process's tier."""
     return head_dim % LANES == 0 and KERNEL.takes(dtype)
 
 
@@ -43,7 +42,7 @@ def paged_decode(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor
     Args:
         query: ``(batch, length, heads, head_dim)``, a row for each token.
         kv: of each sequence.
-        scale: of the products of queries and keys.
+        scale: factor of the scores.
 
     Returns:
         Shaped like ``query``.
@@ -52,7 +51,7 @@ def paged_decode(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor
     batch, length, heads, _ = query.shape
     query = query.contiguous()
     out = torch.empty_like(query)
-    kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)(
+    load_kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)(
         *_addresses(query, kv, out),
         batch * length,
         kv.blocks.stride(0),
@@ -73,7 +72,7 @@ def rope_store_decode(
         new: of the tokens; keys are not rotated.
         rope: of the tokens.
         kv: of each sequence; the new token is the last of each.
-        scale: of the products of queries and keys.
+        scale: factor of the scores.
 
     Returns:
         Shaped like ``query``, contiguous.
@@ -83,10 +82,10 @@ def rope_store_decode(
     """
     num_blocks, block_size, kv_heads, head_dim = kv.keys.shape
     _, tokens, heads, _ = query.shape
-    query, keys, values = map(heads_side_by_side, (query, new.keys, new.values))
+    query, keys, values = map(with_contiguous_heads, (query, new.keys, new.values))
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     num_slots = num_blocks * block_size
-    beyond = kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)(
+    beyond = load_kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)(
         *_addresses(query, kv, out),
         tokens,
         kv.blocks.stride(0),
@@ -111,17 +110,17 @@ def rope_store_decode(
 
 
 def _addresses(query: torch.Tensor, kv: PagedKV, out: torch.Tensor) -> tuple[int, ...]:
-    """The kernel's first arguments."""
+    """Addresses of the kernel's first arguments."""
     return (
         *(query.data_ptr(), kv.keys.data_ptr(), kv.values.data_ptr(), out.data_ptr()),
         *(kv.blocks.data_ptr(), kv.lengths.data_ptr()),
     )
 
 
-def kernel(
+def load_kernel(
     head_dim: int, group: int, kv_heads: int, block_size: int, dtype: torch.dtype
 ) -> Callable[..., int]:
-    """Compile the kernel, or find it in Inductor's cache."""
+    """Compile the kernel for a model's shapes, or find it in Inductor's cache."""
     return KERNEL.load(
         HEAD_DIM=head_dim,
         GROUP=group,
@@ -133,6 +132,6 @@ def kernel(
 
 
 def _takes_pairs(head_dim: int, group: int, block_size: int, dtype: torch.dtype) -> bool:
-    """Whether such heads and blocks are multiplied by pairs of bf16 numbers, AMX's or AVX-512's."""
+    """Whether the code with dot products of bf16 pairs takes such heads and blocks."""
     fits = head_dim % 32 == 0 and group <= 16 and block_size % 64 == 0
     return fits and dtype == torch.bfloat16 and has_tier("avx512")

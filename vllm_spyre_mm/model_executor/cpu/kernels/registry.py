@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel of the project, and which of them a model needs: compiled beside the warmup."""
+"""The registry of kernels, and which of them a model needs; they are compiled beside the warmup."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,15 +27,15 @@ KERNELS: tuple[Kernel, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What kernels are compiled for.
+    """The sizes that kernels are compiled for.
 
     Attributes:
         dtype: of keys, values and activations.
-        head_dim: of the decoder's heads.
-        kv_heads: of the decoder, of this rank.
+        head_dim: width of the decoder's heads.
+        kv_heads: KV heads of the decoder on this rank.
         group: query heads that share a KV head.
         block_size: tokens in a block of the KV cache.
-        tower_head_dim: of the vision tower's heads, None without a tower.
+        tower_head_dim: width of the vision tower's heads, None without a tower.
     """
 
     dtype: torch.dtype
@@ -47,7 +47,7 @@ class ModelShape:
 
 
 def loaders(shape: ModelShape) -> list[Callable[[], object]]:
-    """What compiles each kernel of a step, when it is called; those that the tier has."""
+    """Functions that each compile one of the kernels that a model needs and the tier has."""
     needed: list[Callable[[], object]] = [
         each.KERNEL.load for each in (tiled_linear, rows_linear) if each.KERNEL.takes(shape.dtype)
     ]
@@ -57,7 +57,7 @@ def loaders(shape: ModelShape) -> list[Callable[[], object]]:
     if paged_decode.supports(shape.head_dim, shape.dtype):
         heads = (shape.head_dim, shape.group, shape.kv_heads)
         needed += [
-            partial(paged_decode.kernel, *heads, shape.block_size, shape.dtype),
-            partial(rope.kernel, shape.head_dim, shape.dtype),
+            partial(paged_decode.load_kernel, *heads, shape.block_size, shape.dtype),
+            partial(rope.load_kernel, shape.head_dim, shape.dtype),
         ]
     return needed

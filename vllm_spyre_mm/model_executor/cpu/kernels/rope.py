@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoPE, compiled: queries and keys are rotated by their positions.
+"""The kernel for RoPE.
 
-FMS rotates neighbouring pairs of numbers, which Inductor computes one number at a time: a tenth of
-a prefill. The kernel computes the same, in FMS's own order of the weights.
+FMS's RoPE is interleaved (it rotates neighbouring pairs), which Inductor does not vectorise: a
+tenth of a prefill. The kernel computes the same, in the order of FMS's weights.
 """
 
 import functools
@@ -17,7 +17,7 @@ from vllm_spyre_mm.model_executor.cpu.kernels.kernel import (
     POINTER,
     SIZE,
     Kernel,
-    heads_side_by_side,
+    with_contiguous_heads,
 )
 from vllm_spyre_mm.model_executor.cpu.memory import empty_result
 
@@ -30,16 +30,18 @@ KERNEL = Kernel(
 
 
 class CpuRope(PositionEncoder):
-    """FMS's RoPE by a table of the positions that the model has.
+    """FMS's RoPE with the kernel, from a cos/sin table of the model's positions.
 
     Args:
-        original: what it replaces; its own table has been made.
+        original: the module to replace; its table has been computed.
     """
 
     def __init__(self, original: RotaryEmbedding) -> None:
         define_rope()
         ((rotations,),) = (tables.values() for tables in original.cached_freqs.values())
-        self.table = rotations[..., 0].contiguous()  # cosine and sine: the matrix's first column
+        self.table = rotations[
+            ..., 0
+        ].contiguous()  # cos and sin: the first column of the rotation matrix
 
     def adjusted_qk(
         self,
@@ -49,16 +51,16 @@ class CpuRope(PositionEncoder):
         past_kv_state: Any = None,
         use_cache: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate ``(1, length, heads, head_dim)`` at int64 ``(1, length)``, contiguous."""
+        """Apply RoPE to ``(1, length, heads, head_dim)`` at int64 ``(1, length)``, contiguous."""
         assert position_ids is not None, "positions are given"
         assert len(q) == 1, "the tokens of a step are in one row"
         return torch.ops.spyre_mm.rope(q, k, position_ids, self.table)
 
 
 def replace_rope(blocks: nn.ModuleList) -> None:
-    """Let the blocks of a decoder share a :class:`CpuRope`, where that computes the same.
+    """Let a decoder's blocks share a :class:`CpuRope` where that computes the same, in place.
 
-    The tables of what is replaced are dropped.
+    The tables of replaced modules are freed.
     """
     attentions: list[Any] = [
         part
@@ -90,15 +92,15 @@ def define_rope() -> torch.library.Library:
 def rotate(
     query: torch.Tensor, keys: torch.Tensor, position_ids: torch.Tensor, table: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate both.
+    """Implements the operator ``rope``: apply RoPE to queries and keys.
 
     Raises:
         IndexError: a position is not in the table.
     """
     _, length, heads, head_dim = query.shape
-    query, keys = heads_side_by_side(query), heads_side_by_side(keys)
+    query, keys = with_contiguous_heads(query), with_contiguous_heads(keys)
     rotated_query, rotated_keys = (empty_result(part, part.shape) for part in (query, keys))
-    beyond = kernel(head_dim, query.dtype)(
+    beyond = load_kernel(head_dim, query.dtype)(
         query.data_ptr(),
         keys.data_ptr(),
         rotated_query.data_ptr(),
@@ -117,6 +119,6 @@ def rotate(
     return rotated_query, rotated_keys
 
 
-def kernel(head_dim: int, dtype: torch.dtype) -> Callable[..., int]:
-    """Compile for heads of this width, or find it in Inductor's cache."""
+def load_kernel(head_dim: int, dtype: torch.dtype) -> Callable[..., int]:
+    """Compile the kernel for heads of this width, or find it in Inductor's cache."""
     return KERNEL.load(HEAD_DIM=head_dim, BF16=int(dtype == torch.bfloat16))

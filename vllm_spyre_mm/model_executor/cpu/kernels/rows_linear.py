@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled linear layer of the few rows of a decode, for a weight that stays as it is stored.
+"""The kernel for a linear layer of a decode's few rows, with a row-major weight.
 
-That of a head that is tied to the embedding: oneDNN would rearrange it at each call. Many rows are
-left to it.
+It serves LM heads that are tied to the embedding, whose weight oneDNN would pack at each call. With
+many rows oneDNN is used.
 """
 
 import torch
@@ -17,10 +17,10 @@ KERNEL = Kernel(
 )
 
 MAX_ROWS = 32
-"""Beyond this oneDNN is the faster one."""
+"""Number of rows beyond which oneDNN is faster."""
 
 BLOCK = 32
-"""The kernel takes rows whose width is a multiple of this, and at least so many outputs."""
+"""The kernel requires a width that is a multiple of this, and at least this many outputs."""
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -30,7 +30,7 @@ def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``(rows, width)`` to ``(rows, outputs)``.
+    """Linear layer from ``(rows, width)`` to ``(rows, outputs)``.
 
     Args:
         x: bf16; :func:`takes` has accepted it.

@@ -130,9 +130,9 @@ extern "C" void tiled_linear(const Element* x, const Element* norm_weight,
                              int64_t after, int64_t centered, float epsilon, float scale) {
   Problem of{x,    weight,  bias,    norm_weight, norm_bias,    residual,
              out,  rows,    width,   outputs,     x_row,        out_row,
-             residual_row,  after == SILU_GATED ? 16 : BLOCK,   bool(centered), epsilon, scale};
+             residual_row,  after == SWIGLU ? 16 : BLOCK,   bool(centered), epsilon, scale};
   if (after == GELU_TANH) run<GELU_TANH>(of);
-  else if (after == SILU_GATED) run<SILU_GATED>(of);
+  else if (after == SWIGLU) run<SWIGLU>(of);
   else if (after == RESIDUAL) run<RESIDUAL>(of);
   else run<NONE>(of);
 }

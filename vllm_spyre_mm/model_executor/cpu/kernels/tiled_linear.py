@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled linear layer of bf16 on AMX or AVX-512, for a weight that is rearranged once.
+"""The kernel for a bf16 linear layer on AMX or AVX-512, with a prepacked (tiled) weight.
 
-The weight lies in the order in which it is multiplied: a prompt's products and a tower's are faster
-than oneDNN's, and a decode reads it at the memory's pace. What follows the layer, a
-GELU, the gate of a gated unit or the sum with a residual, is computed beside the products, before
-anything is rounded; a norm before it, where rows are packed for the products.
+For prompts and towers the GEMM is faster than oneDNN's, and a decode's GEMV reads the weight at the
+memory's bandwidth. A GELU, SwiGLU's gating or a residual is fused as an epilogue, on fp32 sums that
+are not rounded yet; a norm before the layer is fused into the packing of the rows.
 """
 
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from vllm_spyre_mm.model_executor.cpu.kernels.kernel import FLOAT, POINTER, SIZE
 from vllm_spyre_mm.model_executor.cpu.memory import empty_result, huge_pages
 
 BLOCK = 32
-"""Outputs of a panel, and inputs of a step."""
+"""Outputs in a panel of the weight, and inputs in a step along its depth."""
 
-GELU_TANH, SILU_GATED = "gelu_tanh", "silu_gated"
-"""What may follow: ``F.gelu(..., approximate="tanh")``; ``F.silu(gate) * value``."""
+GELU_TANH, SWIGLU = "gelu_tanh", "swiglu"
+"""Fused activations: ``F.gelu(..., approximate="tanh")``; ``F.silu(gate) * value``."""
 
-ACTIVATIONS = (None, GELU_TANH, SILU_GATED)
-"""In the kernel's order, where the sum with a residual comes after them."""
-
+ACTIVATIONS = (None, GELU_TANH, SWIGLU)
+"""Activations in the order of the kernel's ``Epilogue``, where ``RESIDUAL`` comes last."""
 
 KERNEL = Kernel(
     "tiled_linear",
@@ -35,11 +33,11 @@ KERNEL = Kernel(
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A norm of the rows that a layer multiplies.
+    """A norm of a linear layer's input rows: RMSNorm, or LayerNorm if centered.
 
     Attributes:
         weight: bf16 ``(width,)``.
-        bias: the same, or None.
+        bias: bf16 ``(width,)``, or None.
         centered: subtract the mean of a row first.
         epsilon: added to the mean of the squares.
     """
@@ -51,12 +49,12 @@ class Norm:
 
 
 def tile_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Rearrange ``(outputs, width)``, bf16.
+    """Pack a bf16 weight ``(outputs, width)`` into tiles.
 
     Returns:
         ``(panels, steps, 2, 16, 16, 2)``: panels of 32 outputs, steps of 32 inputs; then halves of
-        the outputs, pairs of the inputs, outputs, and the inputs of a pair. Zeros fill what is left
-        of the last panel and the last step.
+        the outputs, pairs of the inputs, outputs, and the inputs of a pair. The last
+        panel and the last step are padded with zeros.
     """
     outputs, width = weight.shape
     whole = F.pad(weight, (0, -width % BLOCK, 0, -outputs % BLOCK))
@@ -67,13 +65,13 @@ def tile_weight(weight: torch.Tensor) -> torch.Tensor:
 
 
 def interleave_gates(gates_and_values: torch.Tensor) -> torch.Tensor:
-    """Put gates beside what they gate, as the kernel takes the weight or the bias of a gated unit.
+    """Interleave SwiGLU's gates and values, as the kernel takes its weight and bias.
 
     Args:
         gates_and_values: ``(2 * outputs, ...)``, the gates first.
 
     Returns:
-        ``(32 * panels, ...)``: 16 gates, their 16 values, and so on; zeros fill the last.
+        ``(32 * panels, ...)``: 16 gates, their 16 values, and so on, padded with zeros.
     """
     gates, values = (
         torch.cat([part, part.new_zeros(-len(part) % 16, *part.shape[1:])]).unflatten(0, (-1, 16))
@@ -83,14 +81,14 @@ def interleave_gates(gates_and_values: torch.Tensor) -> torch.Tensor:
 
 
 def is_tiled(weight: torch.Tensor) -> bool:
-    """Whether :func:`tile_weight` made it."""
+    """Whether a weight was packed by :func:`tile_weight`."""
     return weight.dim() == 6
 
 
 def empty_rows(x: torch.Tensor, outputs: int) -> torch.Tensor:
-    """Room for ``(..., outputs)`` of ``x`` ``(..., width)``, each row in cache lines of its own.
+    """An empty result ``(..., outputs)`` for ``x`` ``(..., width)``, rows aligned to cache lines.
 
-    A kernel that writes 32 outputs of a row would else write to two lines, and come back to each.
+    Otherwise a block of 32 outputs of a row would straddle two cache lines, each written twice.
     """
     room = -(-outputs // BLOCK) * BLOCK
     rows = empty_result(x, (*x.shape[:-1], room))
@@ -108,16 +106,16 @@ def tiled_linear(
     residual: torch.Tensor | None = None,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """``(..., width)`` to ``(..., outputs)``, of :func:`empty_rows`.
+    """Linear layer from ``(..., width)`` to ``(..., outputs)``, allocated by :func:`empty_rows`.
 
     Args:
         x: bf16.
         weight: of :func:`tile_weight`.
         bias: ``(outputs,)``, bf16.
         outputs: of the layer; the weight may hold more.
-        activation: one of :data:`ACTIVATIONS`. For ``SILU_GATED`` the weight and the bias have
-            been through :func:`interleave_gates`, and ``outputs`` counts what is gated.
-        norm: of each row of ``x`` before; the width is a multiple of :data:`BLOCK`.
+        activation: one of :data:`ACTIVATIONS`. For ``SWIGLU`` the weight and the bias have
+            been through :func:`interleave_gates`, and ``outputs`` counts gated values.
+        norm: applied to each row of ``x`` first; the width is a multiple of :data:`BLOCK`.
         residual: ``(..., outputs)``, bf16, added to ``scale`` times the outputs; there is no
             activation then.
         scale: of the outputs.
@@ -149,8 +147,8 @@ def tiled_linear(
 
 
 def _in_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """Numbers that lie in rows, how many rows, and the numbers from one to the next."""
-    if x.is_contiguous():  # asked first: a decode comes here forty times a step
+    """``x`` as a matrix with contiguous rows, the number of rows, and their stride in elements."""
+    if x.is_contiguous():  # the fast path: a decode comes here forty times a step
         return x, x.numel() // x.shape[-1], x.shape[-1]
     x = x.reshape(-1, x.shape[-1])
     x = x if x.stride(1) == 1 else x.contiguous()
