@@ -36,8 +36,7 @@ CARD_CHUNK_SIZE = 512
 """Tokens in a prefill chunk (vLLM's ``max_num_batched_tokens``) unless the user gives it."""
 
 HOST_CHUNK_SIZE = 1536
-"""Tokens in a prefill chunk on a CPU unless the user gives it: more than for the card, because a
-CPU reads the weights once for each chunk and computes no padding."""
+"""Tokens in a prefill chunk on a CPU, which reads the weights once a chunk and pads nothing."""
 
 DEFAULT_MAX_NUM_SEQS = 16
 """Sequences decoded together (vLLM's ``max_num_seqs``) unless the user gives it."""

@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of tiles by AMX, which has eight registers of 16 rows of 64 bytes. Included by tiles.h.
 //
-// Registers are constants in the program. Products here use 0 to 3 for a block of 2 x 2 results, 4
-// and 5 for the rows of the left operand, 6 and 7 for the columns of the right one.
+// Instructions encode register numbers as constants. Products here use 0 to 3 as accumulators of a
+// block of 2 x 2 results, 4 and 5 for the left operand, 6 and 7 for the right one.
 
-// Before tiles are loaded: what was stored to this memory is there. GCC 12's loads do not say what
-// they read.
-static inline void written(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+// A compiler barrier between stores to memory and tile loads from it: GCC 12's tile loads do not
+// declare the memory that they read.
+static inline void compiler_barrier(const void* memory) {
+  asm volatile("" : : "r"(memory) : "memory");
+}
 
 constexpr int64_t ROWS_AT_ONCE = 2 * TILE_ROWS;
-constexpr int64_t FEW = 8;  // passes over weights that wait for the memory more than for products
+constexpr int64_t FEW = 8;  // passes over weights up to which memory is the bottleneck
 
-// The registers of this thread, all of 16 rows of 64 bytes, while it lives. PyTorch has asked the
-// operating system for them (torch.cpu._init_amx).
+// Configures this thread's tile registers, all as 16 rows of 64 bytes, during its lifetime. PyTorch
+// has requested them from the operating system (torch.cpu._init_amx).
 class Tiles {
  public:
   Tiles() {
@@ -25,7 +27,7 @@ class Tiles {
       shape.bytes_per_row[i] = 64;
       shape.rows[i] = TILE_ROWS;
     }
-    written(&shape);
+    compiler_barrier(&shape);
     _tile_loadconfig(&shape);
   }
   ~Tiles() { _tile_release(); }
@@ -33,13 +35,13 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// Between a register and 16 rows of 64 bytes that follow each other.
+// Loads and stores of 16 contiguous rows of 64 bytes.
 template <int REGISTER>
 static inline void load_tile(const void* from) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2"
                : : "r"(from), "r"(int64_t{64}), "i"(REGISTER) : "memory");
 }
-// For what is not read again soon: it leaves more of the L1 cache to the rest.
+// A non-temporal load, for tiles that are not read again soon: it spares the L1 cache.
 template <int REGISTER>
 static inline void stream_tile(const void* from) {
   asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2"
@@ -55,13 +57,14 @@ static inline void clear_tile() {
   asm volatile("tilezero %%tmm%c0" : : "i"(REGISTER));
 }
 
-// Products of tiles. The unit keeps no second copy of its registers: sums stay there after their last
-// product, and are stored one by one when the next products need their registers. Vector instructions
-// that come after a run of products hardly overlap with it: what there is for them to do is done a
-// little at a time between products, one next() for each at most.
+// Products of tiles. AMX does not rename its registers: sums stay there after their last product,
+// and are stored one by one when the next products need their registers. Vector instructions after
+// a run of products hardly overlap with it: vector work is interleaved with the products instead,
+// at most one work.next() for each.
 class Products {
  public:
-  // sums[j][i] is, or has added, left[k][i] times right[k][j] for all steps k: 2 of i, COLUMNS of j.
+  // sums[j][i] = or += the sum over steps k of left[k][i] times right[k][j], for 2 rows i and
+  // COLUMNS columns j.
   template <int COLUMNS, typename Work>
   __attribute__((always_inline)) void multiply(int steps, const Operand (*left)[2],
                                                const Operand (*right)[2], Sums (*sums)[2],
@@ -86,7 +89,7 @@ class Products {
       }
     }
   }
-  // Store what is not stored yet.
+  // Store the sums that are still in registers.
   void finish() {
     take<0>();
     take<1>();
@@ -95,7 +98,7 @@ class Products {
   }
 
  private:
-  Sums* in_[4] = {};  // whose sums the registers hold
+  Sums* in_[4] = {};  // destinations of the sums in the registers
 
   template <int REGISTER>
   void take() {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What blocked_attention multiplies, in tiles: queries, keys and values of heads of HEAD_DIM numbers.
+// The operands of blocked_attention, packed into tiles: queries, keys and values with heads of
+// HEAD_DIM elements.
 
 #ifndef ATTENTION_OPERANDS_H
 #define ATTENTION_OPERANDS_H
@@ -11,31 +12,31 @@
 constexpr int DEPTH = (HEAD_DIM + TILE_DEPTH - 1) / TILE_DEPTH;  // tiles of a head, as an operand
 constexpr int WIDTH = (HEAD_DIM + TILE_ROWS - 1) / TILE_ROWS;    // tiles of a head, as a result
 constexpr int ROWS = 2 * TILE_ROWS;        // queries that are multiplied at a time
-constexpr int BLOCK = 2 * TILE_DEPTH;      // keys that are weighed at a time
-constexpr int PAIRS = BLOCK / TILE_DEPTH;  // of tiles of keys: a tile of weights has two of them
+constexpr int BLOCK = 2 * TILE_DEPTH;      // keys whose softmax is computed at a time
+constexpr int PAIRS = BLOCK / TILE_DEPTH;  // pairs of key tiles: a tile of weights covers two
 constexpr int SPAN = 768;                  // keys that are packed at a time
 constexpr int RUN = 1024;                  // queries that share the packed keys
 constexpr int AHEAD = 32;                  // keys between a prefetch and its use
 static_assert(HEAD_DIM % 2 == 0);
 
-// Tiles lie as they are read: two that are multiplied one after the other are side by side.
+// A thread's memory. Tiles are in the order of their use: two consecutive ones are adjacent.
 struct Scratch {
   Operand query[RUN / ROWS][DEPTH][2];
   Operand keys[SPAN / TILE_DEPTH][DEPTH][2];
   Operand values[SPAN / BLOCK][(WIDTH + 1) / 2][PAIRS][2];
   Sums scores[2][PAIRS][2][2];  // of two blocks; by keys, then by queries
   Operand weights[2][PAIRS][2];
-  Sums joined[RUN / ROWS][WIDTH][2];  // weighted values
+  Sums accumulated[RUN / ROWS][WIDTH][2];  // weighted values
   alignas(64) float weight_sums[RUN][LANES];
-  float maxima[RUN], kept[ROWS];
+  float maxima[RUN], corrections[ROWS];
 };
 
 static inline uint32_t first_bits(int64_t count) {
   return count <= 0 ? 0 : count < 32 ? (1u << count) - 1 : ~0u;
 }
 
-// What the arguments of blocked_attention say.
-struct Problem {
+// The arguments of blocked_attention.
+struct AttentionProblem {
   const Element *query, *keys, *values;
   Element* out;
   const int32_t* blocks;
@@ -43,11 +44,11 @@ struct Problem {
   int64_t query_batch, query_token, keys_batch, keys_token, values_batch, values_token;  // strides
   float scale;
 
-  // Keys that a row of queries sees: row r is query head r % group of token r / group.
+  // Number of keys that a query row attends to: row r is query head r % group of token r / group.
   int64_t keys_seen(int64_t row) const {
     return blocks ? num_keys - tokens + row / group + 1 : num_keys;
   }
-  // The rows of keys [first, first + count) among the keys of their batch, or in the cache.
+  // Row numbers of the keys [first, first + count): in the paged cache, or among the batch's keys.
   void rows_of_keys(int64_t first, int64_t count, int64_t* rows) const {
     int64_t block = blocks ? first / block_size : 0, inside = blocks ? first % block_size : first;
     for (int64_t i = 0; i < count; ++i) {
@@ -57,21 +58,22 @@ struct Problem {
   }
 };
 
-// A row of a head before its use: heads lie a token's width apart, which hides them from hardware.
+// Prefetches a row of a head: the stride of a token is too large for the hardware prefetcher.
 template <int WRITTEN = 0>
 static inline void prefetch(const Element* row) {
   for (int i = 0; i < HEAD_DIM; i += 64 / sizeof(Element)) __builtin_prefetch(row + i, WRITTEN);
   __builtin_prefetch(row + HEAD_DIM - 1, WRITTEN);
 }
-// What of a row is in tile d of an operand, and zeros beyond; zeros for no row.
+// The part of a row in tile d of an operand, padded with zeros; zeros for a null row.
 static inline __m512i load_part(const Element* row, int d) {
   return _mm512_maskz_loadu_epi16(row ? first_bits(HEAD_DIM - d * TILE_DEPTH) : 0,
                                   row + d * TILE_DEPTH);
 }
 
-// Keys [first, first + count) and their values as right operands, with zeros up to a pair of tiles.
-static void pack(const Problem& of, int64_t batch, int64_t head, int64_t first, int64_t count,
-                 Scratch& to) {
+// Packs the keys [first, first + count) and their values as right operands, padded with zeros to a
+// pair of tiles.
+static void pack_keys_values(const AttentionProblem& of, int64_t batch, int64_t head,
+                             int64_t first, int64_t count, Scratch& to) {
   const Element* keys = of.keys + batch * of.keys_batch + head * HEAD_DIM;
   const Element* values = of.values + batch * of.values_batch + head * HEAD_DIM;
   int64_t rows[SPAN];
@@ -101,7 +103,7 @@ static void pack(const Problem& of, int64_t batch, int64_t head, int64_t first, 
       };
       Operand& tile = to.values[n / BLOCK][w / 2][n % BLOCK / TILE_DEPTH][w % 2];
       for (int i = 0; i < TILE_ROWS; ++i) {
-        int pair = 8 * (i / 2 % 2) + i / 4 * 2 + i % 2;  // in the order in which weights lie
+        int pair = 8 * (i / 2 % 2) + i / 4 * 2 + i % 2;  // in the order of the weights
         store(tile.rows[i],
               _mm512_or_si512(part(2 * pair), _mm512_slli_epi32(part(2 * pair + 1), 16)));
       }

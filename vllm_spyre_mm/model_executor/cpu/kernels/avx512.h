@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of tiles by AVX-512, with the interface of amx.h. Included by tiles.h.
 
-// Nothing to configure, and the compiler sees what is stored.
+// Nothing to configure, and no barrier is needed.
 struct Tiles {
   Tiles() {}
 };
-static inline void written(const void*) {}
+static inline void compiler_barrier(const void*) {}
 
-constexpr int64_t FEW = 1;           // passes over weights that wait for the memory, not for products
+constexpr int64_t FEW = 1;  // passes over weights up to which memory is the bottleneck
 constexpr int64_t ROWS_AT_ONCE = 8;  // times two vectors of columns: sums that stay in registers
 
-// sums[r][j] += row r of the left tile, times the columns of right tile j. Tiles of the right operand
-// follow each other.
+// sums[r][j] += row r of the left tile times the columns of right tile j. The tiles of the right
+// operand are contiguous.
 template <int ROWS, int COLUMNS>
 __attribute__((always_inline)) static inline void multiply_tile(__m512 (&sums)[ROWS][COLUMNS],
                                                                 const Element* left,
@@ -35,7 +35,8 @@ __attribute__((always_inline)) static inline void multiply_tile(__m512 (&sums)[R
 
 class Products {
  public:
-  // sums[j][i] is, or has added, left[k][i] times right[k][j] for all steps k: 2 of i, COLUMNS of j.
+  // sums[j][i] = or += the sum over steps k of left[k][i] times right[k][j], for 2 rows i and
+  // COLUMNS columns j.
   template <int COLUMNS, typename Work>
   void multiply(int steps, const Operand (*left)[2], const Operand (*right)[2], Sums (*sums)[2],
                 bool add, Work& work) {

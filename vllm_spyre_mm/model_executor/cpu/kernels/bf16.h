@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bf16 kernels of AVX-512 share: loads and stores of operands, dot products of pairs, powers
-// of 2, a transpose. AVX-512 BF16 has an instruction for a dot product of pairs and one that rounds;
-// without them the same is computed in fp32.
+// AVX-512 helpers of the bf16 kernels: loads and stores, dot products of pairs, exp2, a transpose.
+// AVX-512 BF16 has instructions for a dot product of pairs and for rounding; without them the same
+// is computed in fp32.
 
 #ifndef BF16_H
 #define BF16_H
@@ -24,7 +24,7 @@ static inline void store(void* to, Vector values) {
   std::memcpy(to, &values, sizeof(values));
 }
 
-// sums + a * b of 32 bf16 numbers each: the two products of a pair go to one lane.
+// sums + a * b of 32 bf16 numbers each: both products of a pair are added to one lane.
 static inline __m512 dot_pairs(__m512 sums, __m512i a, __m512i b) {
 #ifdef __AVX512BF16__
   return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b);
@@ -36,7 +36,7 @@ static inline __m512 dot_pairs(__m512 sums, __m512i a, __m512i b) {
 #endif
 }
 
-// 32 fp32 numbers to bf16, to nearest, ties to even; NaN stays NaN.
+// Rounds 32 fp32 numbers to bf16, to nearest, ties to even; NaN stays NaN.
 static inline __m512i round_to_bf16(__m512 high, __m512 low) {
 #ifdef __AVX512BF16__
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
@@ -76,7 +76,7 @@ static inline __m512 sum_lanes(const __m512 vectors[4][4]) {
 static inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// 2^x for x < 127, to 4e-6; 2^-126 for what is less than -126.
+// 2^x for x < 127, with a relative error of 4e-6; x is clamped to at least -126.
 static inline Floats exp2_bounded(Floats x) {
   constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
   x = larger(Floats{} - 126.0f, x);
@@ -89,7 +89,7 @@ static inline Floats exp2_bounded(Floats x) {
   return (Floats)((Bits)p + ((Bits)shifted << 23));
 }
 
-// 32 sums whose numbers unpacking has put into fours of the one vector and of the other in turn.
+// Stores 32 sums in order: unpacking has put alternate groups of four into the two vectors.
 static inline void store_unpacked(Floats low, Floats high, float* to) {
   store(to, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22,
                                     23));
@@ -97,7 +97,7 @@ static inline void store_unpacked(Floats low, Floats high, float* to) {
                                             28, 29, 30, 31));
 }
 
-// A transpose of 16 rows of 16 pairs of numbers.
+// Transposes 16 rows of 16 pairs of bf16 numbers.
 static inline void transpose(Bits rows[LANES]) {
   for (int round = 0; round < 4; ++round) {
     Bits next[LANES];

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of many bf16 queries, block by block.
+// Flash attention of many bf16 queries.
 //
-// Compiled with HEAD_DIM defined; see blocked_attention.py. A task is a run of query rows that share
-// a KV head. It packs SPAN keys and values at a time into tiles, goes through its rows ROWS at a
-// time and their keys BLOCK at a time: scores, weights and sums of that size stay in the innermost
-// cache. The softmax is kept as it goes: a maximum and a sum of each row, in fp32.
+// Compiled with HEAD_DIM defined; see blocked_attention.py. A task is a run of query rows that
+// share a KV head. It packs SPAN keys and values at a time into tiles, and goes through its rows
+// ROWS at a time and their keys BLOCK at a time: scores, weights and sums of that size stay in the
+// L1 cache. The softmax is an online softmax with a maximum and a sum of each row, in fp32.
 
 #include <cmath>
 #include <memory>
@@ -13,9 +13,9 @@
 
 #include "attention_operands.h"
 
-constexpr float TOO_MUCH = 65536.0f;  // weights that sum up to more ask for a new maximum
+constexpr float TOO_MUCH = 65536.0f;  // a larger sum of weights requires a new maximum
 
-// 2^x for x < 127, to 8e-5: rounding to bf16 loses twenty times as much.
+// 2^x for x < 127, with a relative error of 8e-5: rounding to bf16 loses twenty times as much.
 static inline __m512 exp2_of(__m512 x) {
   __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
   __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(7.802452e-2f), _mm512_set1_ps(2.2606716e-1f));
@@ -24,10 +24,10 @@ static inline __m512 exp2_of(__m512 x) {
   return _mm512_scalef_ps(p, x);
 }
 
-// 2^(x / 256) of 32 numbers, as bf16: to 0.25 % in the mean, where rounding alone makes it 0.17 %.
-// The lower 8 bits of x are a fraction f, and 2^f is taken for 1 + f - 0.33 f (1 - f). Below 2^-127
-// it is 0; far above 2^127, and for no number, infinite. Fours of the one vector and of the other
-// come in turn.
+// 2^(x / 256) of 32 numbers, as bf16, with a mean error of 0.25 %, of which rounding alone is 0.17
+// %. The lower 8 bits of x are a fraction f, and 2^f is approximated by 1 + f - 0.33 f (1 - f).
+// Results below 2^-127 are 0; far above 2^127, and for NaN, infinite. The results are groups of
+// four from a and from b in turn.
 static inline __m512i exp2_of_256ths(__m512 a, __m512 b) {
   constexpr int ONE = 256, BIAS = 127 * ONE, CURVE = 42;  // of 0.33 in 128ths
   __m512 most = _mm512_set1_ps(BIAS + ONE);
@@ -40,12 +40,12 @@ static inline __m512i exp2_of_256ths(__m512 a, __m512 b) {
   return _mm512_srli_epi16(_mm512_add_epi16(x, _mm512_set1_epi16(BIAS + 1)), 1);
 }
 
-// Turns a block of scores, of COUNT pairs of tiles of keys, into weights. They are relative to the
-// greatest score of the row's first block, until one comes that is greater by far.
+// Online softmax: turns a block of scores, of COUNT pairs of key tiles, into weights. They are
+// relative to the maximum of the row's first block, until a score comes that is far greater.
 template <int COUNT>
 struct Softmax {
   Scratch& s;
-  int turn;     // which of the two blocks of scores, and of weights
+  int turn;     // index of the buffers of scores and of weights, of two each
   int64_t row;  // of the run, the first of ROWS
   float scale;  // of scores, to powers of 2
   int weighed = 0;
@@ -54,25 +54,25 @@ struct Softmax {
   float* scores(int r, int column) const {
     return s.scores[turn][column / 2][column % 2][r / TILE_ROWS].rows[r % TILE_ROWS];
   }
-  // Keys that the row does not see weigh nothing.
-  void hide(int r, int64_t seen) {
+  // Mask the keys that the row does not attend to.
+  void mask(int r, int64_t seen) {
     for (int column = 0; column < 2 * COUNT; ++column)
       _mm512_mask_store_ps(scores(r, column), ~first_bits(seen - column * LANES),
                            _mm512_set1_ps(-INFINITY));
   }
-  // Take the row's greatest score so far for its maximum: s.kept[r] of what was summed up remains.
-  void raise(int r) {
+  // Raise the row's maximum to its greatest score so far; earlier sums shrink by s.corrections[r].
+  void raise_maximum(int r) {
     float &maximum = s.maxima[row + r], *sums = s.weight_sums[row + r];
     __m512 most = _mm512_set1_ps(maximum);
     for (int column = 0; column < 2 * COUNT; ++column)
       most = _mm512_max_ps(most, _mm512_load_ps(scores(r, column)));
     float top = _mm512_reduce_max_ps(most);
-    s.kept[r] = _mm512_cvtss_f32(exp2_of(_mm512_set1_ps((maximum - top) * scale)));
-    store(sums, load(sums) * s.kept[r]);
+    s.corrections[r] = _mm512_cvtss_f32(exp2_of(_mm512_set1_ps((maximum - top) * scale)));
+    store(sums, load(sums) * s.corrections[r]);
     maximum = top;
     raised |= 1u << r;
   }
-  // The weights of a row by its maximum, and their sums.
+  // Compute the weights of a row from its maximum; return their sums by lane.
   __m512 weigh(int r) {
     __m512 by = _mm512_set1_ps(256 * scale);
     __m512 top = _mm512_set1_ps(256 * scale * s.maxima[row + r]);
@@ -83,12 +83,12 @@ struct Softmax {
           exp2_of_256ths(_mm512_fmsub_ps(_mm512_load_ps(scores(r, 2 * p)), by, top),
                          _mm512_fmsub_ps(_mm512_load_ps(scores(r, 2 * p + 1)), by, top));
       store(s.weights[turn][p][r / TILE_ROWS].rows[r % TILE_ROWS], weights);
-      // As rounded: errors cancel where few keys have most of the weight.
+      // Sums of the rounded weights: errors cancel where few keys have most of the weight.
       sums = dot_pairs(sums, weights, _mm512_set1_epi16(BF16_ONE));
     }
     return sums;
   }
-  // Weigh a row that is not weighed yet, if there is one.
+  // Process the next row that is not processed yet, if there is one.
   void next() {
     if (weighed == ROWS) return;
     int r = weighed++;
@@ -97,9 +97,9 @@ struct Softmax {
     };
     __m512 sums = weigh(r);
     if (too_much(sums)) [[unlikely]] {
-      raise(r);
+      raise_maximum(r);
       sums = weigh(r);
-      if (too_much(sums)) sums = _mm512_set1_ps(NAN);  // a score is no number, or infinite
+      if (too_much(sums)) sums = _mm512_set1_ps(NAN);  // a score is NaN or infinite
     }
     float* before = s.weight_sums[row + r];
     _mm512_store_ps(before, _mm512_add_ps(_mm512_load_ps(before), sums));
@@ -109,13 +109,13 @@ struct Softmax {
   }
 };
 
-// A run: the rows [first, last) of one KV head.
+// A run: the query rows [first, last) of one KV head.
 struct Run {
-  const Problem& of;
+  const AttentionProblem& of;
   Scratch& s;
   int64_t batch, head, first, last;
 
-  // visit(row of the block, token, offset of its head) for the rows [from, to) of a block.
+  // Calls visit(row of the block, token, offset of its head) for the rows [from, to) of a block.
   template <typename Visit>
   void each_row(int64_t block, Visit visit, int from = 0, int to = ROWS) const {
     int64_t start = first + block * ROWS, row = start + from;
@@ -141,22 +141,23 @@ struct Run {
       __m512 sums = _mm512_load_ps(s.weight_sums[block * ROWS + r]);
       __m512 factor = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sums));
       for (int w = 0; w < WIDTH; ++w) {
-        __m512 part = _mm512_load_ps(s.joined[block][w][r / TILE_ROWS].rows[r % TILE_ROWS]);
+        __m512 part = _mm512_load_ps(s.accumulated[block][w][r / TILE_ROWS].rows[r % TILE_ROWS]);
         __m512i rounded = round_to_bf16(part, _mm512_mul_ps(part, factor));
         _mm256_mask_storeu_epi16(out + w * LANES, first_bits(HEAD_DIM - w * LANES),
                                  _mm512_castsi512_si256(rounded));
       }
     });
   }
-  void keep(int64_t block, uint32_t rows) const {
+  // Multiply the accumulated values of some rows by their corrections.
+  void rescale(int64_t block, uint32_t rows) const {
     for (int r = 0; r < ROWS; ++r)
       if (rows >> r & 1)
         for (int w = 0; w < WIDTH; ++w) {
-          float* part = s.joined[block][w][r / TILE_ROWS].rows[r % TILE_ROWS];
-          store(part, load(part) * s.kept[r]);
+          float* part = s.accumulated[block][w][r / TILE_ROWS].rows[r % TILE_ROWS];
+          store(part, load(part) * s.corrections[r]);
         }
   }
-  // The rows of out will be written soon: they lie apart, which hides them from hardware.
+  // Prefetch rows of out for writing: their stride is too large for the hardware prefetcher.
   void prefetch_results(int64_t block, int from, int to) const {
     auto fetch = [&](int, int64_t token, int64_t offset) { prefetch<1>(result(token, offset)); };
     each_row(block, fetch, from, to);
@@ -168,17 +169,18 @@ struct Run {
                            s.scores[key / BLOCK % 2][p], false, work);
   }
   template <typename Work>
-  void join(Products& products, int64_t block, int64_t key, int pairs, bool add, Work& work) const {
+  void accumulate(Products& products, int64_t block, int64_t key, int pairs, bool add,
+                  Work& work) const {
     const auto* weights = s.weights[key / BLOCK % 2];
     const auto* values = s.values[key / BLOCK];
-    Sums(*joined)[2] = s.joined[block];
+    Sums(*accumulated)[2] = s.accumulated[block];
     for (int w = 0; w < WIDTH / 2; ++w)
-      products.multiply<2>(pairs, weights, values[w], joined + 2 * w, add, work);
+      products.multiply<2>(pairs, weights, values[w], accumulated + 2 * w, add, work);
     if constexpr (WIDTH % 2)
-      products.multiply<1>(pairs, weights, values[WIDTH / 2], joined + WIDTH - 1, add, work);
+      products.multiply<1>(pairs, weights, values[WIDTH / 2], accumulated + WIDTH - 1, add, work);
   }
-  // Weigh the scores of a step. Meanwhile those of the next keys are multiplied, and the values of
-  // the keys before.
+  // The softmax of a step's scores, interleaved with the products of the next step's scores and of
+  // the previous step's values.
   template <int COUNT>
   void weigh(Products& products, int64_t block, int64_t start, int64_t step, int next_pairs) const {
     constexpr float log2_e = 1.44269504f;
@@ -186,20 +188,20 @@ struct Run {
     products.finish();
     Softmax<COUNT> softmax{s, int(step % 2), block * ROWS, of.scale * log2_e};
     if (start + key + BLOCK > of.keys_seen(row))
-      for (int r = 0; r < ROWS; ++r) softmax.hide(r, of.keys_seen(row + r) - start - key);
+      for (int r = 0; r < ROWS; ++r) softmax.mask(r, of.keys_seen(row + r) - start - key);
     bool fresh = start + key == 0;
     if (fresh)
-      for (int r = 0; r < ROWS; ++r) softmax.raise(r);
+      for (int r = 0; r < ROWS; ++r) softmax.raise_maximum(r);
     score(products, block, key + BLOCK, next_pairs, softmax);
-    if (step > 0) join(products, block, key - BLOCK, PAIRS, start + key > BLOCK, softmax);
+    if (step > 0) accumulate(products, block, key - BLOCK, PAIRS, start + key > BLOCK, softmax);
     softmax.rest();
     if (softmax.raised && !fresh) {
       products.finish();
-      keep(block, softmax.raised);
+      rescale(block, softmax.raised);
     }
   }
-  // A block of rows and the keys [start, start + seen).
-  void attend(int64_t block, int64_t start, int64_t seen, bool last_keys) const {
+  // Attention of a block of rows to the keys [start, start + seen).
+  void attend_block(int64_t block, int64_t start, int64_t seen, bool last_keys) const {
     int64_t steps = divide_up(seen, BLOCK);
     auto pairs = [&](int64_t key) {
       return int(std::clamp<int64_t>(divide_up(seen - key, TILE_DEPTH), 0, PAIRS));
@@ -215,7 +217,7 @@ struct Run {
         weigh<1>(products, block, start, step, 0);
     }
     int64_t key = (steps - 1) * BLOCK;
-    join(products, block, key, pairs(key), start + key > 0, none);
+    accumulate(products, block, key, pairs(key), start + key > 0, none);
     products.finish();
   }
   void attend() const {
@@ -224,38 +226,38 @@ struct Run {
     std::fill_n(s.maxima, blocks * ROWS, -INFINITY);
     load_queries(0);
     for (int64_t start = 0; start < end; start += SPAN) {
-      pack(of, batch, head, start, std::min<int64_t>(SPAN, end - start), s);
+      pack_keys_values(of, batch, head, start, std::min<int64_t>(SPAN, end - start), s);
       for (int64_t block = 0; block < blocks; ++block) {
         if (start == 0 && block + 1 < blocks) load_queries(block + 1);
         int64_t seen = of.keys_seen(std::min(last, first + (block + 1) * ROWS) - 1) - start;
         if (seen <= 0) continue;
-        attend(block, start, std::min<int64_t>(SPAN, seen), seen <= SPAN);
+        attend_block(block, start, std::min<int64_t>(SPAN, seen), seen <= SPAN);
         if (seen <= SPAN) store_results(block);
       }
     }
   }
 };
 
-// query: (batch, tokens, kv_heads * group, HEAD_DIM), heads side by side; out: the same, contiguous.
-// keys and values: (batch, num_keys, kv_heads, HEAD_DIM), heads side by side. With blocks, those of
-// one sequence, they are a cache, (blocks, block_size, kv_heads, HEAD_DIM), contiguous; the queries
-// are the last tokens then, and see no later ones.
+// query: (batch, tokens, kv_heads * group, HEAD_DIM), contiguous heads; out: the same, contiguous.
+// keys and values: (batch, num_keys, kv_heads, HEAD_DIM), contiguous heads. With blocks (of one
+// sequence) they are a paged cache, (blocks, block_size, kv_heads, HEAD_DIM), contiguous; then the
+// queries are the sequence's last tokens and attention is causal.
 extern "C" void blocked_attention(const Element* query, const Element* keys, const Element* values,
                                   Element* out, const int32_t* blocks, int64_t block_size,
                                   int64_t batch, int64_t tokens, int64_t num_keys,
                                   int64_t kv_heads, int64_t group, int64_t query_batch,
                                   int64_t query_token, int64_t keys_batch, int64_t keys_token,
                                   int64_t values_batch, int64_t values_token, float scale) {
-  Problem of{query,       keys,        values,     out,        blocks,       block_size,
-             tokens,      num_keys,    kv_heads,   group,      query_batch,  query_token,
-             keys_batch,  keys_token,  values_batch, values_token, scale};
-  // Two runs or more for each thread, and no more queries in one than there is room for.
+  AttentionProblem of{query,      keys,       values,       out,          blocks,      block_size,
+                      tokens,     num_keys,   kv_heads,     group,        query_batch, query_token,
+                      keys_batch, keys_token, values_batch, values_token, scale};
+  // At least two runs for each thread, of at most RUN rows.
   int64_t rows = tokens * group, heads = batch * kv_heads;
   int64_t splits = divide_up(2 * omp_get_max_threads(), heads);
   int64_t run = std::min<int64_t>(divide_up(divide_up(rows, splits), ROWS) * ROWS, RUN);
   splits = divide_up(rows, run);
-  // Heads that lie side by side share lines of memory: without a cache, where all runs take the same
-  // time, each thread goes through a stretch of its own.
+  // Adjacent heads share cache lines: without a paged cache, where all runs take the same time,
+  // each thread processes a contiguous stretch of runs.
   int64_t runs = heads * splits, stretches = blocks ? 1 : omp_get_max_threads();
   int64_t stretch = divide_up(runs, stretches);
 #pragma omp parallel
@@ -266,7 +268,7 @@ extern "C" void blocked_attention(const Element* query, const Element* keys, con
     for (int64_t turn = 0; turn < stretches * stretch; ++turn) {
       int64_t i = turn % stretches * stretch + turn / stretches;
       if (i >= runs) continue;
-      // The last tokens of a prompt see the most keys: they come first.
+      // The last tokens of a prompt attend to the most keys: they come first.
       int64_t first = (splits - 1 - i / heads) * run, head = i % heads;
       Run{of, *scratch, head / kv_heads, head % kv_heads, first, std::min(rows, first + run)}
           .attend();

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of one query to a span of tokens, with AMX. Included by paged_decode.cpp.
 //
-// Keys are the left operand as they lie in the cache, 16 tokens to a register; the queries that
-// share them are the right one. Values are paired up two tokens at a time to be the right operand
-// of the weights. While the keys of a span are read its values are fetched, and while those are
-// read the next span's keys: the memory never waits for the arithmetic.
+// Keys are the left operand, unpacked, 16 tokens in a register; the queries that share them are the
+// right one. The values of two tokens are interleaved to be the right operand of the weights. While
+// the keys of a span are multiplied its values are prefetched, and then the next span's keys, so
+// that memory is never idle.
 
 #include "tiles.h"
 
@@ -13,7 +13,7 @@ static_assert(GROUP <= TILE_ROWS);
 
 class Attention {
  public:
-  // query: (HEADS, HEAD_DIM); next: the span that comes after this one, or null.
+  // query: (HEADS, HEAD_DIM); next: the span after this one, to prefetch, or null.
   void attend(const Element* query, const Span& span, const Span* next, float scale,
               Partial& result) {
     pair_queries(query);
@@ -26,14 +26,14 @@ class Attention {
         for (int64_t t = 0; t < padded(span.count); t += LANES)
           store(weights[g] + t, t < span.count ? load(row + t) : Floats{});
       }
-      written(weights);
+      compiler_barrier(weights);
       for (int first = 0; first < HEAD_DIM; first += WIDTH)
         multiply_values(span, next, head, first, result);
     }
   }
 
  private:
-  // Numbers of a head that are computed together: two or four registers of results.
+  // Elements of a head that are computed together, in two or four accumulators.
   static constexpr int WIDTH = HEAD_DIM % (2 * TILE_DEPTH) == 0 ? 2 * TILE_DEPTH : TILE_DEPTH;
   using Pairs = Element[TILE_ROWS][TILE_ROWS][2];  // (pair of k, column, 2)
   Tiles tiles;
@@ -43,17 +43,19 @@ class Attention {
   alignas(64) float block[4][TILE_ROWS][TILE_ROWS];
   alignas(64) Pairs values[4];
 
-  static int64_t padded(int64_t count) { return (count + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH; }
+  static int64_t padded(int64_t count) {
+    return (count + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH;
+  }
 
   void pair_queries(const Element* query) {
     for (int head = 0; head < KV_HEADS; ++head)
       for (int g = 0; g < GROUP; ++g, query += HEAD_DIM)
         for (int k = 0; k < HEAD_DIM; k += 2)
           std::memcpy(queries[head][k / TILE_DEPTH][k % TILE_DEPTH / 2][g], query + k, 4);
-    written(queries);
+    compiler_barrier(queries);
   }
 
-  // Scores of four registers of tokens from t on; those beyond the span are left out.
+  // Scores of four registers of tokens from t on, without tokens beyond the span.
   void multiply_keys(const Span& span, int64_t t, int head, float scale) {
     const Element* keys = span.key(t) + head * HEAD_DIM;
     int64_t left = (span.count - t + TILE_ROWS - 1) / TILE_ROWS;
@@ -61,31 +63,31 @@ class Attention {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    // Values are fetched a few tokens at a time: many at once would keep the tiles' loads waiting.
+    // Values are prefetched a few tokens at a time: many at once would delay the tile loads.
     constexpr int STEPS = HEAD_DIM / TILE_DEPTH, AT_ONCE = (TILE_ROWS + STEPS - 1) / STEPS;
     const Element* values = span.value(t) + head * HEAD_DIM;
-    int64_t there = std::min<int64_t>(4 * TILE_ROWS, span.count - t), fetched = 0;
-    auto fetch_values = [&] {
-      for (int i = 0; i < AT_ONCE && fetched < there; ++i, ++fetched)
-        prefetch<1>(values + fetched * TOKEN, HEAD_DIM);
+    int64_t there = std::min<int64_t>(4 * TILE_ROWS, span.count - t), prefetched = 0;
+    auto prefetch_values = [&] {
+      for (int i = 0; i < AT_ONCE && prefetched < there; ++i, ++prefetched)
+        prefetch<1>(values + prefetched * TOKEN, HEAD_DIM);
     };
     for (int k = 0; k < STEPS; ++k, keys += TILE_DEPTH) {
       constexpr int64_t stride = TOKEN * sizeof(Element);
-      fetch_values();
+      prefetch_values();
       _tile_loadd(6, queries[head][k], 64);
       _tile_loadd(4, keys, stride);
       _tile_dpbf16ps(0, 4, 6);
-      fetch_values();
+      prefetch_values();
       if (left > 1) {
         _tile_loadd(5, keys + TILE_ROWS * TOKEN, stride);
         _tile_dpbf16ps(1, 5, 6);
       }
-      fetch_values();
+      prefetch_values();
       if (left > 2) {
         _tile_loadd(4, keys + 2 * TILE_ROWS * TOKEN, stride);
         _tile_dpbf16ps(2, 4, 6);
       }
-      fetch_values();
+      prefetch_values();
       if (left > 3) {
         _tile_loadd(5, keys + 3 * TILE_ROWS * TOKEN, stride);
         _tile_dpbf16ps(3, 5, 6);
@@ -100,7 +102,7 @@ class Attention {
         scores[head * GROUP + g][t + i] = block[i / TILE_ROWS][i % TILE_ROWS][g] * scale;
   }
 
-  // Weighted values of WIDTH of a head's numbers, from first on.
+  // Weighted values of WIDTH elements of a head, from first on.
   void multiply_values(const Span& span, const Span* next, int head, int first, Partial& result) {
     int offset = head * HEAD_DIM + first;
     _tile_zero(0);
@@ -135,7 +137,8 @@ class Attention {
     }
   }
 
-  // 32 tokens' values in pairs of tokens; 0 for the tokens beyond count, whatever lies there.
+  // Interleaves 32 tokens' values by pairs of tokens; 0 for tokens beyond count, whose memory may
+  // hold NaN.
   static void pair_values(const Element* from, int64_t count, Pairs* pairs) {
     for (int pair = 0; pair < TILE_ROWS; ++pair, from += 2 * TOKEN) {
       __m512i even = {}, odd = {};
@@ -144,6 +147,6 @@ class Attention {
       _mm512_store_si512(pairs[0][pair], _mm512_unpacklo_epi16(even, odd));
       _mm512_store_si512(pairs[1][pair], _mm512_unpackhi_epi16(even, odd));
     }
-    written(pairs);
+    compiler_barrier(pairs);
   }
 };

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of one query to a span of bf16 tokens, with AVX-512. Included by paged_decode.cpp.
 //
-// Scores are dot products of four queries and four tokens at a time. Values are paired up two tokens
-// at a time, so that a dot product of pairs weighs both. While the keys of a span are read its values
-// are fetched, and while those are read the next span's keys.
+// Scores are dot products of four queries and four tokens at a time. The values of two tokens are
+// interleaved, so that a dot product of pairs weighs both. While the keys of a span are multiplied
+// its values are prefetched, and then the next span's keys.
 
 #include "bf16.h"
 
@@ -11,7 +11,7 @@ static_assert(HEAD_DIM % 32 == 0 && BLOCK_SIZE % 4 == 0);
 
 class Attention {
  public:
-  // query: (HEADS, HEAD_DIM); next: the span that comes after this one, or null.
+  // query: (HEADS, HEAD_DIM); next: the span after this one, to prefetch, or null.
   void attend(const Element* query, const Span& span, const Span* next, float scale,
               Partial& result) {
     for (int64_t t = 0; t < span.count; t += FOUR) {
@@ -39,12 +39,12 @@ class Attention {
 
  private:
   static constexpr int FOUR = 4;                                  // tokens, and queries at most
-  static constexpr int WIDTH = HEAD_DIM % 64 == 0 ? 64 : 32;      // numbers of a head at a time
-  static constexpr int PAIRS = WIDTH / 32;                        // of vectors that they take
+  static constexpr int WIDTH = HEAD_DIM % 64 == 0 ? 64 : 32;      // elements of a head at a time
+  static constexpr int PAIRS = WIDTH / 32;                        // pairs of fp32 vectors
   alignas(64) float scores[HEADS][SPAN];
   alignas(64) Element weights[HEADS][SPAN];
 
-  // work.operator()<COUNT>(first) for the queries that share a KV head, COUNT at a time.
+  // Calls work.operator()<COUNT>(first) for the queries that share a KV head, COUNT at a time.
   template <typename Work>
   static void each_group(Work work) {
     for (int first = 0; first + FOUR <= GROUP; first += FOUR) work.template operator()<FOUR>(first);
@@ -73,7 +73,7 @@ class Attention {
     for (int g = 0; g < COUNT; ++g) std::memcpy(to + g * SPAN, (float*)&sums + g * FOUR, 16);
   }
 
-  // Weighted values of WIDTH numbers of a head, for COUNT queries from member on.
+  // Weighted values of WIDTH elements of a head, for COUNT queries from member on.
   template <int COUNT>
   void multiply_values(const Span& span, const Span* next, int member, int offset, int dim,
                        Partial& result) const {

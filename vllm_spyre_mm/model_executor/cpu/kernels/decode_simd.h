@@ -3,12 +3,12 @@
 
 constexpr int AHEAD = 8;  // tokens between a prefetch and its use
 constexpr int VECTORS = HEAD_DIM / LANES;
-// Vectors of a head that are summed up at once: GROUP * TILE of them stay in registers.
-constexpr int TILE = VECTORS % 4 == 0 && GROUP <= 4 ? 4 : 1;
+// Vectors of a head that are accumulated at once: GROUP times as many stay in registers.
+constexpr int VECTORS_AT_ONCE = VECTORS % 4 == 0 && GROUP <= 4 ? 4 : 1;
 
 class Attention {
  public:
-  // query: (HEADS, HEAD_DIM). The next span plays no part.
+  // query: (HEADS, HEAD_DIM). The next span is not prefetched.
   void attend(const Element* query, const Span& span, const Span*, float scale, Partial& result) {
     for (int head = 0; head < KV_HEADS; ++head) {
       multiply_keys(query + head * GROUP * HEAD_DIM, span, head, scale);
@@ -38,18 +38,18 @@ class Attention {
   }
 
   void multiply_values(const Span& span, int head, Partial& result) {
-    for (int first = 0; first < VECTORS; first += TILE) {
-      Floats tile[GROUP][TILE] = {};
+    for (int first = 0; first < VECTORS; first += VECTORS_AT_ONCE) {
+      Floats sums[GROUP][VECTORS_AT_ONCE] = {};
       for (int64_t t = 0; t < span.count; ++t) {
         const Element* value = span.value(t) + head * HEAD_DIM + first * LANES;
         if (first == 0) prefetch<3>(value + AHEAD * TOKEN, HEAD_DIM);
-        for (int v = 0; v < TILE; ++v) {
+        for (int v = 0; v < VECTORS_AT_ONCE; ++v) {
           Floats part = load(value + v * LANES);
-          for (int g = 0; g < GROUP; ++g) tile[g][v] += weights[g][t] * part;
+          for (int g = 0; g < GROUP; ++g) sums[g][v] += weights[g][t] * part;
         }
       }
       for (int g = 0; g < GROUP; ++g)
-        std::memcpy(&result.values[head * GROUP + g][first * LANES], tile[g], sizeof(tile[g]));
+        std::memcpy(&result.values[head * GROUP + g][first * LANES], sums[g], sizeof(sums[g]));
     }
   }
 };

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A product of a linear layer by AVX-512. Included by tiled_linear.cpp.
+// The inner product of tiled_linear by AVX-512. Included by tiled_linear.cpp.
 
 #include "linear_product.h"
 
-// Products of ROWS rows from a row of the block on; each fetches its share of the next weights.
+// Products of ROWS rows from a row of the block on; each prefetches its share of the next weights.
 template <int ROWS>
 static void multiply_rows(const Product& of, int64_t row) {
   __m512 sums[ROWS][2];
@@ -23,9 +23,9 @@ static void multiply_rows(const Product& of, int64_t row) {
     for (int j = 0; j < 2; ++j) _mm512_store_ps(kept + r * BLOCK + j * LANES, sums[r][j]);
 }
 
-// Sums are finished after the products: both would want the same vectors.
-template <typename Finish>
-static inline void multiply(const Product& of, Finish&, int64_t) {
+// The epilogue runs after the products: both use the same vector units.
+template <typename PanelEpilogue>
+static inline void multiply(const Product& of, PanelEpilogue&, int64_t) {
   using Rows = void (*)(const Product&, int64_t);
   constexpr Rows LAST[] = {multiply_rows<8>, multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
                            multiply_rows<4>, multiply_rows<5>, multiply_rows<6>, multiply_rows<7>};

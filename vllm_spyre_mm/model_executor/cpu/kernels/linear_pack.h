@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rows of a task, packed in the order in which they are multiplied; their norm is applied on the
-// way.
+// Packs the rows of a task into tiles, and applies the fused norm.
 
 #ifndef LINEAR_PACK_H
 #define LINEAR_PACK_H
@@ -10,13 +9,13 @@
 
 #include "linear_problem.h"
 
-// What a norm subtracts from the numbers of a row, and what it multiplies the rest by.
+// The mean that a norm subtracts from a row, and the factor that it multiplies by.
 struct Moments {
   float mean, factor;
 };
 
-// The mean of the squares of what is left of a row without its mean.
-static float variance_about(const Problem& of, const Element* row, float mean) {
+// The variance of a row in two passes.
+static float variance_about(const LinearProblem& of, const Element* row, float mean) {
   Floats squares = {};
   for (int64_t i = 0; i < of.width; i += LANES) {
     Floats deviations = load(row + i) - mean;
@@ -25,7 +24,7 @@ static float variance_about(const Problem& of, const Element* row, float mean) {
   return _mm512_reduce_add_ps((__m512)squares) / of.width;
 }
 
-static Moments measure(const Problem& of, const Element* row) {
+static Moments moments_of(const LinearProblem& of, const Element* row) {
   __m512 sums = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
   for (int64_t i = 0; i < of.width; i += 32) {
     __m512i x = _mm512_loadu_si512(row + i);
@@ -34,12 +33,12 @@ static Moments measure(const Problem& of, const Element* row) {
   }
   float mean = of.centered ? _mm512_reduce_add_ps(sums) / of.width : 0;
   float variance = _mm512_reduce_add_ps(squares) / of.width - mean * mean;
-  if (variance < mean * mean) variance = variance_about(of, row, mean);  // else digits are lost
+  if (variance < mean * mean) variance = variance_about(of, row, mean);  // against cancellation
   return {mean, 1.0f / std::sqrt(variance + of.epsilon)};
 }
 
-// A norm's weight and bias in fp32, zeros for no bias.
-static void widen_norm(const Problem& of, float* weight, float* bias) {
+// Converts a norm's weight and bias to fp32; zeros for no bias.
+static void widen_norm(const LinearProblem& of, float* weight, float* bias) {
   for (int64_t i = 0; i < of.width; i += LANES) {
     store(weight + i, load(of.norm_weight + i));
     store(bias + i, of.norm_bias ? load(of.norm_bias + i) : Floats{});
@@ -47,16 +46,16 @@ static void widen_norm(const Problem& of, float* weight, float* bias) {
 }
 
 // A thread's memory.
-struct Workspace {
+struct Scratch {
   Buffer<Element> packed;
   Buffer<float> sums, norm_weight, norm_bias;
   Buffer<Moments> moments;
 };
 
-// Steps [step, last) of a task's rows as (blocks, steps, 32, 32); zeros beyond. With the first step
-// the moments of rows are measured.
-static Element* pack(const Problem& of, const Task& task, int64_t step, int64_t last,
-                     Workspace& memory) {
+// Packs steps [step, last) of a task's rows as (blocks, steps, 32, 32), padded with zeros. The
+// rows' moments are computed with the first step.
+static Element* pack_rows(const LinearProblem& of, const Task& task, int64_t step, int64_t last,
+                          Scratch& memory) {
   int64_t count = last - step, whole = std::min(last, of.width / 32) - step;
   uint32_t rest = (1u << of.width % 32) - 1;
   int64_t rows = task.last_row - task.row, blocks = divide_up(rows, BLOCK);
@@ -68,7 +67,7 @@ static Element* pack(const Problem& of, const Task& task, int64_t step, int64_t 
     Element* packed = to + r / BLOCK * count * STEP + r % BLOCK * 32;
     const Element* row = of.x + (task.row + r) * of.x_row;
     if (of.norm_weight && r < rows) {
-      if (step == 0) moments[r] = measure(of, row);
+      if (step == 0) moments[r] = moments_of(of, row);
       __m512 factor = _mm512_set1_ps(moments[r].factor);
       __m512 mean = _mm512_set1_ps(moments[r].mean);
       for (int64_t k = 0; k < count; ++k) {
@@ -89,7 +88,7 @@ static Element* pack(const Problem& of, const Task& task, int64_t step, int64_t 
                          _mm512_maskz_loadu_epi16(r >= rows ? 0 : k < whole ? ~0u : rest,
                                                   row + (step + k) * 32));
   }
-  written(to);
+  compiler_barrier(to);
   return to;
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A linear layer to compute, the task of a thread, and the memory that it keeps.
+// The arguments of tiled_linear, the task of a thread, and a reusable buffer.
 
 #ifndef LINEAR_PROBLEM_H
 #define LINEAR_PROBLEM_H
@@ -10,15 +10,15 @@
 #include "tiles.h"
 
 constexpr int64_t BLOCK = 32;       // rows, and outputs, that are multiplied at a time
-constexpr int64_t STEP = 32 * 32;   // numbers of a block of either operand in a step
+constexpr int64_t STEP = 32 * 32;   // elements of a block of either operand in a step
 
-enum After { NONE, GELU_TANH, SWIGLU, RESIDUAL };
+enum Epilogue { NONE, GELU_TANH, SWIGLU, RESIDUAL };
 
-struct Problem {
+struct LinearProblem {
   const Element *x, *weight, *bias, *norm_weight, *norm_bias, *residual;
   Element* out;
   int64_t rows, width, outputs, x_row, out_row, residual_row;
-  int64_t results;  // of a panel: outputs, or gated values
+  int64_t results;  // results of a panel: outputs, or gated values
   bool centered;
   float epsilon, scale;
 

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of one query per sequence to a paged KV cache, read where it lies.
+// Paged attention of a decode: one query per sequence, with the KV cache read in place.
 //
-// The queries may have to be rotated first, and the keys and values of their tokens to be stored.
+// Before it, RoPE may be applied to the queries and the new keys, and the new keys and values
+// stored.
 //
 // Compiled with HEAD_DIM, GROUP (query heads that share a KV head), KV_HEADS, BLOCK_SIZE, BF16 and
-// BF16_PAIRS (take products of pairs of bf16 numbers) defined; see paged_decode.py. A sequence is cut into spans of
-// blocks, which the threads share. Each span leaves a partial softmax (maximum, sum, weighted
-// values); whoever computes the last of a sequence joins them.
+// BF16_PAIRS (use dot products of pairs of bf16 numbers) defined; see paged_decode.py. A sequence
+// is split into spans of blocks, which the threads share, as in flash decoding. Each span gives a
+// partial softmax (maximum, sum, weighted values); the thread that computes the last span of a
+// sequence merges them.
 
 #include <algorithm>
 #include <atomic>
@@ -18,12 +20,12 @@
 
 constexpr int HEADS = KV_HEADS * GROUP;
 constexpr int SPAN = 4 * BLOCK_SIZE;  // tokens that one thread takes at a time
-constexpr int64_t TOKEN = int64_t(KV_HEADS) * HEAD_DIM;  // elements of one, in either cache
+constexpr int64_t TOKEN = int64_t(KV_HEADS) * HEAD_DIM;  // elements of a token in either cache
 
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
-// Numbers that will be read soon; blocks lie anywhere, so that no hardware foresees it. LOCALITY: 3
-// for the nearest cache, less for the next ones.
+// Prefetches elements: blocks are scattered, which the hardware prefetcher cannot follow. LOCALITY:
+// 3 for the L1 cache, less for L2 and L3.
 template <int LOCALITY>
 static inline void prefetch(const Element* from, int count) {
   constexpr int line = 64 / sizeof(Element);
@@ -77,9 +79,9 @@ struct Partial {
   float values[HEADS][HEAD_DIM];
 };
 
-// Scores to weights, in place; the row has room for whole vectors.
+// The softmax of a span: scores to weights, in place; the row is padded to whole vectors.
 static void softmax(float* row, int64_t count, int head, Partial& result) {
-  // The last vector reaches beyond the span's tokens: they weigh nothing.
+  // Mask the lanes of the last vector that are beyond the span.
   std::fill(row + count, row + (count + LANES - 1) / LANES * LANES, -INFINITY);
   Floats largest = load(row);
   for (int64_t t = LANES; t < count; t += LANES) {
@@ -106,40 +108,42 @@ static void softmax(float* row, int64_t count, int head, Partial& result) {
 #include "decode_avx512.h"
 #endif
 
-static void join(const Partial* partials, int64_t spans, int head, Element* out) {
+// Merges the partial softmaxes of a sequence's spans into its output.
+static void merge(const Partial* partials, int64_t spans, int head, Element* out) {
   float maximum = -INFINITY, total = 0;
   for (int64_t s = 0; s < spans; ++s) maximum = std::max(maximum, partials[s].maximum[head]);
-  Floats joined[HEAD_DIM / LANES] = {};
+  Floats merged[HEAD_DIM / LANES] = {};
   for (int64_t s = 0; s < spans; ++s) {
     float share = exp_of_negative(partials[s].maximum[head] - maximum);
     total += share * partials[s].sum[head];
     for (int v = 0; v < HEAD_DIM / LANES; ++v) {
       Floats part;
       std::memcpy(&part, &partials[s].values[head][v * LANES], sizeof(part));
-      joined[v] += share * part;
+      merged[v] += share * part;
     }
   }
-  for (int v = 0; v < HEAD_DIM / LANES; ++v) store(out + v * LANES, joined[v] / total);
+  for (int v = 0; v < HEAD_DIM / LANES; ++v) store(out + v * LANES, merged[v] / total);
 }
 
-// Tokens whose queries and keys are not rotated yet, and whose keys and values are not stored.
+// New tokens, whose queries and keys are not rotated yet and whose keys and values are not stored.
 struct NewTokens {
-  const Element *query, *keys, *values;           // heads side by side
+  const Element *query, *keys, *values;           // contiguous heads
   int64_t query_token, keys_token, values_token;  // strides
   const int64_t *positions, *slots;               // slots: rows of the caches
   const float* angles;                            // (num_positions, HEAD_DIM / 2, 2)
   int64_t num_positions, num_slots;
 
-  // The number of tokens whose position or slot there is not.
-  int64_t missing(int64_t tokens) const {
+  // Number of tokens with an invalid position or slot.
+  int64_t count_invalid(int64_t tokens) const {
     int64_t count = 0;
     for (int64_t i = 0; i < tokens; ++i)
       count += positions[i] < 0 || positions[i] >= num_positions || slots[i] < 0 ||
                slots[i] >= num_slots;
     return count;
   }
-  // Write a token's rotated query, and its key and value to the caches.
-  void place(int64_t row, Element* rotated, Element* key_cache, Element* value_cache) const {
+  // Store a token's rotated query, and its rotated key and its value in the caches.
+  void rotate_and_store(int64_t row, Element* rotated, Element* key_cache,
+                        Element* value_cache) const {
     const float* angle = angles + positions[row] * HEAD_DIM;
     rotate(query + row * query_token, rotated + row * HEADS * HEAD_DIM, angle, HEADS);
     rotate(keys + row * keys_token, key_cache + slots[row] * TOKEN, angle, KV_HEADS);
@@ -148,11 +152,11 @@ struct NewTokens {
   }
 };
 
-// query and out: (rows, HEADS, HEAD_DIM); caches: (blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM);
-// table: (rows, table_width), a sequence's blocks from the left; lengths: (rows,), tokens of each,
-// 0 for a row of padding, which yields zeros. What follows is null and 0, or one new token for each
-// row, the last of its sequence: see NewTokens. The number of those whose position or slot there is
-// not is returned; if there are any, nothing is done.
+// query and out: (rows, HEADS, HEAD_DIM); caches: (blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM); table:
+// (rows, table_width), a sequence's blocks from the left; lengths: (rows,), tokens of each, 0 for a
+// row of padding, which yields zeros. The other arguments are null and 0, or one new token for each
+// row, the last of its sequence: see NewTokens. Returns the number of tokens with an invalid
+// position or slot; if there are any, nothing is done.
 extern "C" int64_t paged_decode(const Element* query, Element* key_cache, Element* value_cache,
                                 Element* out, const int32_t* table, const int32_t* lengths,
                                 int64_t rows, int64_t table_width, float scale, const Element* keys,
@@ -164,7 +168,7 @@ extern "C" int64_t paged_decode(const Element* query, Element* key_cache, Elemen
                   positions, slots, angles, num_positions, num_slots};
   std::unique_ptr<Element[]> rotated;
   if (keys) {
-    if (int64_t beyond = added.missing(rows)) return beyond;
+    if (int64_t invalid = added.count_invalid(rows)) return invalid;
     rotated.reset(new Element[rows * HEADS * HEAD_DIM]);
     query = rotated.get();
   }
@@ -190,7 +194,7 @@ extern "C" int64_t paged_decode(const Element* query, Element* key_cache, Elemen
     if (keys) {
 #pragma omp for
       for (int64_t row = 0; row < rows; ++row)
-        added.place(row, rotated.get(), key_cache, value_cache);
+        added.rotate_and_store(row, rotated.get(), key_cache, value_cache);
     }
     Attention attention;
     for (int64_t own = taken++, next; own < count; own = next) {
@@ -200,7 +204,7 @@ extern "C" int64_t paged_decode(const Element* query, Element* key_cache, Elemen
                        next < count ? &pieces[next] : nullptr, scale, partials[own]);
       if (++done[row] < spans) continue;
       for (int head = 0; head < HEADS; ++head)
-        join(&partials[first[row]], spans, head, out + (row * HEADS + head) * HEAD_DIM);
+        merge(&partials[first[row]], spans, head, out + (row * HEADS + head) * HEAD_DIM);
     }
   }
   return 0;

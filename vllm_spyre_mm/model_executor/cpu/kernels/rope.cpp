@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// RoPE: queries and keys rotated by their positions, in neighbouring pairs of numbers.
+// Interleaved RoPE (of neighbouring pairs) of queries and keys.
 //
 // Compiled with HEAD_DIM and BF16 defined; see rope.py.
 
 #include "rope.h"
 
-// query and keys: (tokens, heads, HEAD_DIM), heads side by side; out: the same, contiguous.
-// table: (num_positions, HEAD_DIM / 2, 2), cosine and sine. A position beyond it is left alone;
-// the number of such is returned.
+// query and keys: (tokens, heads, HEAD_DIM), contiguous heads; out: the same, contiguous. table:
+// (num_positions, HEAD_DIM / 2, 2), cos and sin. Tokens whose position is not in the table are
+// skipped; their number is returned.
 extern "C" int64_t rope(const Element* query, const Element* keys, Element* query_out,
                         Element* keys_out, const int64_t* positions, const float* table,
                         int64_t tokens, int64_t heads, int64_t kv_heads, int64_t query_token,

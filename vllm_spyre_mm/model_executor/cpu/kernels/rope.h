@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// RoPE of heads of HEAD_DIM numbers at one position, in neighbouring pairs of numbers.
+// Interleaved RoPE (of neighbouring pairs) of one token's heads.
 
 #ifndef ROPE_H
 #define ROPE_H
@@ -11,10 +11,10 @@
 using Element = std::conditional_t<BF16, uint16_t, float>;
 static_assert(HEAD_DIM % LANES == 0);
 
-// angle: (HEAD_DIM / 2, 2), cosine and sine of each pair; heads lie side by side.
+// angle: (HEAD_DIM / 2, 2), cos and sin of each pair; heads are contiguous.
 static inline void rotate(const Element* from, Element* to, const float* angle, int64_t heads) {
   for (int d = 0; d < HEAD_DIM; d += LANES) {
-    Floats pairs = load(angle + d);  // cosine and sine of each pair
+    Floats pairs = load(angle + d);  // cos and sin of each pair
     Floats cosines = __builtin_shufflevector(pairs, pairs, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12,
                                              12, 14, 14);
     Floats sines = __builtin_shufflevector(-pairs, pairs, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27,

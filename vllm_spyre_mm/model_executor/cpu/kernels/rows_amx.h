@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // A linear layer of a few rows by AMX. Included by rows_linear.cpp.
 //
-// The weight is the left operand, as it lies; the inputs, transposed, are the right one. So the
-// weight is read once, at the memory's pace.
+// The weight, unpacked, is the left operand; the inputs, transposed, are the right one. So the
+// weight is read once, at the memory's bandwidth.
 
-constexpr int64_t OUTPUTS = 32;  // that are computed at a time
-constexpr int64_t STEP = 32 * 16;  // numbers of a tile
+constexpr int64_t OUTPUTS = 32;  // outputs that are computed at a time
+constexpr int64_t STEP = 32 * 16;  // elements of a tile
 
-// 16 rows as (width / 32, pairs, rows, 2); zeros beyond the last.
-static void pack(const Element* x, int64_t rows, int64_t width, Element* to) {
+// Packs 16 rows as (width / 32, pairs, rows, 2), padded with zeros.
+static void pack_inputs(const Element* x, int64_t rows, int64_t width, Element* to) {
   for (int64_t k = 0; k < width; k += 2 * LANES) {
     Bits pairs[LANES];
-    for (int64_t i = 0; i < LANES; ++i) pairs[i] = i < rows ? load<Bits>(x + i * width + k) : Bits{};
+    for (int64_t i = 0; i < LANES; ++i)
+      pairs[i] = i < rows ? load<Bits>(x + i * width + k) : Bits{};
     transpose(pairs);
     for (int64_t i = 0; i < LANES; ++i) store(to + (k + 2 * i) * LANES, pairs[i]);
   }
@@ -28,7 +29,8 @@ static inline void multiply(const Element* weight, const Element* inputs, int64_
   const Element* next_weight = weight + OUTPUTS * width;
   int64_t stride = width * sizeof(Element);
   for (int64_t k = 0; k < width; k += 32) {
-    for (int64_t i = 0; i < 2 * STEP; i += 32) __builtin_prefetch(next_weight + k * OUTPUTS + i, 0, 2);
+    for (int64_t i = 0; i < 2 * STEP; i += 32)
+      __builtin_prefetch(next_weight + k * OUTPUTS + i, 0, 2);
     _tile_stream_loadd(4, weight + k, stride);
     _tile_stream_loadd(5, weight + TILE_ROWS * width + k, stride);
     _tile_loadd(6, inputs + k * LANES, 64);
@@ -50,16 +52,16 @@ static void compute(const Element* x, const Element* weight, const Element* bias
                     int64_t rows, int64_t width, int64_t outputs) {
   std::unique_ptr<Element[]> inputs(new Element[width * 2 * LANES]);
   for (int64_t first = 0; first < rows; first += LANES)
-    pack(x + first * width, std::min<int64_t>(LANES, rows - first), width,
-         &inputs[first * width]);
-  written(inputs.get());
+    pack_inputs(x + first * width, std::min<int64_t>(LANES, rows - first), width,
+                &inputs[first * width]);
+  compiler_barrier(inputs.get());
 #pragma omp parallel
   {
     Tiles tiles;
     alignas(64) float sums[OUTPUTS][2 * LANES];
 #pragma omp for
     for (int64_t start = 0; start < outputs; start += OUTPUTS) {
-      int64_t first = std::min(start, outputs - OUTPUTS);  // the last take some of those before
+      int64_t first = std::min(start, outputs - OUTPUTS);  // the last block overlaps the one before
       auto product = rows > LANES ? multiply<true> : multiply<false>;
       product(weight + first * width, inputs.get(), width, sums);
       for (int64_t half = 0; half < OUTPUTS; half += LANES)

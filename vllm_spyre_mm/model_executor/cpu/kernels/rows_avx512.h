@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // A linear layer of a few rows by AVX-512. Included by rows_linear.cpp.
 //
-// Dot products along the rows of the weight, of four outputs and up to four rows of inputs at a time:
-// the weight is read once from memory, and again from the L1 cache for more than four rows.
+// Dot products along the rows of the weight, of four outputs and up to four rows of inputs at a
+// time: the weight is read once from memory, and again from the L1 cache for more than four rows.
 
-constexpr int64_t OUTPUTS = 32;  // whose results are rounded together
-constexpr int AT_ONCE = 4;         // outputs, and rows at most, of a step: 16 sums
+constexpr int64_t OUTPUTS = 32;  // outputs that are rounded together
+constexpr int AT_ONCE = 4;       // outputs, and rows at most, of a step: 16 sums
 
-// Sums of AT_ONCE outputs and ROWS rows to sums[row][output]. The first rows fetch the next weights.
+// Sums of AT_ONCE outputs and ROWS rows, to sums[row][output]. The first rows prefetch weights.
 template <int ROWS>
 static void multiply(const Element* weight, const Element* x, int64_t width, bool fetch,
                      float (*sums)[OUTPUTS]) {
@@ -37,7 +37,7 @@ static void compute(const Element* x, const Element* weight, const Element* bias
   constexpr Multiply LAST[] = {multiply<4>, multiply<1>, multiply<2>, multiply<3>};
 #pragma omp parallel for
   for (int64_t start = 0; start < outputs; start += OUTPUTS) {
-    int64_t first = std::min(start, outputs - OUTPUTS);  // the last take some of those before
+    int64_t first = std::min(start, outputs - OUTPUTS);  // the last block overlaps the one before
     alignas(64) float sums[2 * LANES][OUTPUTS];
     for (int64_t o = 0; o < OUTPUTS; o += AT_ONCE)
       for (int64_t row = 0; row < rows; row += AT_ONCE) {
@@ -47,7 +47,7 @@ static void compute(const Element* x, const Element* weight, const Element* bias
       }
     Floats low = bias ? load(bias + first) : Floats{};
     Floats high = bias ? load(bias + first + LANES) : Floats{};
-    __mmask32 own = ~0u << (start - first);  // the others are written by the thread before
+    __mmask32 own = ~0u << (start - first);  // the others belong to the block before
     for (int64_t row = 0; row < rows; ++row)
       _mm512_mask_storeu_epi16(out + row * outputs + first, own,
                                round_to_bf16((__m512)(load(&sums[row][LANES]) + high),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A linear layer of a few bf16 rows on AMX or AVX-512, whose weight lies in rows too.
+// A linear layer of a few bf16 rows on AMX or AVX-512, with a row-major weight.
 
 #include <algorithm>
 #include <memory>

@@ -17,7 +17,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));  // the bits of
 static inline Floats widen(Halves bits) {
   return (Floats)(__builtin_convertvector(bits, Bits) << 16);
 }
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 static inline Halves round_to_bf16(Floats values) {
   Bits bits = (Bits)values;
   return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
