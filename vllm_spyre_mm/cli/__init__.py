@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Args:
-        arguments: of the command line, without the program's name.
+        arguments: the command line, without the program's name.
 
     Returns:
         The exit status: 0 when everything was done.

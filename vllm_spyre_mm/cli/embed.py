@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm-spyre-mm embed``: features of many pictures, with the vision encoder alone.
 
-The next run skips the pictures that shards hold: after a kill, those of the one shard under way are
-encoded again, and nothing is lost or twice.
+A run skips pictures that are in a shard already: after a kill only those of the unfinished shard
+are encoded again, and nothing is lost or duplicated.
 """
 
 import argparse
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 SUMMARY = "write the features of pictures to safetensors or Parquet"
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Files that are taken from a folder."""
+"""Suffixes of the files that are taken from a folder."""
 
 Batch = list[tuple[Path, "ProcessedPicture"]]
 
 AT_ONCE = 4
-"""Pictures that are encoded together; the encoder takes few tiles at a time anyhow."""
+"""Pictures that are encoded together; the encoder processes few tiles at a time anyway."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +83,7 @@ def _positive(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Encode.
+    """Encode pictures and write the shards.
 
     Returns:
         The exit status: 1 if some pictures could not be encoded, none were given or a shard could
@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find_pictures(inputs: Iterable[str]) -> Iterator[Path]:
-    """The files that the command line names, folders in the order of their names."""
+    """The picture files that the command line names; those of a folder sorted by name."""
     for given in inputs:
         if given == "-":
             yield from (Path(line.strip()) for line in sys.stdin if line.strip())
@@ -204,7 +204,7 @@ def _features(
     failed: list[str],
     progress: "tqdm",
 ) -> "Iterator[tuple[Path, torch.Tensor]]":
-    """Features of each picture that can be encoded, in order; the next are read meanwhile."""
+    """Features of each picture that can be encoded, in order; the next pictures are prefetched."""
     import torch
 
     from vllm_spyre_mm.cli.encoder import read_picture
@@ -237,7 +237,7 @@ def _features(
 def _encoded(
     encoder: "VisionEncoder", choice: "EmbeddingChoice", batch: "Batch", failed: list[str]
 ) -> "Iterator[tuple[Path, torch.Tensor]]":
-    """Features of the pictures of a batch; of each alone where they cannot be had together."""
+    """Features of a batch of pictures; if that fails, each picture is encoded alone."""
     try:
         encoded = encoder.encode([picture for _, picture in batch], choice)
     except Exception as error:  # anything may come out of a vision tower

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vision encoder by itself: a model without its decoder, and without an engine.
 
-It is loaded by the worker's one loader, packed and compiled as in the worker, and fed by vLLM's own
-processor.
+It is loaded, packed and compiled as in the worker, and gets its inputs from vLLM's processor.
 """
 
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ class ProcessedPicture:
 
     Attributes:
         item: what vLLM's processor makes of it.
-        num_features: places that it would have in a prompt.
+        num_features: number of features that it would have in a prompt.
     """
 
     item: "MultiModalKwargsItem"
@@ -81,7 +80,7 @@ class VisionEncoder:
         self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)
 
     def process(self, picture: Image.Image) -> ProcessedPicture:
-        """What the encoder takes of a picture; may run in another thread than :meth:`encode`."""
+        """Process a picture for :meth:`encode`; may run in another thread."""
         items = self._processor.info.parse_mm_data({"image": [picture]}, validate=False)
         assert self.mapping.image_token_id is not None, "checked when it was made"
         processed = self._processor([self.mapping.image_token_id], items)
@@ -97,10 +96,10 @@ class VisionEncoder:
         """Features of processed pictures, pooled and converted.
 
         Returns:
-            For each ``(rows, hidden_size)``, contiguous memory of its own.
+            For each picture ``(rows, hidden_size)``, contiguous memory of its own.
 
         Raises:
-            FeatureError: features of one of them cannot be used; as the worker refuses them.
+            FeatureError: features of one of them cannot be used, by the worker's check.
             EmbeddingOverflowError: the chosen dtype cannot hold features of one of them.
         """
         kwargs: list[tuple[str, Any]] = [("image", each.item) for each in pictures]

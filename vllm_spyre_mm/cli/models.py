@@ -57,14 +57,14 @@ def _listing() -> list[str]:
             if library == "transformers":
                 model_type = getattr(transformers, class_name).model_type
                 lines.append(f"  {model_type:18} {mapping.__name__:14} {mapping.summary}")
-    lines += ["", "Decoders, with the rotations that they know:"]
+    lines += ["", "Decoders, with the RoPE types that they support:"]
     lines += [f"  {name:18} {', '.join(each.rope_types)}" for name, each in DECODERS.items()]
     lines += ["", LIMITS, "", "Not yet:"]
     return lines + [f"  {name:18} {why}" for name, why in NOT_YET.items()]
 
 
 def _description(config: Any, mapping: "MMUtils") -> list[str]:
-    """What would be computed, and whether a card could run it."""
+    """Lines that describe the model as it would be built, and whether a card could run it."""
     import torch
 
     from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError

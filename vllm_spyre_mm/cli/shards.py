@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of features: shards that are whole or not there, and an index of them."""
+"""Files of features: shards that are written atomically, and an index of them."""
 
 import json
 import re
@@ -19,12 +19,12 @@ class ShardWriteError(RuntimeError):
 
 
 class ShardFormat(Protocol):
-    """One kind of file. ``made_with`` is what the features depend on."""
+    """A file format. ``made_with`` are the options that the features depend on."""
 
     suffix: str
 
     def read(self, file: Path) -> tuple[list[str], dict[str, str]]:
-        """Names of the pictures in a shard, and what it was made with."""
+        """Names of the pictures in a shard, and its ``made_with``."""
 
     def write(
         self, file: Path, features: "Mapping[str, torch.Tensor]", made_with: dict[str, str]
@@ -33,7 +33,7 @@ class ShardFormat(Protocol):
 
 
 class SafetensorsFormat:
-    """A tensor for each picture, under its name."""
+    """Safetensors with a tensor for each picture, under its name."""
 
     suffix = ".safetensors"
 
@@ -52,7 +52,7 @@ class SafetensorsFormat:
 
 
 class ParquetFormat:
-    """A table with a row for each picture: ``path``, and ``features`` as a list of rows.
+    """Parquet with a row for each picture: ``path``, and ``features`` as a list of rows.
 
     Arrow has no bfloat16; such features become float32.
 
@@ -118,13 +118,13 @@ def shard_format(output: Path) -> ShardFormat:
 class Shards:
     """Files with an index beside them, in the layout of a sharded checkpoint.
 
-    A shard is written under another name and then renamed. What an earlier run wrote is found
-    again from the shards themselves.
+    A shard is written under another name and then renamed. The pictures of an earlier run are read
+    from the shards themselves.
 
     Args:
         output: ``FILE.safetensors`` or ``FILE.parquet``.
         size: pictures in a shard.
-        made_with: what the features depend on; kept in every shard.
+        made_with: options that the features depend on; stored in every shard.
 
     Raises:
         OSError: the output's folder cannot be read.
@@ -164,11 +164,11 @@ class Shards:
 
     @property
     def index_file(self) -> Path:
-        """Says in which shard each picture is."""
+        """The file that maps pictures to shards."""
         return self.output.with_name(f"{self.output.name}.index.json")
 
     def add(self, name: str, features: "torch.Tensor") -> None:
-        """Take one picture's features, ``(rows, hidden_size)``.
+        """Add one picture's features, ``(rows, hidden_size)``.
 
         Raises:
             ShardWriteError: the shard that it completes cannot be written.
@@ -201,7 +201,7 @@ class Shards:
 
 
 def _replace(file: Path, write: Any) -> None:
-    """Write a file under another name and rename it, so that it is whole or not there.
+    """Write a file atomically: under another name, then renamed.
 
     Raises:
         ShardWriteError: says why, and what to do.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-spyre-mm show``: features as colours, or how alike the places of two pictures are."""
+"""``vllm-spyre-mm show``: features as colours, or cosine similarities of two pictures' places."""
 
 import argparse
 import sys
@@ -57,32 +57,32 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{model} cannot be loaded: {error}", file=sys.stderr)
         return 1
     try:
-        seen = [look(encoder, picture) for picture in pictures]
+        encoded = [encode_picture(encoder, picture) for picture in pictures]
     except FeatureError as error:
         print(f"the picture was encoded to {error}", file=sys.stderr)
         return 1
-    if len(seen) == 1:
-        rows = [seen[0].principal_components()]
+    if len(encoded) == 1:
+        rows = [encoded[0].principal_components()]
     else:
-        grid = seen[0].finest
+        grid = encoded[0].finest
         row, column = arguments.place or (grid.rows // 2, grid.columns // 2)
         if not (0 <= row < grid.rows and 0 <= column < grid.columns):
             print(f"the grid has {grid.rows} rows and {grid.columns} columns", file=sys.stderr)
             return 1
-        rows = similarities(seen, row, column)
+        rows = similarities(encoded, row, column)
     figure(rows).save(arguments.output)
     print(arguments.output.resolve())
     return 0
 
 
-class Seen:
+class EncodedPicture:
     """A picture with its features.
 
     Args:
         picture: as it was encoded.
         features: ``(num_features, hidden_size)``.
-        layout: where they come from.
-        tiles: rows and columns of its tiles, None for a model that has none.
+        layout: of the features.
+        tiles: rows and columns of its tiles, None for a model without tiles.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Seen:
         ]
 
 
-def look(encoder: object, picture: "Image.Image") -> Seen:
+def encode_picture(encoder: object, picture: "Image.Image") -> EncodedPicture:
     """Encode a picture with a :class:`~vllm_spyre_mm.cli.encoder.VisionEncoder`."""
     from vllm_spyre_mm.cli.encoder import VisionEncoder
     from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
@@ -120,17 +120,17 @@ def look(encoder: object, picture: "Image.Image") -> Seen:
     (features,) = encoder.encode([processed], EmbeddingChoice())
     layout = encoder.mapping.feature_layout(processed.item)
     assert layout is not None, "a picture has a layout"
-    return Seen(picture, features, layout, encoder.mapping.tile_grid(processed.item))
+    return EncodedPicture(picture, features, layout, encoder.mapping.tile_grid(processed.item))
 
 
-def similarities(seen: list[Seen], row: int, column: int) -> "list[list[Panel]]":
-    """How alike every place of both pictures is to one place of the first."""
+def similarities(encoded: list[EncodedPicture], row: int, column: int) -> "list[list[Panel]]":
+    """Panels of the cosine similarity of every place of both pictures to one place of the first."""
     from vllm_spyre_mm.multimodal.coloring import heat, laid_over, marked, similarity_to
 
-    first = seen[0]
+    first = encoded[0]
     chosen = first.features[first.finest.indices()[row, column]]
     rows = []
-    for each in seen:
+    for each in encoded:
         colours = heat(similarity_to(each.features, chosen))
         panels = laid_over(each.picture, colours, each.layout)
         if each is first:

@@ -34,14 +34,14 @@ SAMPLING = SamplingParams(temperature=0, max_tokens=48)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back for one question.
+    """The answer to one question, and the picture's features.
 
     Attributes:
-        api: how it was asked.
+        api: the method that asked it.
         question: with its right answer.
         text: the model's answer.
         embedding: the features of the picture, ``(num_features, hidden_size)``.
-        layout: where they come from.
+        layout: the place of each feature.
     """
 
     api: str

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examines an installation, and a model if one is given: what is found, and what to do about it.
+"""Checks an installation, and a model if one is given; each finding says what to do.
 
-A check that fails in an unforeseen way is a finding too. What may take the process down with it
-(native libraries, vLLM with the hooks) is looked at in a process of its own (:mod:`.probe`).
+A check that fails in an unforeseen way is a finding too. Checks that may crash the process (native
+libraries, vLLM with the hooks) run in a process of their own (:mod:`.probe`).
 """
 
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ from vllm_spyre_mm.doctor.finding import Finding
 __all__ = ["Finding", "examine"]
 
 Check = tuple[str, Callable[[], Iterator[Finding]]]
-"""A check's name and what finds."""
+"""A check's name, and the function that yields its findings."""
 
 
 def examine(model: Path | None = None) -> Iterator[Finding]:
-    """Run every check, from what everything needs to what one model needs.
+    """Run every check: first the installation, then the model.
 
     Args:
         model: folder of a checkpoint.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it runs on: backend, compiler, instruction set, threads and memory."""
+"""Checks of the host: backend, compiler, instruction set, threads and memory."""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def backend() -> Iterator[Finding]:
-    """What would run the decoder."""
+    """The backend that would run the decoder."""
     from vllm_spyre_mm.config import card_backend_available
 
     if not card_backend_available():
@@ -36,7 +36,7 @@ def backend() -> Iterator[Finding]:
 
 
 def compiler() -> Iterator[Finding]:
-    """The C++ compiler, without which nothing is compiled for the CPU."""
+    """Whether the C++ compiler works, which compilation for the CPU needs."""
     found = probe("host")
     do = "install g++ and Python's headers, set CXX, or start with --enforce-eager, which is slower"
     if not found["compiler"]:
@@ -49,7 +49,7 @@ def compiler() -> Iterator[Finding]:
 
 
 def cpu() -> Iterator[Finding]:
-    """What the processor computes in."""
+    """The CPU's tier and dtypes."""
     found = probe("host")
     if found["bf16"]:
         said = f"kernels for {found['tier']}, bfloat16; PyTorch's vectors: {found['vectors']}"
@@ -90,7 +90,7 @@ def available_cores() -> float:
 
 
 def memory() -> Iterator[Finding]:
-    """What is free of the host's memory, or of the container's limit."""
+    """Free memory of the host, or of the container's limit."""
     from vllm_spyre_mm.host_memory import host_memory
 
     found = host_memory()

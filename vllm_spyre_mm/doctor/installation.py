@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is installed: Python, versions, the plugin, torchvision, and whether the hooks hold."""
+"""Checks of the installation: Python, versions, the plugin, torchvision and the hooks."""
 
 import importlib.metadata
 import platform
@@ -30,7 +30,7 @@ def python() -> Iterator[Finding]:
 
 
 def versions() -> Iterator[Finding]:
-    """The distributions that are leant on, against the ranges that are declared."""
+    """Whether the installed distributions are within the declared version ranges."""
     faults = list(faulty_versions())
     for fault in faults:
         yield Finding("versions", "error", fault, ANEW)
@@ -40,7 +40,7 @@ def versions() -> Iterator[Finding]:
 
 
 def plugin() -> Iterator[Finding]:
-    """Whether vLLM would load the platform at all."""
+    """Whether vLLM would load the platform."""
     from vllm_spyre_mm.config import another_spyre_plugin_contends, excluded_by_environment
 
     registered = {
@@ -80,7 +80,7 @@ def torchvision() -> Iterator[Finding]:
 
 
 def hooks() -> Iterator[Finding]:
-    """Whether vLLM is as the hooks expect it."""
+    """Whether vLLM has the attributes that the hooks rely on."""
     try:
         found = probe("hooks")
     except ProbeError as error:

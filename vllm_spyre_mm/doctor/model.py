@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One checkpoint: its configuration, its files, and whether they are what the model needs.
+"""Checks of one checkpoint: its configuration, its files and its tensors.
 
-Headers are read, no weights: what a start would refuse after minutes is known in seconds.
+Only headers are read, no weights: what a start would refuse after minutes is found in seconds.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ CONVERT = "convert them: model.save_pretrained(..., safe_serialization=True) of 
 
 
 def configuration(folder: Path) -> Iterator[Finding]:
-    """Whether the model is one that is served."""
+    """Whether a mapping serves the model."""
     if not folder.is_dir():
         do = "give the folder of a checkpoint; `vllm-spyre-mm models NAME` looks at a hub's model"
         yield Finding("model", "error", f"{folder} is no folder", do)
@@ -35,7 +35,7 @@ def configuration(folder: Path) -> Iterator[Finding]:
 
 
 def processor(folder: Path) -> Iterator[Finding]:
-    """Whether prompts and pictures can be processed as the checkpoint says."""
+    """Whether the tokenizer or processor of the checkpoint loads."""
     from transformers import AutoProcessor, AutoTokenizer
 
     mapping = _mapping(folder)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at native libraries and at vLLM in a process of its own, which may die of them.
+"""Examines native libraries and vLLM in a process of its own, which they may crash.
 
-``python -m vllm_spyre_mm.doctor.probe NAME`` prints what it found as one line of JSON, the last.
+``python -m vllm_spyre_mm.doctor.probe NAME`` prints its findings as JSON, on its last line.
 """
 
 import functools
@@ -20,15 +20,15 @@ TIMEOUT = 300
 
 
 class ProbeError(RuntimeError):
-    """A probe's process failed; the message says of what."""
+    """A probe's process failed; the message says why."""
 
 
 @functools.cache
 def probe(name: str) -> dict[str, Any]:
-    """What the probe ``name`` finds.
+    """Run the probe ``name`` in a process of its own; returns its findings.
 
     Raises:
-        ProbeError: its process ended with an error, or not at all.
+        ProbeError: its process ended with an error, or not in time.
     """
     # -P: a folder named like one of the packages in the current directory is not imported.
     command = [sys.executable, "-P", "-m", __name__, name]
@@ -43,14 +43,14 @@ def probe(name: str) -> dict[str, Any]:
 
 
 def _cause(written: str) -> str:
-    """The last line about an error, or else the last; what is written at exit may follow it."""
+    """The last line that names an error, else the last line; output at exit may follow an error."""
     lines = written.strip().splitlines()
     about_errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
     return next(iter(about_errors[-1:] or lines[-1:]), "")
 
 
 def host() -> dict[str, Any]:
-    """What PyTorch says of the host, and whether its C++ compiler makes what Inductor needs."""
+    """PyTorch's view of the host, and whether the C++ compiler makes what Inductor needs."""
     import torch
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -72,11 +72,11 @@ def host() -> dict[str, Any]:
 
 
 PROGRAM = "#include <Python.h>\n#include <vector>\n#include <omp.h>\nint main() { return 0; }\n"
-"""What the code that Inductor writes includes."""
+"""A program with the headers that Inductor's code includes."""
 
 
 def _compile(compiler: str) -> str:
-    """The first error of making a library like Inductor's; empty if there is none."""
+    """Compile a library like Inductor's; returns the first error, or an empty string."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "program.cpp")
         source.write_text(PROGRAM)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an image is: architecture mappings, features, merging, and the cache of encoded images."""
+"""Images: architecture mappings, features, merging, the encoder cache, returned embeddings."""

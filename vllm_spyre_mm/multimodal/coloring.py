@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows the features of images as colours, laid over the places that they come from."""
+"""Draws image features as colours over the picture that they come from."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 
 COLOUR_SHARE = 0.6
-"""Share of the colours where they are laid over the picture; the rest is the picture."""
+"""Opacity of the colours over the picture, 0 to 1."""
 
 PANEL_HEIGHT = 384
 """Height of each panel of a figure in pixels."""
@@ -22,7 +22,7 @@ Panel = tuple[str, Image.Image]
 
 
 def pca_colours(features: torch.Tensor) -> torch.Tensor:
-    """Colours of feature vectors: their first three principal components as red, green and blue.
+    """Map features to colours: their first three principal components as red, green and blue.
 
     Args:
         features: ``(num_features, hidden_size)``, any floating-point dtype.
@@ -43,7 +43,7 @@ def pca_colours(features: torch.Tensor) -> torch.Tensor:
 
 
 def heat(similarities: torch.Tensor) -> torch.Tensor:
-    """Colours of cosine similarities: blue at -1, white at 0, red at 1.
+    """Map cosine similarities to colours: blue at -1, white at 0, red at 1.
 
     Args:
         similarities: ``(n,)``.
@@ -90,7 +90,7 @@ def place_colours(features: torch.Tensor, layout: FeatureLayout) -> torch.Tensor
 
 
 def laid_over(picture: Image.Image, colours: torch.Tensor, layout: FeatureLayout) -> list[Panel]:
-    """Each grid's colours over the picture, as panels."""
+    """A panel for each grid: its colours blended over the picture."""
     plain = _panel(picture)
     panels = []
     for name, small in zip(("base grid", "fine grid"), colour_maps(colours, layout), strict=False):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedding that a request gets back: which rows, pooled or not, in which dtype.
+"""The embedding that a request gets back: the choice of its rows, pooling and dtype.
 
 A request chooses with ``SamplingParams(extra_args={"return_mm_embedding": ...})``: true, false, or
-an object with the fields of :class:`EmbeddingChoice`. The worker converts, so that no more is sent
-than was asked for.
+an object with the fields of :class:`EmbeddingChoice`. The worker pools and converts, so that no
+more is sent than was asked for.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vllm_spyre_mm.multimodal.feature_check import dtype_name, largest, overflows
+from vllm_spyre_mm.multimodal.feature_check import dtype_name, max_magnitude, overflows
 from vllm_spyre_mm.multimodal.feature_layout import FeatureLayout
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ Pooling = Literal["raw", "image", "base", "grid"]
 
 
 class EmbeddingChoice(BaseModel):
-    """What a request wants back.
+    """The embedding that a request asks for.
 
     Attributes:
         pooling: ``raw``: the rows as the decoder got them. ``image``: the mean over all places of
             each image, one row. ``base``: the mean over the base tile, one row. ``grid``: means
             over a grid of equal cells laid over the finest features, row by row.
         grid: rows and columns of that grid.
-        newlines: keep the rows that stand for no place (``raw`` only; means leave them out).
+        newlines: keep newline rows, which stand for no place (``raw`` only; means leave them out).
         dtype: of the tensor; ``auto`` is the encoder's. ``int8`` has a scale for each row: an
             element is off by half a scale at most, which is 1/254 of the row's largest magnitude.
         generate: run the decoder. Without it the request ends after its prompt with a token that
@@ -65,14 +65,14 @@ class EmbeddingChoice(BaseModel):
 
     @property
     def needs_layout(self) -> bool:
-        """Whether it has to be known which place of its image each row stands for."""
+        """Whether the choice depends on the place that each row stands for."""
         return self.pooling in ("base", "grid") or not self.newlines
 
     def num_rows(self, features_per_image: Sequence[int]) -> int:
         """Rows of the tensor, newline rows counted.
 
         Args:
-            features_per_image: as merged.
+            features_per_image: number of merged features of each image.
         """
         if self.pooling == "raw":
             return sum(features_per_image)
@@ -85,16 +85,16 @@ class EmbeddingChoice(BaseModel):
         """Bytes of the tensor, newline rows counted, without the scales of int8.
 
         Args:
-            features_per_image: as merged.
+            features_per_image: number of merged features of each image.
             hidden_size: elements in a row.
-            encoder_dtype: what ``auto`` stands for.
+            encoder_dtype: the dtype that ``auto`` stands for.
         """
         dtype: torch.dtype = getattr(torch, encoder_dtype if self.dtype == "auto" else self.dtype)
         return self.num_rows(features_per_image) * hidden_size * dtype.itemsize
 
 
 def parse_choice(value: object) -> EmbeddingChoice | None:
-    """The choice that a value of :data:`EXTRA_ARG` stands for; None for no embedding.
+    """Parse a value of :data:`EXTRA_ARG`; None means no embedding.
 
     Raises:
         VLLMValidationError: says what is wrong with it (HTTP 400).
@@ -123,10 +123,10 @@ def parse_choice(value: object) -> EmbeddingChoice | None:
 
 
 def choice_of(params: "SamplingParams | None", settings: "SpyreSettings") -> EmbeddingChoice | None:
-    """What a request wants back, given its parameters and the engine's settings.
+    """A request's choice, from its parameters and the engine's settings; None for no embedding.
 
     Raises:
-        VLLMValidationError: it asks for something that there is not (HTTP 400).
+        VLLMValidationError: the choice is invalid, or the engine returns no embeddings (HTTP 400).
     """
     from vllm.exceptions import VLLMValidationError
 
@@ -148,13 +148,13 @@ class MMEmbeddingItem(msgspec.Struct, frozen=True):
 
     Attributes:
         modality: vLLM's name, ``image``.
-        index: among the request's images, in prompt order.
+        index: its index among the request's images, in prompt order.
         start: its first row in the tensor.
         end: one past its last row.
         offset: position of its placeholder in the prompt, in tokens.
         content_hash: vLLM's hash of the picture and of how it was processed.
-        layout: where its features come from; of all of them, before any pooling. None for an image
-            that was given as an embedding.
+        layout: the place of each of its features, before any pooling. None for an image that was
+            given as an embedding.
     """
 
     modality: str
@@ -167,7 +167,7 @@ class MMEmbeddingItem(msgspec.Struct, frozen=True):
 
 
 class MMEmbeddingInfo(msgspec.Struct, frozen=True):
-    """Which rows of an embedding are which: ``CompletionOutput.mm_embedding_info``.
+    """The image that each row of an embedding belongs to: ``CompletionOutput.mm_embedding_info``.
 
     Attributes:
         items: the images in prompt order.
@@ -183,7 +183,7 @@ class MMEmbeddingInfo(msgspec.Struct, frozen=True):
 def pool(
     features: torch.Tensor, layout: FeatureLayout | None, choice: EmbeddingChoice
 ) -> torch.Tensor:
-    """The rows that a choice makes of one image.
+    """Select or pool the features of one image, as chosen.
 
     Args:
         features: ``(num_features, hidden_size)``.
@@ -191,7 +191,7 @@ def pool(
         choice: which rows.
 
     Returns:
-        ``(rows, hidden_size)``: the features themselves where nothing is chosen; means are fp32.
+        ``(rows, hidden_size)``: the features themselves if all are chosen; means are fp32.
     """
     if choice.pooling == "raw" and choice.newlines:
         return features
@@ -209,11 +209,11 @@ def pool(
 
 
 class EmbeddingOverflowError(ValueError):
-    """The chosen dtype cannot hold an embedding's values; says which one can."""
+    """The chosen dtype cannot hold an embedding's values; the message names one that can."""
 
 
 def convert(rows: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows in the chosen dtype, and the scales of an int8 one.
+    """Convert rows to the chosen dtype; also returns the scales of int8 rows.
 
     Args:
         rows: ``(rows, hidden_size)``.
@@ -229,8 +229,8 @@ def convert(rows: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor 
         if overflows(rows, chosen):
             fits = "float32" if overflows(rows, torch.bfloat16) else "bfloat16"
             raise EmbeddingOverflowError(
-                f"the embedding has values up to {largest(rows):.6g}, which {dtype} cannot hold "
-                f"({torch.finfo(chosen).max:.6g} at most): choose dtype {fits!r}"
+                f"the embedding has values up to {max_magnitude(rows):.6g}, which {dtype} cannot "
+                f"hold ({torch.finfo(chosen).max:.6g} at most): choose dtype {fits!r}"
             )
         return rows.to(chosen), None
     scales = rows.float().abs().amax(dim=1) / 127
@@ -244,7 +244,7 @@ def assemble(
     layouts: Sequence[FeatureLayout | None],
     choice: EmbeddingChoice,
 ) -> tuple[torch.Tensor, MMEmbeddingInfo]:
-    """The embedding of a request.
+    """Make the embedding of a request from its images' features.
 
     Args:
         parts: features of each image, ``(num_features, hidden_size)``, in prompt order.
@@ -253,7 +253,7 @@ def assemble(
         choice: what the request wants.
 
     Returns:
-        ``(rows, hidden_size)``, contiguous memory of its own, and which rows are which.
+        ``(rows, hidden_size)``, contiguous memory of its own, and the image of each row.
 
     Raises:
         EmbeddingOverflowError: the chosen dtype cannot hold its values.

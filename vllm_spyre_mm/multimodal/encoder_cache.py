@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's cache of encoded images. vLLM's scheduler decides what enters and what leaves."""
+"""The worker's cache of encoded images; vLLM's scheduler decides what is stored and evicted."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class FeatureCountError(RuntimeError):
-    """An image's features are not as many as its placeholder in the prompt."""
+    """The number of an image's features differs from its placeholder in the prompt."""
 
 
 class EncoderCache:
     """Features of encoded images by content identifier.
 
-    Every entry is a whole image, ``(num_features, hidden_size)``, and is never written to after it
-    entered; whoever holds a reference may keep it past an eviction.
+    Every entry is a whole image, ``(num_features, hidden_size)``, and is never modified, so a
+    reference may be kept past its eviction.
     """
 
     def __init__(self) -> None:
@@ -64,12 +64,12 @@ class EncoderCache:
         return features
 
     def evict(self, identifiers: Iterable[str]) -> None:
-        """Forget images; unknown ones are ignored, as an aborted request may never have encoded."""
+        """Remove images; unknown ones, of aborted requests that never encoded, are ignored."""
         for identifier in identifiers:
             self._features.pop(identifier, None)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all images."""
         self._features.clear()
 
     def gather(

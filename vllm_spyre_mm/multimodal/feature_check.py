@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether what a vision encoder gave for an image can be used, in serving and in bulk alike."""
+"""Checks of a vision encoder's output, shared by the worker and the command-line tools."""
 
 import torch
 
@@ -11,12 +11,12 @@ class FeatureError(RuntimeError):
 def check_features(
     features: torch.Tensor, num_features: int, merged_dtype: torch.dtype | None = None
 ) -> None:
-    """Accept the features of one image, or say what is wrong with them.
+    """Check the features of one image.
 
     Args:
-        features: what the encoder gave, in its dtype.
-        num_features: places of the image in the prompt.
-        merged_dtype: the decoder's, which they are converted to; None without a decoder.
+        features: the encoder's output, in its dtype.
+        num_features: number of the image's features in the prompt.
+        merged_dtype: the decoder's dtype, which they will be converted to; None without a decoder.
 
     Raises:
         FeatureError: they are not ``(num_features, hidden_size)``, not finite, or beyond what the
@@ -27,7 +27,7 @@ def check_features(
             f"features of shape {tuple(features.shape)}, but its placeholder in the prompt has "
             f"{num_features} positions"
         )
-    # A sum is finite only if every summand is, and reads the features once.
+    # A sum is finite only if every summand is; one pass over the features.
     if not torch.isfinite(features.sum(dtype=torch.float32)):
         raise FeatureError(
             f"features with NaN or infinity in {dtype_name(features.dtype)}: the encoder may need "
@@ -35,7 +35,7 @@ def check_features(
         )
     if merged_dtype is not None and overflows(features, merged_dtype):
         raise FeatureError(
-            f"features up to {largest(features):.6g}, which the decoder's "
+            f"features up to {max_magnitude(features):.6g}, which the decoder's "
             f"{dtype_name(merged_dtype)} cannot hold: run this checkpoint on the CPU, with backend "
             "'inductor'"
         )
@@ -48,21 +48,21 @@ def overflows(rows: torch.Tensor, dtype: torch.dtype) -> bool:
     return not bool(torch.isfinite(rows.to(dtype)).all())
 
 
-def largest(rows: torch.Tensor) -> float:
-    """The largest magnitude."""
+def max_magnitude(rows: torch.Tensor) -> float:
+    """The largest absolute value."""
     return float(rows.abs().max())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As it is given in settings and requests: ``bfloat16``."""
+    """The dtype's name in settings and requests, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def fault_of_serialized_embedding(embedding: torch.Tensor) -> str | None:
     """Why a tensor that a client serialized is no embedding of an image; None if it may be one.
 
-    It comes before anything is computed of the embedding, so that a small request does not make
-    the server work on a large tensor.
+    Checked before anything is computed, so that a small request cannot make the server work on a
+    large tensor.
     """
     if embedding.device.type != "cpu" or embedding.is_quantized:
         return "it is not a plain tensor on the CPU"

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the features of an image come from: which row stands for which place of the picture."""
+"""The layout of an image's features: the place of the picture that each row stands for."""
 
 import msgspec
 import torch
 
 
 class FeatureGrid(msgspec.Struct, frozen=True):
-    """Features that cover an image evenly.
+    """A regular grid of features over an image.
 
     The feature at a row and column of the grid is row ``start + row * stride + column`` of the
     image's features.
 
     Attributes:
-        start: row of the features of its top left.
-        rows: from top to bottom.
-        columns: from left to right.
-        stride: rows of the features from one row of the grid to the next.
+        start: index of its top left feature.
+        rows: number of rows, from top to bottom.
+        columns: number of columns, from left to right.
+        stride: distance of the grid's rows, in features.
     """
 
     start: int
@@ -30,13 +30,13 @@ class FeatureGrid(msgspec.Struct, frozen=True):
 
 
 class FeatureLayout(msgspec.Struct, frozen=True):
-    """Where the features of one image come from.
+    """The grids that the features of one image form.
 
     Attributes:
-        num_features: rows of the image, as merged.
+        num_features: number of the image's features, as merged.
         base: the grid of the base tile, the whole picture at the tower's resolution.
-        fine: the grid of the tiles at a higher resolution, without what was padding; None for a
-            picture that has none.
+        fine: the grid of the tiles at a higher resolution, without padding; None for a picture
+            that has none.
     """
 
     num_features: int
@@ -44,10 +44,10 @@ class FeatureLayout(msgspec.Struct, frozen=True):
     fine: FeatureGrid | None = None
 
     def places(self) -> torch.Tensor:
-        """int64: the rows that stand for a place of the picture, in order."""
+        """Indices (int64) of the features that stand for a place of the picture, in order."""
         grids = [self.base] if self.fine is None else [self.base, self.fine]
         return torch.cat([grid.indices().flatten() for grid in grids])
 
     def newlines(self) -> list[int]:
-        """The rows that stand for none: learnt features that end a row of tiles."""
+        """Indices of the newline features: learnt features that end a row of tiles."""
         return sorted(set(range(self.num_features)) - set(self.places().tolist()))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mapping of a model by its name, for tools that start no engine. No weights are read."""
+"""Finds a model's mapping by its name, for tools that start no engine; no weights are read."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ def look_up(model: str) -> "tuple[Any, MMUtils]":
 
     Raises:
         OSError: there is no configuration.
-        ValueError: nothing serves it; says why.
+        ValueError: no mapping serves the model; the message says why.
     """
     from vllm_spyre_mm.compat import ensure_torchvision_importable
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges image features into text embeddings: static shapes, nothing written in place."""
+"""Merges image features into text embeddings, with static shapes and no in-place writes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 TEXT = -1
-"""Marks, in a feature index, a position that keeps its text embedding."""
+"""Feature index of a position that keeps its text embedding."""
 
 
 def first_feature(position: "PlaceholderRange") -> int:
-    """The position in the prompt to which the first feature of an image goes.
+    """Position in the prompt of an image's first feature.
 
-    A placeholder may begin with tokens that are no features; vLLM has an image encoded for the
-    chunk that reaches this position, not for one that only reaches the placeholder.
+    A placeholder may begin with text tokens; vLLM has an image encoded for the chunk that reaches
+    this position, not for one that only reaches the placeholder.
 
     Args:
         position: of an image that has features.
@@ -67,7 +67,7 @@ class FeatureSlice:
 def plan_merge(
     mm_features: Sequence["MultiModalFeatureSpec"], start: int, end: int
 ) -> tuple[list[FeatureSlice], np.ndarray]:
-    """Say which feature rows go where in the prompt positions ``[start, end)``.
+    """Map the prompt positions ``[start, end)`` to rows of the images' features.
 
     Positions come from each placeholder's range and its ``is_embed`` mask; token ids play no part.
 
@@ -107,10 +107,10 @@ def plan_merge(
 def first_without_row(
     token_ids: Sequence[int], mm_features: Sequence["MultiModalFeatureSpec"], num_rows: int
 ) -> int | None:
-    """First position of a prompt whose token is looked up and has no row in the embedding.
+    """First position of a prompt with a text token that has no row in the text embedding, or None.
 
-    A tokenizer may know tokens that the model was never given rows for, the image token among them:
-    where a feature goes, nothing is looked up.
+    A tokenizer may have tokens without a row, the image token among them: positions that features
+    replace need none.
 
     Args:
         token_ids: of the whole prompt, placeholders expanded.
@@ -122,8 +122,8 @@ def first_without_row(
     return int(without.argmax()) if without.any() else None
 
 
-def looked_up(token_ids: torch.Tensor, feature_index: torch.Tensor) -> torch.Tensor:
-    """Token ids with 0 where a feature goes: an image token may have no row of its own.
+def mask_feature_tokens(token_ids: torch.Tensor, feature_index: torch.Tensor) -> torch.Tensor:
+    """Token ids with 0 where features go: an image token may have no row in the text embedding.
 
     Args:
         token_ids: int64 ``(batch, length)``.

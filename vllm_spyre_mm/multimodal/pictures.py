@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures that are given as arrays or as nested lists, made what Pillow would make of them.
+"""Converts pictures that are given as arrays or nested lists to Pillow's.
 
 An array has height and width, and channels last or first: 1 (grey), 2 (grey and alpha), 3 (RGB) or
-4 (RGB and alpha). Whole numbers from 0 to 255, and truth values, become a picture of Pillow's,
-which every processor takes. Floating-point pixels stay an array, with three channels.
+4 (RGB and alpha). Integers from 0 to 255, and booleans, become a Pillow image, which every
+processor takes. Floating-point pixels stay an array, with three channels.
 """
 
 from typing import Any
@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 
 CHANNELS = (1, 2, 3, 4)
-"""Numbers of channels; where the last axis has as many, it is taken for them, as in vLLM."""
+"""Numbers of channels; a last axis of such a length is the channel axis, as in vLLM."""
 
 TYPES = "give a picture of Pillow's, or an array of height, width and channels"
 
 
 def as_pictures(images: Any) -> Any:
-    """The images of a prompt, those among them that are arrays or nested lists made pictures.
+    """Convert those images of a prompt that are arrays or nested lists.
 
     Args:
         images: what vLLM takes: one image, or several in a list or in an array of one more
-            dimension. Embeddings, which are matrices of PyTorch's, are left as they are.
+            dimension. Embeddings (2-D PyTorch tensors) are left as they are.
     """
     if isinstance(images, torch.Tensor) and images.ndim != 4:
         return images
@@ -37,9 +37,9 @@ def as_pictures(images: Any) -> Any:
 
 
 def as_picture(image: Any) -> Any:
-    """One image: a picture of Pillow's, or an array of floating-point pixels.
+    """Convert one image to a Pillow image, or to an array of floating-point pixels.
 
-    What cannot be made one is given back as it is; :func:`fault_of_picture` says why.
+    An image that cannot be converted is returned as it is; :func:`fault_of_picture` says why.
     """
     if isinstance(image, (list, tuple)) and _depth(image):
         try:
@@ -95,7 +95,7 @@ def _fault_of_values(image: np.ndarray | torch.Tensor, kind: str, said: str) -> 
 
 
 def _kind(image: np.ndarray | torch.Tensor) -> str:
-    """NumPy's letter for what the pixels are."""
+    """NumPy's ``dtype.kind`` of the pixels."""
     if isinstance(image, np.ndarray):
         return image.dtype.kind
     if image.is_floating_point():
@@ -112,7 +112,7 @@ def _channels_last(image: np.ndarray) -> np.ndarray:
 
 
 def _floating(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-    """Pixels with three channels where both vLLM and Transformers take them for channels.
+    """Pixels with three channels, on the axis where both vLLM and Transformers look for them.
 
     vLLM looks at the last axis first, Transformers at the first: a picture that is a few pixels
     wide has its channels last.
@@ -138,7 +138,7 @@ def _is_plain(image: torch.Tensor) -> bool:
 
 
 def _depth(nested: Any) -> int:
-    """How many lists of numbers are nested in each other; 0 for what ends in something else."""
+    """Nesting depth of lists of numbers; 0 if the innermost items are no numbers."""
     depth = 0
     while isinstance(nested, (list, tuple)) and nested:
         nested, depth = nested[0], depth + 1

@@ -16,7 +16,7 @@ from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.embedding import EmbeddingOverflowError, MMEmbeddingInfo, assemble
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
-from vllm_spyre_mm.multimodal.merge import first_feature, looked_up, plan_merge
+from vllm_spyre_mm.multimodal.merge import first_feature, mask_feature_tokens, plan_merge
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
 from vllm_spyre_mm.scheduler.geometry import Geometry
 from vllm_spyre_mm.scheduler.outputs import FailedEncoding, SpyreModelRunnerOutput
@@ -220,7 +220,7 @@ class SpyreModelRunner:
             geometry=self.geometry,
             padded=self.inputs.padded,
         )
-        embeds = self.spyre_model.embed(looked_up(chunk.token_ids, chunk.feature_index))
+        embeds = self.spyre_model.embed(mask_feature_tokens(chunk.token_ids, chunk.feature_index))
         if slices:
             rows = torch.cat(self.encoder_cache.gather(request.mm_features, slices))
             embeds = self.spyre_model.mapping.merge(embeds, rows, chunk.feature_index)

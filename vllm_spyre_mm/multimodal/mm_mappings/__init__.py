@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which utils class serves which model configuration.
+"""The mappings, and the choice of the one that serves a model configuration.
 
 Adding an architecture: one new file beside this one, and one line in :data:`MAPPINGS`.
 """
@@ -54,7 +54,7 @@ def get_mm_mapping(config: Any) -> MMUtils:
         config: a Transformers configuration of a whole model.
 
     Raises:
-        UnsupportedModelError: nothing serves this model; says why, and what is served.
+        UnsupportedModelError: no mapping serves this model; says why, and what is served.
     """
     name = config_name(config)
     candidates = MM_CFG_MAPPING.get(name, ())
@@ -81,7 +81,7 @@ def get_mm_mapping(config: Any) -> MMUtils:
 
 
 def _quantisation(config: Any) -> str | None:
-    """Why a quantised checkpoint is not served, or None: FMS alone has plain linear layers."""
+    """Why a quantised checkpoint is not served, or None: FMS alone has only plain linear layers."""
     for part in (config, config.get_text_config()):
         quantization = getattr(part, "quantization_config", None)
         if quantization is not None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the platform has to know about an architecture: the contract of every mapping.
+"""The interface of a mapping: all that the platform knows about an architecture.
 
-A mapping is pure: it is made from the model's configuration, reads no environment, and changes
-nothing that it is given. The runner and the loader know no model by name.
+A mapping is pure: it is made from the model's configuration, reads no environment, and does not
+modify its arguments. The runner and the loader know no model by name.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ class UnsupportedModelError(ValueError):
 
 
 class MMUtils(ABC):
-    """What is special about one architecture, multimodal or text alone.
+    """The mapping of one architecture, multimodal or text-only.
 
     Args:
         hf_config: the Transformers configuration of the whole model; :meth:`why_not` has accepted
@@ -43,9 +43,9 @@ class MMUtils(ABC):
     @classmethod
     @abstractmethod
     def why_not(cls, hf_config: Any) -> str | None:
-        """The predicate: why this class does not serve a configuration, or None if it does.
+        """Why this class does not serve a configuration, or None if it does.
 
-        Everything that the implementation would not honour exactly is a reason.
+        Every property that the implementation would not honour exactly is a reason.
         """
 
     @property
@@ -76,9 +76,9 @@ class MMUtils(ABC):
         """How to load a checkpoint.
 
         Args:
-            for_card: as the card's compiler wants the decoder: heads padded from 64 to 128, and
-                separate projections. On a CPU the first doubles the attention's work for
-                nothing, and fused projections are the faster ones.
+            for_card: build the decoder as the card's compiler requires: heads padded from 64 to
+                128, and separate projections. On a CPU the padding would double the attention's
+                work, and fused projections are faster.
         """
 
     @abstractmethod
@@ -91,7 +91,7 @@ class MMUtils(ABC):
 
         Args:
             model: the FMS model.
-            mm_kwargs: what vLLM's processor made of the images, batched over them.
+            mm_kwargs: the output of vLLM's processor, batched over the images.
 
         Returns:
             For each image ``(num_features, hidden_size)`` in the encoder's dtype, in the order in
@@ -103,8 +103,8 @@ class MMUtils(ABC):
         """Which place of the image each of its features stands for.
 
         Args:
-            mm_kwargs: what vLLM's processor made of one image, not batched: a mapping from names
-                to elements whose ``data`` is the value.
+            mm_kwargs: the output of vLLM's processor for one image, not batched: a mapping from
+                names to elements whose ``data`` is the value.
 
         Returns:
             The layout, or None for an image that was given as an embedding.
@@ -120,7 +120,7 @@ class MMUtils(ABC):
 
     @abstractmethod
     def embed_tokens(self, model: FmsModel, token_ids: torch.Tensor) -> torch.Tensor:
-        """Text embeddings as the decoder takes them.
+        """Look up text embeddings, as the decoder takes them.
 
         Args:
             model: the FMS model.
@@ -133,5 +133,5 @@ class MMUtils(ABC):
     def merge(
         self, text: torch.Tensor, features: torch.Tensor, feature_index: torch.Tensor
     ) -> torch.Tensor:
-        """Put features in their places; see :func:`merge_embeddings`."""
+        """Replace text embeddings by features; see :func:`merge_embeddings`."""
         return merge_embeddings(text, features.to(text.dtype), feature_index)

@@ -60,7 +60,7 @@ class Mistral3(VisionLanguageMapping):
         return config
 
     def warmup_image_sizes(self) -> list[tuple[int, int]]:
-        # Larger than the processor may allow, so that one that allows too much is found out. The
+        # Larger than the processor should allow, to find at the start one that allows too much. The
         # number of patches is dynamic; the smallest picture is one square.
         return [(2 * self.longest_side, 2 * self.longest_side), (self.square, self.square)]
 

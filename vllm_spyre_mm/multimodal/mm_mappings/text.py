@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text models: any decoder of FMS that the compositions have, without a tower."""
+"""Text models: any of the FMS decoders that compositions have, without a tower."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from vllm_spyre_mm.multimodal.mm_mappings.vision_language import DecoderMapping
 
 
 class TextDecoder(DecoderMapping):
-    """A decoder alone; it is given the embeddings of its tokens, as the others are."""
+    """A decoder alone; like the others, it is given embeddings, not token ids."""
 
     config_classes = (
         "transformers.GraniteConfig",

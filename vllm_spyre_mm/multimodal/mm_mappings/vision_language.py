@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the mappings share whose model is a composition of a decoder and perhaps a vision tower."""
+"""Base classes of the mappings whose model is a composition: a decoder, perhaps with a tower."""
 
 import dataclasses
 import re
@@ -26,14 +26,14 @@ CARD_HEAD_DIM = 128
 """Width of a head that the card's compiler expects."""
 
 TILE_TOWERS = ("siglip_vision_model", "clip_vision_model")
-"""Towers that encode squares of one size."""
+"""Towers that encode square tiles of one size."""
 
 HEAD, EMBEDDING = f"{DECODER}.lm_head.weight", f"{DECODER}.model.embed_tokens.weight"
-"""The head and the embedding, in the one layout of :meth:`DecoderMapping.rename`."""
+"""Weights of the LM head and the embedding, as :meth:`DecoderMapping.rename` names them."""
 
 
 class DecoderMapping(MMUtils):
-    """A model that :class:`Composition` builds; a text model if it is nothing more than this."""
+    """Base class of mappings whose model is a :class:`Composition`, with or without a tower."""
 
     model_class: ClassVar[type[Composition]] = Composition
 
@@ -75,14 +75,14 @@ class DecoderMapping(MMUtils):
 
     @property
     def tie_settings(self) -> str:
-        """What the configuration says of the head and the embedding.
+        """The configuration's setting that ties the LM head to the embedding, in words.
 
-        Transformers looks at the setting of the whole model; see :class:`VisionLanguageMapping`.
+        Transformers reads the whole model's setting; see :class:`VisionLanguageMapping`.
         """
         return f"tie_word_embeddings is {self.hf_config.tie_word_embeddings}"
 
     def composition(self, for_card: bool) -> CompositionConfig:
-        """What is composed; see :meth:`load_overrides` for ``for_card``."""
+        """The parts of the model; see :meth:`load_overrides` for ``for_card``."""
         decoder, text = DECODERS[self.text_config.model_type], self.text_config
         own = head_dim_of(text)
         padded = self._card_head_dim(own) if for_card else own
@@ -133,7 +133,7 @@ class VisionLanguageMapping(DecoderMapping):
 
     @property
     def tie_settings(self) -> str:
-        """Both settings: the one of the text part has no say where the other is there."""
+        """Both settings; the text part's has no effect."""
         text = self.text_config.tie_word_embeddings
         return (
             f"{super().tie_settings} at the top of config.json, where Transformers looks, and "
@@ -148,13 +148,13 @@ class VisionLanguageMapping(DecoderMapping):
 
     @abstractmethod
     def projector(self, config: Any) -> nn.Module:
-        """The FMS module that makes features of hidden states."""
+        """Make the FMS module that projects hidden states to features."""
 
     def composition(self, for_card: bool) -> CompositionConfig:
         hf_config = self.hf_config
         tower = TOWERS[hf_config.vision_config.model_type]
-        # Layers above the last that is looked at are not built. Counting from the front keeps
-        # the indices right in the shorter tower.
+        # Layers above the last one used are not built. Indices from the front stay valid in the
+        # shorter tower.
         layers = self.feature_layers
         config = super().composition(for_card)
         config.tower = tower
@@ -183,7 +183,7 @@ class VisionLanguageMapping(DecoderMapping):
         return re.sub(rf"^{DECODER}\.(?!model\.|lm_head\.)", f"{DECODER}.model.", name)
 
     def is_unused(self, name: str) -> bool:
-        """Besides: what only the tower's pooled output needs, and layers that nobody looks at."""
+        """Whether a tensor is unused: also the tower's pooling, and layers above the last used."""
         tower = TOWERS[self.hf_config.vision_config.model_type]
         beginning = f"{TOWER}.{tower.inner}"
         if name.startswith(tuple(f"{beginning}{unused}" for unused in tower.unused)):
