@@ -2,7 +2,7 @@
 """Ends a process of the engine when the one that started it is gone.
 
 Leans on: the engine and its workers load vLLM's general plugins, are started by
-:mod:`multiprocessing` under the names below, and leave in order at SIGTERM.
+vLLM's names for them, and leave in order at SIGTERM.
 
 By itself the engine waits for requests for ever when its server is killed, and a worker whose
 engine is killed goes on until its step ends; both keep their memory and their shared memory.
@@ -16,6 +16,7 @@ import time
 from multiprocessing.process import BaseProcess
 
 from vllm_spyre_mm.log import get_logger
+from vllm_spyre_mm.upstream.processes import is_engine_process
 from vllm_spyre_mm.vllm_fixes.fault import Fault
 
 logger = get_logger(__name__)
@@ -26,9 +27,6 @@ FAULT = Fault(
     seen_in="0.32.0",
 )
 REPLACED = ()
-
-NAMES = ("EngineCore", "VllmWorker")
-"""What vLLM calls the processes that it starts for an engine; others are not ended."""
 
 GRACE_SECONDS = 5.0
 """For the step under way and for leaving in order."""
@@ -55,8 +53,8 @@ class ParentWatchdog(threading.Thread):
 
 def install() -> None:
     """Watch the process that started this one, if this is one of an engine's; repeatable."""
-    process, parent = multiprocessing.current_process(), multiprocessing.parent_process()
-    if parent is None or not process.name.startswith(NAMES):
+    parent = multiprocessing.parent_process()
+    if parent is None or not is_engine_process():
         return
     if not any(isinstance(thread, ParentWatchdog) for thread in threading.enumerate()):
         ParentWatchdog(parent).start()
