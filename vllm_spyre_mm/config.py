@@ -49,6 +49,10 @@ CARD_MAX_BATCH_TKV = 131072
 """Bound on rows times padded length of the card's decodes unless the user gives it, in tokens."""
 
 
+NOT_FOR_USERS = ("max_num_seqs_given", "resolved")
+"""Settings with which the platform's parts tell each other what they have done."""
+
+
 class SpyreSettings(BaseModel):
     """The platform's settings: what vLLM has no flag for.
 
@@ -76,6 +80,8 @@ class SpyreSettings(BaseModel):
             ``max_model_len`` where it is less, so that one request's images always fit.
         max_batch_tkv: bound on batch × padded length of a decode step, in tokens. ``None``: no
             bound beyond ``max_num_seqs`` × ``max_model_len`` on a CPU, 131,072 for a card.
+        max_num_seqs_given: set where vLLM's arguments are read, not by users: whether the user gave
+            ``max_num_seqs``, which a known configuration of a card replaces otherwise.
         resolved: set by :meth:`resolve`, not by users: nothing is ``auto`` any more.
     """
 
@@ -90,6 +96,7 @@ class SpyreSettings(BaseModel):
     encoder_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     encoder_cache_tokens: int | None = Field(default=None, gt=0)
     max_batch_tkv: int | None = Field(default=None, gt=0)
+    max_num_seqs_given: bool = True
     resolved: bool = False
 
     @classmethod
@@ -107,7 +114,7 @@ class SpyreSettings(BaseModel):
         try:
             return cls.model_validate(dict(additional_config))
         except ValidationError as error:
-            known = ", ".join(name for name in cls.model_fields if name != "resolved")
+            known = ", ".join(name for name in cls.model_fields if name not in NOT_FOR_USERS)
             faults = "; ".join(
                 f"{'.'.join(map(str, fault['loc']))}: {fault['msg']} (got {fault['input']!r})"
                 for fault in error.errors()
@@ -322,5 +329,5 @@ def warn_of_other_spyre_plugin() -> None:
 
 def settings_summary(settings: SpyreSettings, **resolved: Any) -> str:
     """One line with everything that was resolved at start."""
-    values = {**settings.model_dump(exclude={"resolved"}), **resolved}
+    values = {**settings.model_dump(exclude=set(NOT_FOR_USERS)), **resolved}
     return ", ".join(f"{name}={value}" for name, value in values.items())

@@ -25,6 +25,7 @@ GIB = 1 << 30
 def config(
     *,
     explicit: int | None = None,
+    blocks: int | None = None,
     utilization: float = 0.5,
     max_model_len: int = 1000,
     max_num_seqs: int = 4,
@@ -33,7 +34,10 @@ def config(
     """The part of a vLLM configuration that is looked at."""
     return SimpleNamespace(
         cache_config=SimpleNamespace(
-            kv_cache_memory_bytes=explicit, gpu_memory_utilization=utilization, block_size=64
+            kv_cache_memory_bytes=explicit,
+            num_gpu_blocks_override=blocks,
+            gpu_memory_utilization=utilization,
+            block_size=64,
         ),
         parallel_config=SimpleNamespace(world_size=world_size),
         model_config=SimpleNamespace(max_model_len=max_model_len),
@@ -87,6 +91,14 @@ def test_blocks_that_are_not_used_take_no_memory():
 def test_what_the_user_gives_wins(monkeypatch: pytest.MonkeyPatch):
     host(monkeypatch, total=8, available=0)
     assert kv_cache_bytes(config(explicit=12345), spec()) == 12345
+
+
+def test_a_number_of_blocks_wins_over_all(monkeypatch: pytest.MonkeyPatch):
+    """On a card there always is one, and the host's memory says nothing of the card's."""
+    host(monkeypatch, total=8, available=0)
+    page = sum(layer.page_size_bytes for layer in spec().values())
+    assert kv_cache_bytes(config(blocks=7), spec()) == 7 * page
+    assert kv_cache_bytes(config(explicit=12345, blocks=7), spec()) == 7 * page
 
 
 def test_a_large_host_gives_what_all_requests_can_use(monkeypatch: pytest.MonkeyPatch):

@@ -101,6 +101,8 @@ def _accepting_keyword(original: Callable[..., None]) -> Callable[..., None]:
             self.max_num_batched_tokens = CARD_CHUNK_SIZE if for_card else HOST_CHUNK_SIZE
         if self.max_num_seqs is None:
             self.max_num_seqs = DEFAULT_MAX_NUM_SEQS
+            if for_card:  # a known configuration may have another
+                self.additional_config = {**self.additional_config, "max_num_seqs_given": False}
         if self.dtype == "auto" and card_backend_available() and not for_card:
             self.dtype = _host_dtype()
 

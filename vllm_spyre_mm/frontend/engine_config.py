@@ -16,6 +16,7 @@ from vllm_spyre_mm.config import (
     settings_summary,
     vllm_fixes_enabled,
 )
+from vllm_spyre_mm.frontend.card_limits import size_card_cache, take_known_configuration
 from vllm_spyre_mm.frontend.flags import SCHEDULER_CLASS, WORKER_CLASS, refuse_unsupported
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.cpu.tier import cpu_tier
@@ -50,7 +51,10 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     model_config, scheduler_config = vllm_config.model_config, vllm_config.scheduler_config
     dtype = decoder_dtype_of(vllm_config)
 
-    log = logger.debug if settings.resolved else logger.info  # vLLM builds configurations anew
+    anew = not settings.resolved  # vLLM builds configurations a second time
+    log = logger.info if anew else logger.debug
+    if anew and settings.resolve_backend(model_config.enforce_eager) == "sendnn":
+        settings = take_known_configuration(vllm_config, mapping, settings)
     settings = settings.resolve(
         enforce_eager=model_config.enforce_eager,
         decoder_dtype=dtype_name(dtype),
@@ -67,6 +71,8 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     _take_over_execution(vllm_config)
     _size_caches(vllm_config, settings)
     geometry_of(vllm_config)  # checks the chunk size
+    if anew and settings.backend == "sendnn":
+        size_card_cache(vllm_config, mapping, settings)
     log(
         "Spyre platform: %s",
         settings_summary(

@@ -39,9 +39,10 @@ def kv_cache_spec(
 def kv_cache_bytes(vllm_config: "VllmConfig", spec: dict[str, "KVCacheSpec"]) -> int:
     """Memory for this rank's KV cache, in bytes.
 
-    It is ``--kv-cache-memory-bytes`` if given, else what ``max_num_seqs`` sequences of
-    ``max_model_len`` can use, but at most the share ``--gpu-memory-utilization`` of the host's
-    memory less what is used and what activations need.
+    It is that of ``--num-gpu-blocks-override`` if given, as it always is on a card, or
+    ``--kv-cache-memory-bytes``, else what ``max_num_seqs`` sequences of ``max_model_len`` can use,
+    but at most the share ``--gpu-memory-utilization`` of the host's memory less what is used and
+    what activations need.
 
     Raises:
         ValueError: not enough memory is available for it.
@@ -49,6 +50,9 @@ def kv_cache_bytes(vllm_config: "VllmConfig", spec: dict[str, "KVCacheSpec"]) ->
     from vllm.utils.math_utils import cdiv
 
     config: CacheConfig = vllm_config.cache_config
+    block_bytes = sum(layer.page_size_bytes for layer in spec.values())
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override * block_bytes
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     memory, utilization = host_memory(), config.gpu_memory_utilization
@@ -66,7 +70,7 @@ def kv_cache_bytes(vllm_config: "VllmConfig", spec: dict[str, "KVCacheSpec"]) ->
     )
     # One more: block 0 is used for padding and never allocated.
     useful_blocks = blocks_per_sequence * vllm_config.scheduler_config.max_num_seqs + 1
-    return min(available, useful_blocks * sum(layer.page_size_bytes for layer in spec.values()))
+    return min(available, useful_blocks * block_bytes)
 
 
 @torch.inference_mode()  # like the steps: compiled graphs are specialised to inference tensors

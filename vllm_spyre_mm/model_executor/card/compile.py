@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_spyre_mm.model_executor.card.errors import cure_of
+
 
 class CardError(RuntimeError):
     """The card's compiler or its runtime failed; the message names the step by its shapes."""
@@ -28,9 +30,11 @@ def compile_for_card(model: nn.Module) -> Callable[..., Any]:
         except Exception as error:
             # PyTorch wraps what a backend raises, with a page about how to debug it.
             cause = getattr(error, "inner_exception", error)
+            cure = cure_of(str(cause))
+            advice = f"; what may help: {cure}" if cure else ""
             raise CardError(
                 f"the card could not compile or run {_step_of(embeds, inputs)}: "
-                f"{type(cause).__name__}: {cause}"
+                f"{type(cause).__name__}: {cause}{advice}"
             ) from error
 
     return run

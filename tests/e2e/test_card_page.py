@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page about cards has the tables of the package, and a decision for every difference."""
+
+import re
+from collections.abc import Iterator
+
+from tests.e2e.test_docs import DOCS
+from vllm_spyre_mm.model_executor.card.errors import PUBLIC_ERRORS
+from vllm_spyre_mm.model_executor.card.limits import KNOWN_MODELS
+
+PAGE = DOCS / "running-on-a-card.md"
+
+
+def rows(heading: str) -> Iterator[list[str]]:
+    """Cells of the tables below a heading, without markup and the tables' heads."""
+    text = PAGE.read_text()
+    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    for table in re.findall(r"^\| .*?\n(?=[^|]|\Z)", section, re.M | re.S):
+        for line in table.splitlines()[2:]:
+            yield [cell.strip().replace("`", "") for cell in line.strip("|").split(" | ")]
+
+
+def test_the_known_configurations_are_those_of_the_package() -> None:
+    expected = [
+        [
+            model.name,
+            str(known.tensor_parallel_size),
+            f"{known.max_model_len:,}",
+            str(known.max_num_seqs),
+            f"{known.max_batch_tkv:,}",
+            "as needed" if known.num_blocks is None else f"{known.num_blocks:,}",
+        ]
+        for model in KNOWN_MODELS
+        for known in model.configurations
+    ]
+    assert list(rows("Known configurations")) == expected
+
+
+def test_the_public_texts_are_those_of_the_package() -> None:
+    expected = [[error.text, error.meaning, error.cure] for error in PUBLIC_ERRORS]
+    assert list(rows("What the card's software says")) == expected
