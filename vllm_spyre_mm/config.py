@@ -237,6 +237,11 @@ def prepare_process_environment() -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 
 
+def process_environment() -> dict[str, str]:
+    """A copy of this process's environment, for who reports about all of it."""
+    return dict(os.environ)
+
+
 def engine_runs_in_own_process() -> bool:
     """Whether vLLM starts the engine in a process of its own (its default)."""
     return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.doctor.findings import only
+from tests.doctor.findings import only, pretend_installed
 from vllm_spyre_mm import host_memory
 from vllm_spyre_mm.doctor import host
 from vllm_spyre_mm.host_memory import HostMemory
@@ -56,10 +56,45 @@ def test_the_cards_software_is_broken(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     host.probe.cache_clear()
     (package / "__init__.py").write_text("raise OSError('libsenlib.so')\n")
-    assert "lacks import: its process ended with OSError: libsenlib.so" in only(host.backend()).says
+    finding = only(host.backend())
+    assert finding.says.endswith("not import: its process ended with OSError: libsenlib.so")
     host.probe.cache_clear()
     (package / "__init__.py").write_text("def warmup_mode(): ...\n")
-    assert only(host.backend()).says == "the card: torch_sendnn imports"
+    assert only(host.backend()).says == "the card: torch_sendnn imports, and sees VLLM_DT_*"
+
+
+def test_the_cards_software_is_imported_too_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch imports what registers itself as a device's backend, before anything is set."""
+    package = tmp_path / "torch_sendnn"
+    package.mkdir()
+    (package / "__init__.py").write_text("def warmup_mode(): ...\ndef load(): ...\n")
+    pretend_installed(tmp_path, "torch_sendnn", "1.3.1")
+    entry_points = tmp_path / "torch_sendnn-1.3.1.dist-info" / "entry_points.txt"
+    entry_points.write_text("[torch.backends]\nsendnn = torch_sendnn:load\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finding = only(host.backend())
+    assert finding.level == "error"
+    assert "before the platform has set VLLM_DT_*" in finding.says
+    assert finding.do == "set TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+    host.probe.cache_clear()
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    assert only(host.backend()).level == "ok"
+
+
+def test_the_cards_software_changes_what_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "torch_sendnn"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import os\nos.environ['VLLM_DT_CHUNK_LEN'] = '64'\ndef warmup_mode(): ...\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "does not keep its four VLLM_DT_*" in only(host.backend()).says
 
 
 def test_threads_beyond_a_containers_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

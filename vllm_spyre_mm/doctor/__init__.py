@@ -8,8 +8,12 @@ libraries, vLLM with the hooks) run in a process of their own (:mod:`.probe`).
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_spyre_mm.doctor.finding import Finding
+
+if TYPE_CHECKING:
+    from vllm_spyre_mm.doctor.card import CardHost
 
 __all__ = ["Finding", "examine"]
 
@@ -17,18 +21,21 @@ Check = tuple[str, Callable[[], Iterator[Finding]]]
 """A check's name, and the function that yields its findings."""
 
 
-def examine(model: Path | None = None) -> Iterator[Finding]:
-    """Run every check: first the installation, then the model.
+def examine(model: Path | None = None, card_host: "CardHost | None" = None) -> Iterator[Finding]:
+    """Run every check: first the installation, then a card's host, then the model.
 
     Args:
         model: folder of a checkpoint.
+        card_host: what is looked at for a card, instead of this process's. The checks of a card
+            run where anything of its software is found.
 
     Yields:
         At least one finding of each check, as soon as it is known.
     """
-    from vllm_spyre_mm.doctor import host, installation
+    from vllm_spyre_mm.doctor import card, host, installation
     from vllm_spyre_mm.doctor import model as of_model
 
+    card_host = card_host or card.CardHost.here()
     of_installation: list[Check] = [
         ("python", installation.python),
         ("versions", installation.versions),
@@ -43,6 +50,8 @@ def examine(model: Path | None = None) -> Iterator[Finding]:
     ]
     for name, check in of_installation:
         yield from _guarded(name, check)
+    if card_host.has_traces:
+        yield from examine_card(card_host)
     if model is None:
         return
     findings = list(_guarded("model", partial(of_model.configuration, model)))
@@ -53,6 +62,22 @@ def examine(model: Path | None = None) -> Iterator[Finding]:
         return  # what it needs is not known
     yield from _guarded("processor", partial(of_model.processor, model))
     yield from _guarded("weights", partial(of_model.weights, model))
+
+
+def examine_card(host: "CardHost") -> Iterator[Finding]:
+    """Run the checks of a host with a card; yields at least one finding of each."""
+    from vllm_spyre_mm.doctor import card, card_variables
+
+    checks: list[Check] = [
+        ("torch_sendnn", partial(card.software, host)),
+        ("mode", partial(card.mode, host)),
+        ("devices", partial(card.devices, host)),
+        ("senlib", partial(card.senlib, host)),
+        ("shm", partial(card.shared_memory, host)),
+        ("variables", partial(card_variables.variables, host)),
+    ]
+    for name, check in checks:
+        yield from _guarded(name, check)
 
 
 def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

@@ -19,20 +19,31 @@ def backend() -> Iterator[Finding]:
         said = "the CPU, compiled by inductor: torch_sendnn, the card's compiler, is not installed"
         yield Finding("backend", "ok", said)
         return
+    anew = (
+        "install the Spyre software anew, or take the CPU: additional_config "
+        '\'{"backend": "inductor"}\''
+    )
     try:
-        missing = probe("card")["missing"]
+        found = probe("card")
     except ProbeError as error:
-        missing = [f"import: {error}"]
-    if missing:
+        said = f"torch_sendnn is installed and does not import: {error}"
+        yield Finding("backend", "error", said, anew)
+        return
+    if found["missing"]:
+        said = f"torch_sendnn is installed and lacks {', '.join(found['missing'])}"
+        yield Finding("backend", "error", said, anew)
+    elif found["early"]:
         yield Finding(
             "backend",
             "error",
-            f"torch_sendnn is installed and lacks {', '.join(missing)}",
-            "install the Spyre software anew, or take the CPU: additional_config "
-            '\'{"backend": "inductor"}\'',
+            "torch_sendnn is imported with PyTorch, before the platform has set VLLM_DT_*",
+            "set TORCH_DEVICE_BACKEND_AUTOLOAD=0",
         )
+    elif len(found["limits"]) != 4 or found["changed"]:
+        said = f"torch_sendnn does not keep its four VLLM_DT_*: {', '.join(found['limits'])}"
+        yield Finding("backend", "error", said, "report it, with the version of torch_sendnn")
     else:
-        yield Finding("backend", "ok", "the card: torch_sendnn imports")
+        yield Finding("backend", "ok", "the card: torch_sendnn imports, and sees VLLM_DT_*")
 
 
 def compiler() -> Iterator[Finding]:

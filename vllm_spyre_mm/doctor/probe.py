@@ -11,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +101,30 @@ def torchvision() -> dict[str, Any]:
 
 
 def card() -> dict[str, Any]:
-    """Imports the card's compiler."""
+    """Imports the card's compiler as a worker does: after its variables are set."""
+    import torch  # noqa: F401 - imports what registers itself as a device's backend
+
+    from vllm_spyre_mm.config import process_environment
+    from vllm_spyre_mm.model_executor.backend import StepSizes
+    from vllm_spyre_mm.model_executor.card.backend import CardBackend
+
+    early = "torch_sendnn" in sys.modules
+    sizes = StepSizes(64, 512, 8192, 131072, 16, 128)
+    CardBackend(sizes).prepare()
+    prepared = _compiler_limits(process_environment())
     import torch_sendnn
 
-    return {"missing": [name for name in ("warmup_mode",) if not hasattr(torch_sendnn, name)]}
+    return {
+        "missing": [name for name in ("warmup_mode",) if not hasattr(torch_sendnn, name)],
+        "early": early,
+        "limits": prepared,
+        "changed": _compiler_limits(process_environment()) != prepared,
+    }
+
+
+def _compiler_limits(environment: Mapping[str, str]) -> list[str]:
+    """``NAME=value`` of what the card's compiler reads when it is imported."""
+    return sorted(f"{n}={v}" for n, v in environment.items() if n.startswith("VLLM_DT_"))
 
 
 def hooks() -> dict[str, Any]:
