@@ -162,6 +162,10 @@ def test_a_copy_and_a_second_configuration_change_nothing(
     config = configure(tmp_path, demo_checkpoint, GRANITE_8B)
     assert limits(dataclasses.replace(config)) == (8192, 4, 32768, 516)
     assert len(said) == 1
+    # Fewer blocks than an override may give: what was asked for is looked at once.
+    few = configure(tmp_path, demo_checkpoint, {}, kv_cache_memory_bytes=150 * 10_485_760)
+    assert few.cache_config.num_gpu_blocks_override == 148
+    assert dataclasses.replace(few).cache_config.num_gpu_blocks_override == 148
     arguments = EngineArgs(model=str(tmp_path / "model"))
     copy = dataclasses.replace(arguments, max_num_seqs=3)
     assert copy.create_engine_config().scheduler_config.max_num_seqs == 3
