@@ -39,3 +39,10 @@ def test_the_known_configurations_are_those_of_the_package() -> None:
 def test_the_public_texts_are_those_of_the_package() -> None:
     expected = [[error.text, error.meaning, error.cure] for error in PUBLIC_ERRORS]
     assert list(rows("What the card's software says")) == expected
+
+
+def test_every_difference_is_decided() -> None:
+    """Row by row of the comparison with what other projects do."""
+    decided = list(rows("Decisions"))
+    assert [int(number) for number, _, _ in decided] == [*range(1, 38)]
+    assert all(len(decision) > 20 for _, _, decision in decided)

@@ -104,13 +104,11 @@ def card() -> dict[str, Any]:
     """Imports the card's compiler as a worker does: after its variables are set."""
     import torch  # noqa: F401 - imports what registers itself as a device's backend
 
-    from vllm_spyre_mm.config import process_environment
-    from vllm_spyre_mm.model_executor.backend import StepSizes
-    from vllm_spyre_mm.model_executor.card.backend import CardBackend
+    from vllm_spyre_mm.config import export_card_environment, process_environment
 
     early = "torch_sendnn" in sys.modules
-    sizes = StepSizes(64, 512, 8192, 131072, 16, 128)
-    CardBackend(sizes).prepare()
+    limits = {"chunk_size": 512, "context_len": 8192, "max_num_seqs": 16, "max_batch_tkv": 131072}
+    export_card_environment(**limits)
     prepared = _compiler_limits(process_environment())
     import torch_sendnn
 
