@@ -30,15 +30,19 @@ def test_a_good_installation_and_a_good_model(demo_checkpoint: Path) -> None:
 def test_everything_that_is_broken_is_said_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another vLLM, no compiler and no model; the exit status says so to a script."""
+    """Another vLLM, no compiler, a card's image without its setup, and no model; the exit status
+    says so to a script."""
     pretend_installed(tmp_path, "vllm", "0.33.0")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FLEX_COMPUTE", "SENTIENT")
     done = run_doctor("--json", str(tmp_path / "nowhere"))
     assert done.returncode == 1
     findings = json.loads(done.stdout)
     errors = {finding["check"] for finding in findings if finding["level"] == "error"}
     assert errors >= {"versions", "hooks", "compiler", "model"}
+    assert errors >= {"torch_sendnn", "devices", "senlib"}
     assert all(finding["do"] for finding in findings if finding["level"] != "ok")
     (hooks,) = (finding for finding in findings if finding["check"] == "hooks")
     assert "works with vllm<0.33,>=0.32.0, but 0.33.0 is installed" in hooks["says"]

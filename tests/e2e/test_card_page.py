@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page about cards has the tables of the package, and a decision for every difference."""
 
+import os
 import re
 from collections.abc import Iterator
 
+import pytest
+
 from tests.e2e.test_docs import DOCS
+from vllm_spyre_mm.config import export_card_environment
 from vllm_spyre_mm.model_executor.card.errors import PUBLIC_ERRORS
 from vllm_spyre_mm.model_executor.card.limits import KNOWN_MODELS
 
@@ -34,6 +38,18 @@ def test_the_known_configurations_are_those_of_the_package() -> None:
         for known in model.configurations
     ]
     assert list(rows("Known configurations")) == expected
+
+
+def test_what_is_set_for_a_card_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = {name for name, *_ in rows("What is set for you")}
+    for name in listed:
+        monkeypatch.setenv(name, "before")
+        monkeypatch.delenv(name)
+    before = set(os.environ)
+    export_card_environment(chunk_size=512, context_len=4096, max_num_seqs=16, max_batch_tkv=65536)
+    added = set(os.environ) - before
+    assert len(added) >= 4
+    assert added <= listed
 
 
 def test_the_public_texts_are_those_of_the_package() -> None:
