@@ -51,9 +51,9 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     model_config, scheduler_config = vllm_config.model_config, vllm_config.scheduler_config
     dtype = decoder_dtype_of(vllm_config)
 
-    anew = not settings.resolved  # vLLM builds configurations a second time
-    log = logger.info if anew else logger.debug
-    if anew and settings.resolve_backend(model_config.enforce_eager) == "sendnn":
+    first_time = not settings.resolved  # vLLM builds configurations anew
+    log = logger.info if first_time else logger.debug
+    if first_time and settings.resolve_backend(model_config.enforce_eager) == "sendnn":
         settings = take_known_configuration(vllm_config, mapping, settings)
     settings = settings.resolve(
         enforce_eager=model_config.enforce_eager,
@@ -71,7 +71,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     _take_over_execution(vllm_config)
     _size_caches(vllm_config, settings)
     geometry_of(vllm_config)  # checks the chunk size
-    if anew and settings.backend == "sendnn":
+    if first_time and settings.backend == "sendnn":
         size_card_cache(vllm_config, mapping, settings)
     log(
         "Spyre platform: %s",
