@@ -55,7 +55,8 @@ lint: setup
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation
 
-# An environment for each vLLM that pyproject.toml declares; ARGS="0.33.0" tries a candidate.
+# Each environment that pyproject.toml declares; ARGS="newest" makes and tests one of them,
+# ARGS="--candidate vllm=VERSION" tries a release that is newer.
 upstream:
 	$(PYTHON) tools/upstream_matrix.py $(ARGS)
 

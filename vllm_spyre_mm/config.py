@@ -72,7 +72,7 @@ class SpyreSettings(BaseModel):
             every cache. Off, such uuids are ignored: images are told apart by their content.
         backend: what runs the decoder. ``auto`` takes ``sendnn`` where ``torch_sendnn`` is
             importable; otherwise the CPU, compiled by ``inductor``, or ``eager`` with vLLM's
-            ``--enforce-eager``.
+            ``--enforce-eager`` and where PyTorch lacks what compilation leans on.
         encoder_dtype: dtype of the vision encoder and of the embeddings. ``auto`` is the
             decoder's dtype on a CPU; for a card (whose decoder is fp16 while the encoder runs on
             the host) it is the host's fastest dtype.
@@ -137,6 +137,7 @@ class SpyreSettings(BaseModel):
         host_dtypes: tuple[str, ...],
         max_model_len: int,
         max_num_seqs: int,
+        can_compile: bool = True,
     ) -> "SpyreSettings":
         """Replace every ``auto`` and ``None``.
 
@@ -146,12 +147,13 @@ class SpyreSettings(BaseModel):
             host_dtypes: names of the dtypes that the host computes in, fastest first.
             max_model_len: longest sequence in tokens.
             max_num_seqs: largest decode batch.
+            can_compile: whether PyTorch has what compilation for the CPU leans on.
 
         Raises:
             ValueError: the backend is not available here, or a bound is below what one request
                 needs.
         """
-        backend = self.resolve_backend(enforce_eager)
+        backend = self.resolve_backend(enforce_eager, can_compile)
         encoder_dtype: str = self.encoder_dtype
         if encoder_dtype == "auto":
             encoder_dtype = decoder_dtype if decoder_dtype in host_dtypes else host_dtypes[0]
@@ -185,7 +187,7 @@ class SpyreSettings(BaseModel):
             }
         )
 
-    def resolve_backend(self, enforce_eager: bool) -> BackendName:
+    def resolve_backend(self, enforce_eager: bool, can_compile: bool = True) -> BackendName:
         """The backend that runs the decoder, with ``auto`` replaced.
 
         Raises:
@@ -200,11 +202,18 @@ class SpyreSettings(BaseModel):
             raise ValueError("backend='sendnn' compiles the model: drop --enforce-eager")
         if self.backend == "inductor" and enforce_eager:
             raise ValueError("backend='inductor' and --enforce-eager contradict each other")
+        if self.backend == "inductor" and not can_compile:
+            raise ValueError(
+                "backend='inductor' leans on parts of PyTorch that the installed release does not "
+                "have: use backend='auto', or a release that docs/compatibility.md names"
+            )
         if self.backend != "auto":
             return self.backend
         if enforce_eager:
             return "eager"
-        return "sendnn" if card_backend_available() else "inductor"
+        if card_backend_available():
+            return "sendnn"
+        return "inductor" if can_compile else "eager"
 
 
 def decoder_dtype_of(vllm_config: "VllmConfig") -> "torch.dtype":

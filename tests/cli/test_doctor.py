@@ -32,7 +32,7 @@ def test_everything_that_is_broken_is_said_at_once(
 ) -> None:
     """Another vLLM, no compiler, a card's image without its setup, and no model; the exit status
     says so to a script."""
-    pretend_installed(tmp_path, "vllm", "0.33.0")
+    pretend_installed(tmp_path, "vllm", "0.31.0")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -45,7 +45,7 @@ def test_everything_that_is_broken_is_said_at_once(
     assert errors >= {"torch_sendnn", "devices", "senlib"}
     assert all(finding["do"] for finding in findings if finding["level"] != "ok")
     (hooks,) = (finding for finding in findings if finding["check"] == "hooks")
-    assert "works with vllm<0.33,>=0.32.0, but 0.33.0 is installed" in hooks["says"]
+    assert "works with vllm<0.34,>=0.32.0, but 0.31.0 is installed" in hooks["says"]
 
 
 def test_a_check_that_breaks_is_a_finding(

@@ -14,8 +14,8 @@ def test_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert only(installation.python()).level == "ok"
     monkeypatch.setattr(platform, "python_version", lambda: "3.13.1")
     finding = only(installation.python())
-    assert (finding.level, finding.do) == ("error", "use a Python==3.11.*")
-    assert "Python 3.13.1 is not Python==3.11.*" in finding.says
+    assert (finding.level, finding.do) == ("error", "use a Python<3.13,>=3.11")
+    assert "Python 3.13.1 is not Python<3.13,>=3.11" in finding.says
 
 
 def test_the_versions_here() -> None:
@@ -25,14 +25,25 @@ def test_the_versions_here() -> None:
 
 
 def test_every_wrong_version_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_installed(tmp_path, "vllm", "0.35.1")
+    pretend_installed(tmp_path, "vllm", "0.31.1")
     pretend_installed(tmp_path, "ibm-fms", "1.2.0")
     monkeypatch.syspath_prepend(str(tmp_path))
     first, second = installation.versions()
     assert first.level == second.level == "error"
-    assert "it works with vllm<0.33,>=0.32.0, but 0.35.1 is installed" in first.says
+    assert "it works with vllm<0.34,>=0.32.0, but 0.31.1 is installed" in first.says
     assert "it works with ibm-fms<1.14,>=1.13.1, but 1.2.0 is installed" in second.says
     assert "docs/installation.md" in first.do
+
+
+def test_a_version_that_nobody_tried_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it has what is leant on, the check of the hooks says."""
+    pretend_installed(tmp_path, "vllm", "0.35.1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finding = only(installation.versions())
+    assert finding.level == "warning"
+    assert finding.says == ("vllm 0.35.1 is newer than any that was tested (vllm<0.34,>=0.32.0)")
 
 
 def test_the_environment_excludes_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:

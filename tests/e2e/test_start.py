@@ -88,11 +88,11 @@ def test_a_wheel_builds_installs_and_works_from_there(
     "command",
     [["-c", "import vllm; vllm.LLM('model')"], ["-m", "vllm.entrypoints.cli.main", "serve"]],
 )
-def test_a_vllm_that_is_not_declared_stops_the_start_with_a_sentence(
+def test_a_vllm_that_is_older_stops_the_start_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
     """Before anything of vLLM's that the platform leans on is touched."""
-    pretend_installed(tmp_path, "vllm", "0.35.0")
+    pretend_installed(tmp_path, "vllm", "0.31.0")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     finished = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=300, cwd=tmp_path
@@ -100,7 +100,37 @@ def test_a_vllm_that_is_not_declared_stops_the_start_with_a_sentence(
     assert finished.returncode != 0
     last = finished.stderr.strip().splitlines()[-1]
     assert "UnsupportedVllmError: vllm-spyre-mm" in last
-    assert "works with vllm<0.33,>=0.32.0, but 0.35.0 is installed" in last
+    assert "works with vllm<0.34,>=0.32.0, but 0.31.0 is installed" in last
+
+
+NEWER = """
+import sys
+import vllm
+from vllm.v1.core.sched.scheduler import Scheduler
+
+if "less" in sys.argv:
+    del Scheduler._reserve_prefill_lookahead
+vllm.LLM(sys.argv[1], enforce_eager=True, max_model_len=512)
+"""
+
+
+@pytest.mark.parametrize("has", ["everything", "less"])
+def test_a_vllm_that_is_newer_starts_with_a_warning_if_it_has_all_that_is_leant_on(
+    demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: str
+) -> None:
+    pretend_installed(tmp_path, "vllm", "0.99.0")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # where the script has its effect
+    command = [sys.executable, "-c", NEWER, str(demo_checkpoint), has]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    output = finished.stdout + finished.stderr
+    warning = "vllm 0.99.0 is newer than any that was tested (vllm<0.34,>=0.32.0): it has all"
+    assert output.count(warning) == 1
+    assert (finished.returncode == 0) == (has == "everything"), output
+    if has == "less":
+        last = finished.stderr.strip().splitlines()[-1]
+        assert "UnsupportedVllmError: vLLM 0.99.0 is not as vllm-spyre-mm" in last
+        assert last.endswith("Scheduler has no '_reserve_prefill_lookahead'")
 
 
 def test_half_a_checkpoint_stops_the_start(demo_checkpoint: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 
 import dataclasses
 import json
+import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests import architectures
 from tests.checkpoints import edit_config
+from tests.torch_releases import pytorch_without_internals
 from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.frontend import engine_config
+from vllm_spyre_mm.model_executor.cpu.tier import compiled_for, cpu_tier
 
 
 def configure(checkpoint: Path, **arguments: Any) -> VllmConfig:
@@ -36,6 +41,69 @@ def test_defaults(demo_checkpoint: Path) -> None:
     assert settings.resolved
     assert settings.backend == "inductor"
     assert not settings.enable_return_mm_embedding
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a configuration logs."""
+    lines: list[str] = []
+
+    def log(level: int, message: str, *arguments: object) -> None:
+        lines.append(f"{logging.getLevelName(level)}: {message % arguments}")
+
+    monkeypatch.setattr(engine_config.logger, "log", log)
+    monkeypatch.setattr(engine_config.logger, "warning", partial(log, logging.WARNING))
+    return lines
+
+
+def test_a_start_says_what_is_compiled_for_what(demo_checkpoint: Path, said: list[str]) -> None:
+    configure(demo_checkpoint)
+    (line,) = said
+    assert line.startswith("INFO: Spyre platform: ")
+    assert f"cpu_tier={cpu_tier()}, compiled_for={compiled_for()}, " in line
+    said.clear()
+    configure(demo_checkpoint, enforce_eager=True)
+    assert "compiled_for=nothing, " in said[0]
+
+
+def test_a_pytorch_that_cannot_compile_runs_eagerly_and_says_so(
+    demo_checkpoint: Path, said: list[str]
+) -> None:
+    with pytorch_without_internals():
+        config = configure(demo_checkpoint)
+        with pytest.raises(ValueError, match="leans on parts of PyTorch that the installed"):
+            configure(demo_checkpoint, additional_config={"backend": "inductor"})
+    assert SpyreSettings.from_vllm_config(config).backend == "eager"
+    warning, summary = said
+    assert warning.startswith(f"WARNING: PyTorch {torch.__version__} has no torch._dynamo.")
+    assert "compiled_for=nothing, " in summary
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_lower_tier_than_pytorch_can_be_told_is_warned_of(
+    demo_checkpoint: Path, said: list[str], monkeypatch: pytest.MonkeyPatch, eager: bool
+) -> None:
+    monkeypatch.setattr(engine_config, "takes_architecture", lambda: False)
+    monkeypatch.setattr(engine_config, "detect_tier", lambda: "amx")
+    monkeypatch.setattr(engine_config, "cpu_tier", lambda: "avx2")
+    configure(demo_checkpoint, enforce_eager=eager)
+    assert len(said) == (1 if eager else 2)
+    if not eager:
+        assert said[0].startswith("WARNING: SPYRE_MM_CPU_TIER=avx2: PyTorch ")
+        assert "compiles graphs for the machine at hand" in said[0]
+
+
+def test_a_release_that_nobody_tried_is_warned_of(
+    demo_checkpoint: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_config, "untested_versions", lambda: ["vllm 9 is newer than any"])
+    config = configure(demo_checkpoint)
+    assert said[0] == (
+        "WARNING: vllm 9 is newer than any: it has all that is leant on, and may differ elsewhere"
+    )
+    said.clear()
+    dataclasses.replace(config)  # as vLLM does in every process
+    assert [line.partition(":")[0] for line in said] == ["DEBUG"]
 
 
 def test_spyres_block_size_may_be_said(demo_checkpoint: Path) -> None:

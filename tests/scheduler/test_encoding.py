@@ -77,6 +77,26 @@ def test_an_image_that_does_not_fit_makes_its_request_wait(scheduler: SpyreSched
     simulation.run()
 
 
+def test_an_image_that_does_not_fit_is_not_overtaken_by_those_that_do(
+    scheduler: SpyreScheduler,
+) -> None:
+    """Any number of smaller ones would take the room that it waits for."""
+    cache = scheduler.encoder_cache_manager
+    blocker = make_request("blocker", 900, images={"big": (0, 800)}, fill=5)
+    cache.allocate(blocker, 0)  # as if a request in the middle of its prefill held it
+    scheduler.add_request(make_request("large", 600, images={"x": (0, 500)}))
+    for number in range(5):
+        images = {f"small-{number}": (0, 100)}
+        scheduler.add_request(make_request(f"small-{number}", 120, images=images, fill=30 + number))
+    simulation = Simulation(scheduler)
+    for _ in range(20):
+        simulation.step()
+    assert simulation.encoded == []
+    cache.free(blocker)
+    simulation.run()
+    assert simulation.encoded == ["x", *(f"small-{number}" for number in range(5))]
+
+
 @pytest.mark.parametrize("aborted", [False, True], ids=["", "aborted meanwhile"])
 def test_a_step_whose_images_could_not_be_encoded_fails_its_request_alone(
     scheduler: SpyreScheduler, aborted: bool

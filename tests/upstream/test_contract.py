@@ -18,6 +18,7 @@ from vllm_spyre_mm.upstream.contract import (
     require_attributes,
     require_overridable,
     require_parameters,
+    untested_versions,
 )
 
 
@@ -41,15 +42,14 @@ def test_what_is_installed_here_is_supported():
 @pytest.mark.parametrize(
     ("name", "version"),
     [
-        ("vllm", "0.33.0"),
         ("vllm", "0.31.9"),
-        ("vllm", "0.33.0rc1+cpu"),
-        ("torch", "2.14.0"),
+        ("vllm", "0.32.0rc1"),
+        ("torch", "2.10.1+cpu"),
         ("ibm-fms", "1.12.0"),
         ("transformers", "4.57.0"),
     ],
 )
-def test_a_version_outside_the_range_is_named(
+def test_a_version_that_is_older_is_refused(
     installed: Callable[[str, str], None], name: str, version: str
 ):
     installed(name, version)
@@ -61,13 +61,34 @@ def test_a_version_outside_the_range_is_named(
 
 @pytest.mark.parametrize(
     ("name", "version"),
-    [("vllm", "0.32.0+empty"), ("vllm", "0.32.4"), ("vllm", "0.32.1rc2"), ("torch", "2.13.0+cpu")],
+    [("vllm", "0.34.0"), ("vllm", "1.0.0rc1+cpu"), ("torch", "2.15.0"), ("ibm-fms", "1.14.0")],
+)
+def test_a_version_that_is_newer_is_left_to_the_contract(
+    installed: Callable[[str, str], None], name: str, version: str
+):
+    assert not list(untested_versions())
+    installed(name, version)
+    check_versions()
+    (sentence,) = untested_versions()
+    assert sentence.startswith(f"{name} {version} is newer than any that was tested ({name}<")
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [
+        ("vllm", "0.32.0+empty"),
+        ("vllm", "0.33.4"),
+        ("vllm", "0.32.1rc2"),
+        ("torch", "2.11.0+cpu"),
+        ("torch", "2.14.1+cu130"),
+    ],
 )
 def test_builds_and_patches_of_a_supported_version_are_accepted(
     installed: Callable[[str, str], None], name: str, version: str
 ):
     installed(name, version)
     check_versions()
+    assert not list(untested_versions())
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
@@ -76,6 +97,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
         UnsupportedVllmError, match=r"it needs not-installed-anywhere>=3, which is not installed"
     ):
         check_versions()
+    assert not list(untested_versions())
 
 
 def test_optional_requirements_are_not_checked(monkeypatch: pytest.MonkeyPatch):
@@ -94,7 +116,7 @@ def test_a_missing_parameter_is_named():
     with pytest.raises(UnsupportedVllmError, match="sample has no parameter 'three'") as error:
         require_parameters(sample, ("one", "three"))
     assert importlib.metadata.version("vllm") in str(error.value)
-    assert "vllm<0.33,>=0.32" in str(error.value)
+    assert "vllm<0.34,>=0.32" in str(error.value)
 
 
 def test_a_missing_attribute_is_named():
@@ -114,6 +136,9 @@ class Base:
     def two(self, first: int, second: int = 0) -> tuple[int, list[int]]:
         return first, [second]
 
+    def four(self, first: int, later: int) -> int:
+        return first + later
+
 
 class Derived(Base):
     """Overrides it, as vLLM of another version would not expect."""
@@ -126,6 +151,9 @@ class Derived(Base):
 
     def three(self) -> None:
         """The base has none."""
+
+    def four(self, first: int, *more: int) -> int:  # type: ignore[override]
+        return first + sum(more)
 
 
 def test_an_override_that_would_be_called_otherwise_is_named():
@@ -140,6 +168,15 @@ def test_an_override_that_would_be_called_otherwise_is_named():
         require_overridable(Base, Base.two, returned=3)
     with pytest.raises(UnsupportedVllmError, match="Base has no 'three'"):
         require_overridable(Base, Derived.three)
+
+
+def test_an_override_may_know_the_parameters_of_several_releases():
+    require_overridable(Base, Derived.four, known=("self, first", "self, first, later"))
+    with pytest.raises(
+        UnsupportedVllmError,
+        match=r"Base\.four takes \(self, first, later\), and not \(self, a\) or \(self, b\)",
+    ):
+        require_overridable(Base, Derived.four, known=("self, a", "self, b"))
 
 
 def test_a_condition_that_holds_says_nothing():

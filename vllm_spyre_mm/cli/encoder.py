@@ -16,10 +16,12 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from vllm_spyre_mm.config import BackendName
+from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
 from vllm_spyre_mm.model_executor.cpu.encoder import compile_encoder, place_encoder
 from vllm_spyre_mm.model_executor.cpu.memory import mmap_threshold
 from vllm_spyre_mm.model_executor.cpu.tier import host_dtypes
+from vllm_spyre_mm.model_executor.cpu.torch_internals import why_not_compiled
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, convert, pool
 from vllm_spyre_mm.multimodal.feature_check import check_features, dtype_name
@@ -27,6 +29,8 @@ from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError, get_mm_m
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalKwargsItem
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,8 @@ class VisionEncoder:
             overrides = self.mapping.load_overrides()
             place_encoder(self.model, overrides, compiled=backend == "inductor")
         if backend == "inductor":
+            if reason := why_not_compiled():
+                logger.warning("%s: nothing is compiled for the CPU, and all takes longer", reason)
             compile_encoder(self.model, overrides)
         self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)
 

@@ -10,9 +10,16 @@ from packaging.specifiers import SpecifierSet
 
 from vllm_spyre_mm.doctor.finding import Finding
 from vllm_spyre_mm.doctor.probe import ProbeError, probe
-from vllm_spyre_mm.upstream.contract import DISTRIBUTION, faulty_versions, requirements
+from vllm_spyre_mm.upstream.contract import (
+    DISTRIBUTION,
+    faulty_versions,
+    requirements,
+    untested_versions,
+)
 
 ANEW = "install it anew as docs/installation.md says, into an environment of its own"
+
+UNTESTED = "nothing while it works; else install a version of the range"
 
 
 def python() -> Iterator[Finding]:
@@ -34,7 +41,10 @@ def versions() -> Iterator[Finding]:
     faults = list(faulty_versions())
     for fault in faults:
         yield Finding("versions", "error", fault, ANEW)
-    if not faults:
+    untested = list(untested_versions())
+    for sentence in untested:
+        yield Finding("versions", "warning", sentence, UNTESTED)
+    if not faults and not untested:
         found = (f"{each.name} {importlib.metadata.version(each.name)}" for each in requirements())
         yield Finding("versions", "ok", ", ".join(found))
 

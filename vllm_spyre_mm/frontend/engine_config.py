@@ -4,6 +4,7 @@
 What is refused of vLLM's flags, one by one, is said in :mod:`vllm_spyre_mm.frontend.flags`.
 """
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,10 +20,12 @@ from vllm_spyre_mm.config import (
 from vllm_spyre_mm.frontend.card_limits import size_card_cache, take_known_configuration
 from vllm_spyre_mm.frontend.flags import SCHEDULER_CLASS, WORKER_CLASS, refuse_unsupported
 from vllm_spyre_mm.log import get_logger
-from vllm_spyre_mm.model_executor.cpu.tier import cpu_tier
+from vllm_spyre_mm.model_executor.cpu.tier import compiled_for, cpu_tier, detect_tier
+from vllm_spyre_mm.model_executor.cpu.torch_internals import takes_architecture, why_not_compiled
 from vllm_spyre_mm.multimodal.feature_check import dtype_name
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 from vllm_spyre_mm.scheduler.geometry import geometry_of
+from vllm_spyre_mm.upstream.contract import untested_versions
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -51,9 +54,8 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     model_config, scheduler_config = vllm_config.model_config, vllm_config.scheduler_config
     dtype = decoder_dtype_of(vllm_config)
 
-    first_time = not settings.resolved  # vLLM builds configurations anew
-    log = logger.info if first_time else logger.debug
-    if first_time and settings.resolve_backend(model_config.enforce_eager) == "sendnn":
+    is_new = not settings.resolved  # vLLM builds configurations anew
+    if is_new and settings.resolve_backend(model_config.enforce_eager) == "sendnn":
         settings = take_known_configuration(vllm_config, mapping, settings)
     settings = settings.resolve(
         enforce_eager=model_config.enforce_eager,
@@ -61,6 +63,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
         host_dtypes=tuple(map(dtype_name, host_dtypes)),
         max_model_len=model_config.max_model_len,
         max_num_seqs=scheduler_config.max_num_seqs,
+        can_compile=why_not_compiled() is None,
     )
     _check_backend(settings, dtype, scheduler_config.max_num_batched_tokens, host_dtypes)
     _check_divisible(vllm_config, mapping, settings)
@@ -71,13 +74,17 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     _take_over_execution(vllm_config)
     _size_caches(vllm_config, settings)
     geometry_of(vllm_config)  # checks the chunk size
-    if first_time and settings.backend == "sendnn":
+    if is_new and settings.backend == "sendnn":
         size_card_cache(vllm_config, mapping, settings)
-    log(
+    if is_new:
+        _warn_of_releases(settings)
+    logger.log(
+        logging.INFO if is_new else logging.DEBUG,
         "Spyre platform: %s",
         settings_summary(
             settings,
             cpu_tier=cpu_tier(),
+            compiled_for="nothing" if settings.backend == "eager" else compiled_for(),
             mapping=type(mapping).__name__,
             dtype=dtype_name(dtype),
             chunk_size=scheduler_config.max_num_batched_tokens,
@@ -89,6 +96,21 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
             vllm_fixes=vllm_fixes_enabled(),
         ),
     )
+
+
+def _warn_of_releases(settings: SpyreSettings) -> None:
+    """Warn of releases that were not tested, and of what the installed ones cannot do."""
+    for sentence in untested_versions():
+        logger.warning("%s: it has all that is leant on, and may differ elsewhere", sentence)
+    if reason := why_not_compiled():
+        logger.warning("%s: nothing is compiled for the CPU, and all takes longer", reason)
+    elif settings.backend != "eager" and cpu_tier() != detect_tier() and not takes_architecture():
+        logger.warning(
+            "SPYRE_MM_CPU_TIER=%s: PyTorch %s compiles graphs for the machine at hand all the "
+            "same, so that the compile cache must not be moved to an older CPU",
+            cpu_tier(),
+            torch.__version__,
+        )
 
 
 def _leave_head_to_loader(model_config: "ModelConfig") -> None:

@@ -30,6 +30,7 @@ from vllm_spyre_mm.scheduler.outputs import (
 from vllm_spyre_mm.scheduler.request_queue import AlternatingQueue, next_candidates
 from vllm_spyre_mm.scheduler.step import Step, carry_over
 from vllm_spyre_mm.upstream.contract import require_attributes, require_overridable
+from vllm_spyre_mm.upstream.releases import PREFIX_CACHE_HIT
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -77,7 +78,7 @@ class SpyreScheduler(Scheduler):
         Raises:
             UnsupportedVllmError: names what is missing or differs.
         """
-        require_overridable(Scheduler, cls._get_local_prefix_cache_hit, returned=4)
+        require_overridable(Scheduler, cls._get_local_prefix_cache_hit, 4, PREFIX_CACHE_HIT)
         require_overridable(Scheduler, cls._reserve_prefill_lookahead)
         require_overridable(Scheduler, cls._try_schedule_encoder_inputs, returned=5)
         require_overridable(Scheduler, cls.schedule)
@@ -87,15 +88,9 @@ class SpyreScheduler(Scheduler):
 
     def _check_parts(self) -> None:
         """Check what this subclass reads and sets of vLLM's scheduler and its parts."""
+        require_attributes(self, ("deferred_waiting", "encoder_cache_mismatch_reqs"))
         require_attributes(
-            self,
-            (
-                "deferred_waiting",
-                "encoder_cache_mismatch_reqs",
-                "max_num_active_reqs",
-                "num_waiting_for_streaming_input",
-                "waiting",
-            ),
+            self, ("max_num_active_reqs", "num_waiting_for_streaming_input", "waiting")
         )
         require_attributes(
             type(self.kv_cache_manager), ("evict_blocks", "truncate_computed_blocks")
@@ -150,7 +145,7 @@ class SpyreScheduler(Scheduler):
         return (
             bool(self.waiting)
             and self.pause_state == PauseState.UNPAUSED
-            and len(self.running) + self.num_waiting_for_streaming_input < self.max_num_active_reqs
+            and self._num_active() < self.max_num_active_reqs
             and num_decoding == len(self.running)
             and self._has_room()
         )
@@ -173,12 +168,15 @@ class SpyreScheduler(Scheduler):
         """Let vLLM schedule the requests that take part, and admit one where the step may."""
         self._step = step
         limit = self.max_num_active_reqs
-        taken = len(self.running) + self.num_waiting_for_streaming_input
-        self.max_num_active_reqs = min(limit, taken + step.may_admit)
+        self.max_num_active_reqs = min(limit, self._num_active() + step.may_admit)
         try:
             return super().schedule(throttle_prefills)
         finally:
             self.max_num_active_reqs = limit
+
+    def _num_active(self) -> int:
+        """Requests that count against ``max_num_active_reqs``."""
+        return len(self.running) + self.num_waiting_for_streaming_input
 
     def _sits_out(self, request: Request) -> bool:
         """Whether a request runs and does not take part in the step that is being scheduled."""
@@ -190,10 +188,10 @@ class SpyreScheduler(Scheduler):
     # -- the grid of chunks -------------------------------------------------------------------
 
     def _get_local_prefix_cache_hit(
-        self, request: Request
+        self, request: Request, *limits: Any
     ) -> "tuple[KVCacheBlocks, int, int, bool]":
         """Round a prefix-cache hit down to a position where a prefill may start."""
-        blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request, *limits)
         start = self.geometry.prefill_start(request.num_tokens, num_hit)
         if start < num_hit:
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, start)
@@ -245,6 +243,7 @@ class SpyreScheduler(Scheduler):
             # block: the request waits, holding no features.
             if request.status != RequestStatus.RUNNING:
                 self.encoder_cache_manager.free(request)
+                self.max_num_active_reqs = self._num_active()  # none behind it overtakes it
             return [], 0, encoder_compute_budget, [], []
         return inputs, chunk, budget, external, duplicates
 

@@ -3,13 +3,17 @@
 
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, get_args, get_origin
 
 from packaging.requirements import Requirement
+from packaging.specifiers import Specifier
 from packaging.version import Version
 
 DISTRIBUTION = "vllm-spyre-mm"
+
+BELOW = ("<", "<=")
+"""Operators of an upper bound."""
 
 
 class UnsupportedVllmError(RuntimeError):
@@ -25,26 +29,57 @@ def requirements() -> Iterator[Requirement]:
 
 
 def faulty_versions() -> Iterator[str]:
-    """A sentence for each distribution that is missing or outside the range that is declared."""
+    """A sentence for each distribution that is missing, or older than what is declared."""
     for requirement in requirements():
-        try:
-            installed = Version(importlib.metadata.version(requirement.name))
-        except importlib.metadata.PackageNotFoundError:
+        installed = _installed(requirement)
+        if installed is None:
             yield f"it needs {requirement.name}{requirement.specifier}, which is not installed"
-            continue
-        # A build's suffix (+empty, +cpu) does not change the interface.
-        if not requirement.specifier.contains(installed.public, prereleases=True):
+        elif any(bound.operator not in BELOW for bound in _exceeded(requirement, installed)):
             yield (
                 f"it works with {requirement.name}{requirement.specifier}, but {installed} is "
                 "installed"
             )
 
 
+def untested_versions() -> Iterator[str]:
+    """A sentence for each distribution that is newer than any release that was tested."""
+    for requirement in requirements():
+        installed = _installed(requirement)
+        if installed is None:
+            continue
+        exceeded = _exceeded(requirement, installed)
+        if exceeded and all(bound.operator in BELOW for bound in exceeded):
+            yield (
+                f"{requirement.name} {installed} is newer than any that was tested "
+                f"({requirement.name}{requirement.specifier})"
+            )
+
+
+def _installed(requirement: Requirement) -> Version | None:
+    try:
+        return Version(importlib.metadata.version(requirement.name))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _exceeded(requirement: Requirement, installed: Version) -> list[Specifier]:
+    """The bounds of a range that a version is beyond."""
+    # A build's suffix (+empty, +cpu) does not change the interface.
+    return [
+        bound
+        for bound in requirement.specifier
+        if not bound.contains(installed.public, prereleases=True)
+    ]
+
+
 def check_versions() -> None:
-    """Compare the installed vLLM, FMS and PyTorch with the ranges this package declares.
+    """Compare what is installed with the ranges that this package declares.
+
+    A release that is newer than them is left to the checks of what is leant on: where those hold,
+    a start warns of it (:func:`untested_versions`).
 
     Raises:
-        UnsupportedVllmError: one is outside its range.
+        UnsupportedVllmError: something is missing, or older.
     """
     for fault in faulty_versions():
         raise UnsupportedVllmError(
@@ -88,13 +123,16 @@ def require_assigned(function: Callable[..., Any], names: Iterable[str]) -> None
         require(name in found, f"{function.__qualname__} sets no attribute {name!r}")
 
 
-def require_overridable(base: type, override: Callable[..., Any], returned: int = 1) -> None:
+def require_overridable(
+    base: type, override: Callable[..., Any], returned: int = 1, known: Sequence[str] = ()
+) -> None:
     """Check that ``base`` has the method that ``override`` overrides, as it expects it.
 
     Args:
         base: the class that calls it.
         override: the function that takes its place.
         returned: values that it returns.
+        known: the parameters of each release, of an override that takes those of all of them.
 
     Raises:
         UnsupportedVllmError: the method is missing, its parameters have other names or another
@@ -103,9 +141,10 @@ def require_overridable(base: type, override: Callable[..., Any], returned: int 
     name = override.__name__
     require_attributes(base, (name,))
     signature = inspect.signature(getattr(base, name))
-    expected = ", ".join(inspect.signature(override).parameters)
+    expected = known or (", ".join(inspect.signature(override).parameters),)
     found = ", ".join(signature.parameters)
-    require(found == expected, f"{base.__name__}.{name} takes ({found}), and not ({expected})")
+    either = " or ".join(f"({parameters})" for parameters in expected)
+    require(found in expected, f"{base.__name__}.{name} takes ({found}), and not {either}")
     annotation = signature.return_annotation
     values = len(get_args(annotation)) if get_origin(annotation) is tuple else 1
     require(values == returned, f"{base.__name__}.{name} returns {values} values, not {returned}")

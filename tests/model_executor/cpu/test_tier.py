@@ -89,9 +89,10 @@ def test_a_tier_above_the_cpus_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_inductor_compiles_for_the_tier(tier: CpuTier):
-    """Never for the machine at hand: what is cached there runs wherever the tier does."""
+    """Not for the machine at hand: what is cached there runs wherever the tier does."""
     with cpu_tier.compiler_settings():
-        assert config.cpp.march == cpu_tier.INSTRUCTIONS[tier].march
+        if cpu_tier.takes_architecture():  # a release that cannot be told says so at the start
+            assert config.cpp.march == cpu_tier.INSTRUCTIONS[tier].march
         assert pick_vec_isa().bit_width() in (0, cpu_tier.INSTRUCTIONS[tier].simdlen)
 
 

@@ -4,7 +4,8 @@
 A flag is *honoured*; or a value of it *stops the start* with a sentence, where the platform cannot
 do what is asked; or it is *without effect*, where it only tunes a part of vLLM that does not run
 here. A test compares the table with vLLM's configuration classes, so that a flag that a release of
-vLLM adds is decided before that release is supported.
+vLLM adds is decided before that release is supported. Fields that an older one lacks are named in
+``upstream.releases`` besides.
 """
 
 from typing import TYPE_CHECKING

@@ -84,7 +84,7 @@ ENGINE = Decisions(
     honoured=words(
         "model_config cache_config parallel_config scheduler_config load_config additional_config "
         "structured_outputs_config observability_config logging_config kv_events_config "
-        "reasoning_config shutdown_timeout instance_id"
+        "reasoning_config shutdown_timeout instance_id watchdog_config"
     ),
     without_effect={
         "the platform compiles by itself": words("compilation_config optimization_level"),
@@ -163,7 +163,7 @@ CACHE = Decisions(
     ),
     without_effect={
         "the KV cache is not quantised": ("kv_cache_dtype_skip_layers",),
-        "KV offloading is refused": ("kv_offloading_backend",),
+        "KV offloading is refused": words("kv_offloading_backend simple_cpu_offload_num_blocks"),
         "all layers have one kind of attention and a cache of their own": words(
             "prefix_cache_retention_interval kv_sharing_fast_prefill swa_bounded_replay"
         ),

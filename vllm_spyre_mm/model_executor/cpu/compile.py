@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compilation with Inductor: one graph for an encoder's repeated blocks, one for a decoder's."""
+"""Compilation with Inductor: one graph for an encoder's repeated blocks, one for a decoder's.
+
+PyTorch's internals are imported where something is compiled, and nowhere else.
+"""
 
 import contextlib
 import contextvars
@@ -16,7 +19,6 @@ import torch
 from torch import nn
 
 from vllm_spyre_mm.model_executor.cpu.linear_fusion import replace_norms
-from vllm_spyre_mm.model_executor.cpu.shared_graph import share_graph
 
 MAX_COMPILE_THREADS = 4
 """Processes that compile kernels in parallel; a graph has about as many kernels."""
@@ -27,6 +29,8 @@ def compile_encoder_blocks(blocks: nn.ModuleList) -> None:
 
     The number of positions is dynamic, and so is that of tiles, if the first call has several.
     """
+    from vllm_spyre_mm.model_executor.cpu.shared_graph import share_graph
+
     replace_norms(blocks)
     share_graph(blocks, _mark_positions_dynamic)
 
@@ -36,6 +40,8 @@ def compile_decoder_blocks(blocks: nn.ModuleList) -> None:
 
     Only the number of tokens is dynamic: each further symbol costs time at every call.
     """
+    from vllm_spyre_mm.model_executor.cpu.shared_graph import share_graph
+
     replace_norms(blocks)
     share_graph(blocks, _mark_tokens_dynamic)
 

@@ -22,6 +22,7 @@ from torch import nn
 from vllm_spyre_mm.host_memory import return_free_memory
 from vllm_spyre_mm.model_executor.cpu.kernels import rows_linear, tiled_linear
 from vllm_spyre_mm.model_executor.cpu.tier import computes_in_bf16
+from vllm_spyre_mm.model_executor.cpu.torch_internals import packs_linears
 
 HOST_LINEARS = (nn.Linear, LinearClassificationHead)
 """Classes that are replaced; FMS's LM head is a linear layer that can be sharded."""
@@ -56,7 +57,7 @@ class HostLinear(nn.Module):
         weight = linear.weight.detach()
         if compiled and tiled_linear.KERNEL.takes(weight.dtype):
             weight = weight if tied else tiled_linear.tile_weight(weight)
-        elif weight.dtype == torch.bfloat16 and computes_in_bf16():
+        elif weight.dtype == torch.bfloat16 and computes_in_bf16() and packs_linears():
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU's tier of instruction sets: one for the process, which decides every kernel.
 
-Code is compiled for a tier, never for the machine at hand: code from a compile cache runs on every
-CPU of its tier, because its key contains the tier's flags.
+Code is compiled for a tier, not for the machine at hand: code from a compile cache runs on every
+CPU of its tier, because its key contains the tier's flags. Some releases of PyTorch cannot be told
+so for graphs (:mod:`torch_internals`); kernels are always compiled for the tier.
 """
 
 import functools
 import platform
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from vllm_spyre_mm.config import CPU_TIERS, CpuTier, cpu_tier_limit
+from vllm_spyre_mm.model_executor.cpu.torch_internals import (
+    inductor_settings,
+    takes_architecture,
+    why_not_compiled,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +107,23 @@ def computes_in_bf16() -> bool:
 
 def compiler_settings() -> AbstractContextManager[None]:
     """A context in which Inductor compiles for the tier, its graphs and the project's kernels."""
-    from torch._inductor import config
-
-    instructions = INSTRUCTIONS[cpu_tier()]
     if not is_x86():
-        return config.patch({})
-    return config.patch({"cpp.march": instructions.march, "cpp.simdlen": instructions.simdlen})
+        return nullcontext()
+    instructions = INSTRUCTIONS[cpu_tier()]
+    return inductor_settings(instructions.march, instructions.simdlen)
+
+
+def kernel_flags(tier: CpuTier) -> tuple[str, ...]:
+    """The compiler's flags for a kernel of a tier; none where the machine at hand is meant."""
+    instructions = INSTRUCTIONS[tier]
+    return (f"-march={instructions.march}", *instructions.flags) if is_x86() else ()
+
+
+def compiled_for() -> str:
+    """What graphs are compiled for, in words: a tier, where PyTorch can be told one."""
+    if why_not_compiled():
+        return "nothing"
+    return cpu_tier() if is_x86() and takes_architecture() else "the machine at hand"
 
 
 def host_dtypes() -> tuple[torch.dtype, ...]:

@@ -12,12 +12,13 @@ import torch
 
 from vllm_spyre_mm.config import CpuTier
 from vllm_spyre_mm.model_executor.cpu.tier import (
-    INSTRUCTIONS,
     compiler_settings,
     cpu_tier,
     has_tier,
     is_x86,
+    kernel_flags,
 )
+from vllm_spyre_mm.model_executor.cpu.torch_internals import load_library
 
 HEADERS = (
     *("decode_amx.h", "decode_avx512.h", "decode_simd.h", "attention_operands.h"),
@@ -68,16 +69,13 @@ def compile_kernel(
     kernel: Kernel, tier: CpuTier, constants: tuple[tuple[str, int], ...]
 ) -> Callable[..., Any]:
     """Compile a kernel for a tier, or find it in Inductor's cache."""
-    from torch._inductor.codecache import CppCodeCache
-
     defines = "".join(f"#define {key} {value}\n" for key, value in constants)
     if not is_x86():  # compiled for the machine at hand: others must not find it in a shared cache
         defines += f"// {sorted(torch.cpu.get_capabilities().items())}\n"
     # Inductor's default forbids fused multiply-adds, to round as PyTorch does.
-    flags = ("-ffp-contract=fast", *(INSTRUCTIONS[tier].flags if is_x86() else ()))
+    flags = ("-ffp-contract=fast", *kernel_flags(tier))
     with compiler_settings():
-        text = defines + kernel_source(kernel.name)
-        library = CppCodeCache.load(text, extra_flags=flags, needs_vec_isa=False)
+        library = load_library(defines + kernel_source(kernel.name), flags)
     function = getattr(library, kernel.name)
     function.argtypes, function.restype = kernel.arguments, kernel.returns
     return function
