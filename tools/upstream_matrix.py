@@ -149,12 +149,12 @@ def make(environment: Environment) -> Path:
     run([*pip, *BUILD_TOOLS, "torch"])
     build = ["--no-build-isolation", "--no-binary", "vllm", "--editable", f"{source}[test]"]
     run([*pip, *build], VLLM_VERSION_OVERRIDE=environment.vllm, VLLM_TARGET_DEVICE="empty")
-    return folder
+    return folder if environment.is_declared() else reuse(folder)
 
 
 def reuse(folder: Path) -> Path:
     """Put the package into an environment that has all that it needs, whatever the versions."""
-    source = copy_source(source_of(folder), declared=False)
+    source = copy_source(source_of(folder), declared=True)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--ignore-requires-python"]
     run([*python_of(folder), "-m", "pip", "install", *options, "--editable", str(source)])
     return folder
@@ -184,7 +184,7 @@ def source_of(folder: Path) -> Path:
 
 
 def copy_source(target: Path, *, declared: bool) -> Path:
-    """Copy the checkout; where another release is tried, without the bounds that it is beyond."""
+    """Copy the checkout; for pip to install another release, without the upper bounds."""
     shutil.rmtree(target, ignore_errors=True)
     ignored = shutil.ignore_patterns(".git", ".venv*", "build", "*.egg-info", ".*_cache")
     shutil.copytree(ROOT, target, ignore=ignored)
