@@ -166,8 +166,9 @@ def test(folder: Path, group: str) -> str:
     try:
         output = run(command, folder=source_of(folder))
     except MatrixError as error:
-        output = f"{error}"
-        print(f"{group}:\n    {output}", flush=True)
+        output = str(error)
+        print(output, flush=True)
+    print(f"{group}: {counted(output)}", flush=True)
     return counted(output)
 
 
