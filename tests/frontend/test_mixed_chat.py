@@ -8,7 +8,12 @@ import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
 
-from vllm_spyre_mm.frontend.mixed_chat import embeddings_among_pictures, read_once, with_loaded
+from vllm_spyre_mm.frontend.mixed_chat import (
+    embeddings_among_pictures,
+    read_once,
+    unwrapped,
+    with_loaded,
+)
 
 ROWS = torch.ones(3, 8)
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -27,11 +32,13 @@ def test_a_chat_keeps_the_order_of_its_parts() -> None:
     system = {"role": "system", "content": "hello"}
     chat = [system, user(embedding("a"), PICTURE), user("plain", embedding("b", uuid="x"), TEXT)]
     assert embeddings_among_pictures(chat) == ["a", "b"]
-    assert with_loaded(chat, [ROWS, None]) == [
-        system,
-        user({"image_pil": ROWS}, PICTURE),
-        user("plain", {"image_pil": None, "uuid": "x"}, TEXT),
-    ]
+    first, second, third = with_loaded(chat, [ROWS, None])
+    loaded = second["content"][0]["image_pil"]
+    assert loaded.size == (24, 1)
+    assert unwrapped(loaded) is ROWS
+    assert first == system
+    assert second == user({"image_pil": loaded}, PICTURE)
+    assert third == user("plain", {"image_pil": None, "uuid": "x"}, TEXT)
     assert chat[1] == user(embedding("a"), PICTURE)
 
 

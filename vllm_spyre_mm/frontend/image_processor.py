@@ -27,6 +27,7 @@ from vllm_spyre_mm.frontend.image_validation import (
     validate_mixture,
     validate_tags,
 )
+from vllm_spyre_mm.frontend.mixed_chat import unwrapped
 from vllm_spyre_mm.frontend.mixed_images import MixedImageItems, Mixture, mixture_of
 from vllm_spyre_mm.upstream.contract import require_attributes, require_parameters
 from vllm_spyre_mm.upstream.marks import is_extended, mark
@@ -45,6 +46,9 @@ class ImageProcessingInfo(BaseProcessingInfo):
         Raises:
             ValueError: one is damaged, or there are too many.
         """
+        images = mm_data.get("image")
+        if isinstance(images, list):
+            mm_data = {**mm_data, "image": [unwrapped(image) for image in images]}
         if array_pictures.FAULT.applies() and mm_data.get("image") is not None:
             mm_data = {**mm_data, "image": array_pictures.prepare_pictures(mm_data["image"])}
         mixture = mixture_of(mm_data.get("image"))

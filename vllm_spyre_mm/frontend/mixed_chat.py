@@ -9,9 +9,32 @@ it is, in the order of the chat; the prompt that comes of it is one with mixed i
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 PICTURES = ("image_url", "input_image", "image_pil")
 EMBEDDING = "image_embeds"
 """vLLM's types of content parts that hold an image, and the names of their fields."""
+
+
+class LoadedEmbedding:
+    """An embedding in the place of a loaded picture.
+
+    Args:
+        rows: ``(num_features, hidden_size)``, or what a client sent as such.
+    """
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """As of a picture, whose pixels vLLM counts before it takes it."""
+        return self.rows.numel(), 1
+
+
+def unwrapped(image: Any) -> Any:
+    """An image as vLLM knows it."""
+    return image.rows if isinstance(image, LoadedEmbedding) else image
 
 
 def read_once(message: Any) -> Any:
@@ -56,7 +79,8 @@ def with_loaded(messages: Sequence[Any], embeddings: Iterable[Any]) -> list[Any]
         if _kind(part) != EMBEDDING:
             return part
         others = {name: part[name] for name in part if name not in ("type", EMBEDDING)}
-        return {"image_pil": next(loaded), **others}
+        rows = next(loaded)
+        return {"image_pil": None if rows is None else LoadedEmbedding(rows), **others}
 
     return [
         {**message, "content": [replaced(part) for part in message["content"]]}
