@@ -80,7 +80,8 @@ class SpyrePlatform(Platform):
 
     @classmethod
     def inference_mode(cls) -> Any:
-        return torch.inference_mode()
+        """Beside a card ``no_grad``: its compiler takes no tensor of ``inference_mode``."""
+        return torch.no_grad() if card_backend_available() else torch.inference_mode()
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:

@@ -204,7 +204,7 @@ class Journey:
             "enable_return_mm_embedding": setup.collects,
         }
         options = mapping.kv_cache_options()
-        with torch.inference_mode():
+        with self.model.backend.without_gradients():
             self.model.kv_cache = allocate_kv_cache(
                 options, setup.num_blocks, setup.block_size, torch.float32, 1
             )
@@ -230,7 +230,8 @@ class Journey:
         poison: float,
     ) -> None:
         output = scheduler.schedule()
-        self._poison(scheduler, poison)
+        with self.model.backend.without_gradients():
+            self._poison(scheduler, poison)
         for new in output.scheduled_new_reqs:
             answer = answers[new.req_id]
             answer.hit = new.num_computed_tokens if answer.hit is None else answer.hit
@@ -251,7 +252,6 @@ class Journey:
                     answers[req_id].embedding = embedding
         scheduler.update_from_output(output, result)
 
-    @torch.inference_mode()
     def _poison(self, scheduler: SpyreScheduler, poison: float) -> None:
         """Block 0 and every block that is nobody's, neither a request's nor the prefix cache's."""
         nobodys = {

@@ -81,6 +81,13 @@ class Backend(ABC):
     inputs: StepInputs
 
     @abstractmethod
+    def without_gradients(self) -> AbstractContextManager[None]:
+        """The context in which steps run and the KV cache is made.
+
+        A compiler tells tensors of ``inference_mode`` from others: all of them are of one kind.
+        """
+
+    @abstractmethod
     def prepare(self) -> None:
         """Prepare the worker's process before the model is loaded."""
 

@@ -73,7 +73,6 @@ def kv_cache_bytes(vllm_config: "VllmConfig", spec: dict[str, "KVCacheSpec"]) ->
     return min(available, useful_blocks * block_bytes)
 
 
-@torch.inference_mode()  # like the steps: compiled graphs are specialised to inference tensors
 def allocate_kv_cache(
     options: KVCacheOptions,
     num_blocks: int,
@@ -81,7 +80,10 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     world_size: int,
 ) -> KVCache:
-    """Allocate the cache of one rank on the host; blocks that are never used take no memory."""
+    """Allocate the cache of one rank on the host; call it in the context in which steps run.
+
+    Blocks that are never used take no memory.
+    """
     shape = (num_blocks, block_size, options.num_kv_heads // world_size, options.head_dim)
     return [(_zeros(shape, dtype), _zeros(shape, dtype)) for _ in range(options.num_layers)]
 
@@ -90,4 +92,5 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros whose pages are allocated at their first write; ``torch.zeros`` would write all."""
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=private)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    # In place, so that the tensor is no view: the card's compiler may tell views from others.
+    return torch.frombuffer(pages, dtype=dtype).resize_(shape)

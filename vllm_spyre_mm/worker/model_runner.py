@@ -90,7 +90,6 @@ class SpyreModelRunner:
         """The FMS model; vLLM looks for it when an engine in the caller's process is dropped."""
         return self.spyre_model.fms_model
 
-    @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Run one step up to its logits.
 
@@ -101,6 +100,23 @@ class SpyreModelRunner:
         Raises:
             ImageEncodingError: :meth:`failed_encoding` makes the step's output.
         """
+        with self.spyre_model.backend.without_gradients():
+            return self._execute(scheduler_output)
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        """Sample from the logits of the last :meth:`execute_model`."""
+        pending, self._pending = self._pending, None
+        assert pending is not None, "execute_model comes first"
+        with self.spyre_model.backend.without_gradients():
+            return self._sample(pending, grammar_output)
+
+    def reset_encoder_cache(self) -> None:
+        """Drop all encoded images (vLLM calls this when it resets its encoder cache manager)."""
+        self.encoder_cache.clear()
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def _execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         self._update_requests(scheduler_output)
         scheduled = scheduler_output.num_scheduled_tokens
         if not scheduled:
@@ -124,11 +140,9 @@ class SpyreModelRunner:
         self._pending = PendingSample(scheduler_output, self.prefilled, logits)
         return None
 
-    @torch.inference_mode()
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
-        """Sample from the logits of the last :meth:`execute_model`."""
-        pending, self._pending = self._pending, None
-        assert pending is not None, "execute_model comes first"
+    def _sample(
+        self, pending: PendingSample, grammar_output: GrammarOutput | None
+    ) -> ModelRunnerOutput:
         inputs = pending.batch.inputs
         # The sampler works in fp32 and in place; some logits processors of vLLM need fp32 before.
         logits = pending.logits.float()
@@ -156,12 +170,6 @@ class SpyreModelRunner:
         return SpyreModelRunnerOutput(
             **vars(output), mm_embeddings=embeddings, mm_embedding_infos=infos
         )
-
-    def reset_encoder_cache(self) -> None:
-        """Drop all encoded images (vLLM calls this when it resets its encoder cache manager)."""
-        self.encoder_cache.clear()
-
-    # -- steps --------------------------------------------------------------------------------
 
     def _update_requests(self, scheduler_output: SchedulerOutput) -> None:
         self.decodes.discard(scheduler_output.finished_req_ids)

@@ -160,13 +160,14 @@ class SpyreWorker(RefusingWorker):
 
     def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
         """Allocate the KV cache and make the runner."""
-        self.model.kv_cache = allocate_kv_cache(
-            self.kv_options,
-            kv_cache_config.num_blocks,
-            self.geometry.block_size,
-            self.decoder_dtype,
-            self.parallel_config.world_size,
-        )
+        with self.backend.without_gradients():
+            self.model.kv_cache = allocate_kv_cache(
+                self.kv_options,
+                kv_cache_config.num_blocks,
+                self.geometry.block_size,
+                self.decoder_dtype,
+                self.parallel_config.world_size,
+            )
         self.model_runner = SpyreModelRunner(
             self.vllm_config,
             self.model,

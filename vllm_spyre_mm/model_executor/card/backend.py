@@ -34,6 +34,10 @@ class CardBackend(Backend):
         self.inputs = CardInputs(sizes.block_size)
         self._run: Any = None
 
+    def without_gradients(self) -> AbstractContextManager[None]:
+        """The card's compiler takes no tensor of ``inference_mode``."""
+        return torch.no_grad()
+
     def prepare(self) -> None:
         """Set what the card's compiler reads when it is imported."""
         export_card_environment(

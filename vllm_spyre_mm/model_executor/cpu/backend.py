@@ -49,6 +49,9 @@ class CpuBackend(Backend):
         self._attn_name = CPU_COMPILED_ATTENTION if compiled else CPU_ATTENTION
         self._run: Any = None
 
+    def without_gradients(self) -> AbstractContextManager[None]:
+        return torch.inference_mode()
+
     def prepare(self) -> None:
         """Start the compiler's one-time preparation in the background."""
         if self.compiled:
