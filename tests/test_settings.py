@@ -29,6 +29,7 @@ def test_every_setting_is_taken():
         "encoder_dtype": "float32",
         "encoder_cache_tokens": 5000,
         "max_batch_tkv": 4096,
+        "card": {"dynamic_chunk": False, "fullgraph": False},
     }
     assert SpyreSettings.parse(given).model_dump(exclude=set(NOT_FOR_USERS)) == given
 
@@ -46,6 +47,7 @@ def test_every_setting_is_taken():
         ({"encoder_cache_tokens": 1.5}, "encoder_cache_tokens", "1.5"),
         ({"encoder_cache_tokens": True}, "encoder_cache_tokens", "True"),
         ({"backend": "cuda"}, "backend", "'cuda'"),
+        ({"card": {"fullgrap": True}}, "card.fullgrap", "True"),
         ({"encoder_dtype": "float16"}, "encoder_dtype", "'float16'"),
     ],
 )

@@ -53,6 +53,20 @@ NOT_FOR_USERS = ("max_num_seqs_given", "resolved")
 """Settings with which the platform's parts tell each other what they have done."""
 
 
+class CardSettings(BaseModel):
+    """What public knowledge does not tell of the card's software, to be tried at a card.
+
+    Attributes:
+        dynamic_chunk: mark the length of a prefill chunk as a dimension that varies.
+        fullgraph: a graph break is an error; off, a step may become several graphs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    dynamic_chunk: bool = True
+    fullgraph: bool = True
+
+
 class SpyreSettings(BaseModel):
     """The platform's settings: what vLLM has no flag for.
 
@@ -82,6 +96,7 @@ class SpyreSettings(BaseModel):
             bound beyond ``max_num_seqs`` × ``max_model_len`` on a CPU, 131,072 for a card.
         max_num_seqs_given: set where vLLM's arguments are read, not by users: whether the user gave
             ``max_num_seqs``, which a known configuration of a card replaces otherwise.
+        card: :class:`CardSettings`; without effect on a CPU.
         resolved: set by :meth:`resolve`, not by users: nothing is ``auto`` any more.
     """
 
@@ -97,6 +112,7 @@ class SpyreSettings(BaseModel):
     encoder_cache_tokens: int | None = Field(default=None, gt=0)
     max_batch_tkv: int | None = Field(default=None, gt=0)
     max_num_seqs_given: bool = True
+    card: CardSettings = CardSettings()
     resolved: bool = False
 
     @classmethod

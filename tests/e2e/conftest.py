@@ -4,6 +4,7 @@
 Files that share a server run in one process: see ``GROUPS`` in ``tests/processes.py``.
 """
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,8 @@ def card() -> Iterator[None]:
         for name in ("CHUNK_LEN", "MAX_CONTEXT_LEN", "MAX_BATCH_SIZE", "MAX_BATCH_TKV_LIMIT"):
             patch.setenv(f"VLLM_DT_{name}", "unset")
         yield
+    for each in (signal.SIGTERM, signal.SIGINT):  # a test may have imported it by itself
+        signal.signal(each, signal.getsignal(each))
     for name in [name for name in sys.modules if name.partition(".")[0] == "torch_sendnn"]:
         del sys.modules[name]
     for known in (registry._COMPILER_FNS, registry._BACKENDS):

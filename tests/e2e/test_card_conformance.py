@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The card's contract under load, and that the suite which holds it would notice a breach."""
+"""The card's contract under load, and what is said when its compiler or the device fails."""
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,25 +104,23 @@ def table_of(run: tuple[int, bool, dict[str, tuple[int, ...]]]) -> tuple[int, in
 
 def test_the_bounds_are_what_the_compiler_is_told(record: Any) -> None:
     """The context with its padding: whole chunks."""
-    assert record.environment == {
+    limits = {
         "VLLM_DT_CHUNK_LEN": str(CHUNK),
         "VLLM_DT_MAX_CONTEXT_LEN": "512",
         "VLLM_DT_MAX_BATCH_SIZE": "4",
         "VLLM_DT_MAX_BATCH_TKV_LIMIT": str(BATCH_TKV),
     }
-
-
-def is_decode(named: dict[str, Any]) -> bool:
-    (slots,) = (value for name, value in named.items() if "slot_mapping" in name)
-    return slots.shape[1] == 1
+    assert limits.items() <= record.environment.items()
 
 
 @pytest.mark.parametrize("decodes", [False, True], ids=["chunk", "decode"])
 def test_a_graph_that_the_compiler_refuses_is_named_by_its_shape(
     card: None, demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, decodes: bool
 ) -> None:
-    """The start ends with a sentence that holds the compiler's own."""
+    """The start ends with a sentence that holds the compiler's own. It compiles when the graphs are
+    there, and does not say which of them it refuses."""
     import torch_sendnn
+    from torch_sendnn.graphs import is_decode
 
     def refuse(named: dict[str, Any]) -> str | None:
         said = "Need to find a valid memory space for KV cache"
@@ -130,17 +128,15 @@ def test_a_graph_that_the_compiler_refuses_is_named_by_its_shape(
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch_sendnn.record, "fail_compiling", refuse)
-    step = (
-        r"a decode of 2 rows \(embeds \(2, 1, 256\)"
-        if decodes
-        else (rf"a chunk of {CHUNK} tokens \(embeds \(1, {CHUNK}, 256\)")
+    message = (
+        rf"the card could not compile or run a chunk of {CHUNK} tokens \(embeds \(1, {CHUNK}, 256\)"
+        r".* and a decode of \d rows \(embeds \(\d, 1, 256\).*DtException: Need to find a valid memory space .*; what may"
     )
-    message = rf"the card could not compile or run {step}.*DtException: Need to find .*; what may"
     with pytest.raises(CardError, match=message) as error, engine(demo_checkpoint, **ENGINE):
         pass
     assert "give the KV cache fewer blocks with --num-gpu-blocks-override" in str(error.value)
-    assert "block_table (" in str(error.value)
-    assert "layers of KV cache (" in str(error.value)
+    assert str(error.value).count("block_table (") == 2
+    assert str(error.value).count("layers of KV cache (") == 2
 
 
 def test_a_step_that_the_device_fails_is_named_by_its_shape(
@@ -170,151 +166,3 @@ def test_a_step_that_the_device_fails_is_named_by_its_shape(
         message = r"a chunk of 512 tokens .*DtException: the device is gone"
         with pytest.raises(CardError, match=message):
             llm.generate("Where is the red circle?", greedy(2), use_tqdm=False)
-
-
-# -- the suite itself ------------------------------------------------------------------------------
-
-
-def decode_step(**changes: list[Any]) -> dict[str, torch.Tensor]:
-    """A decode of three rows of 5, 70 and 130 tokens that keeps the contract, but for changes."""
-    step: dict[str, list[Any]] = {
-        "slot_mapping": [[7 * 64 + 4], [3 * 64 + 5], [6 * 64 + 1]],
-        "block_table": [[0, 0, 7], [0, 2, 3], [4, 5, 6]],
-        "current_tkv_mask": [128 + 5, 64 + 70, 130],
-        "left_padded_prompt_mask": [128, 64, 0],
-    }
-    return {name: torch.tensor(values) for name, values in {**step, **changes}.items()}
-
-
-def chunk_step(**changes: list[Any]) -> dict[str, torch.Tensor]:
-    """The only chunk of a prompt of one block, after a block of padding, but for changes."""
-    step: dict[str, list[Any]] = {
-        "slot_mapping": [[*range(64), *range(9 * 64, 10 * 64)]],
-        "block_table": [[0, 9]],
-        "current_tkv_mask": [128],
-        "left_padded_prompt_mask": [64],
-    }
-    return {name: torch.tensor(values) for name, values in {**step, **changes}.items()}
-
-
-BREACHES: dict[str, tuple[dict[str, torch.Tensor], str]] = {
-    "a real token in block 0": (
-        decode_step(
-            slot_mapping=[[4], [3 * 64 + 5], [6 * 64 + 1]],
-            block_table=[[0, 0, 0], [0, 2, 3], [4, 5, 6]],
-            current_tkv_mask=[133, 134, 130],
-        ),
-        "a real token at position 132 is written to block 0",
-    ),
-    "a token in another's block": (
-        decode_step(slot_mapping=[[7 * 64 + 4], [6 * 64 + 5], [6 * 64 + 1]]),
-        "slot 389 is not position 133",
-    ),
-    "padding in a real block": (
-        chunk_step(block_table=[[8, 9]], slot_mapping=[[*range(512, 640)]]),
-        "padding at position 0 is written to block 8",
-    ),
-    "two tokens in one slot": (
-        decode_step(
-            slot_mapping=[[7 * 64 + 4], [7 * 64 + 4], [6 * 64 + 1]],
-            block_table=[[0, 0, 7], [0, 2, 7], [4, 5, 6]],
-            current_tkv_mask=[133, 133, 130],
-        ),
-        "two tokens are written to one slot",
-    ),
-    "a hole in a table": (
-        decode_step(block_table=[[0, 0, 7], [0, 0, 3], [4, 5, 6]]),
-        "a block of a row is block 0",
-    ),
-    "padding that is no whole block": (
-        decode_step(left_padded_prompt_mask=[128, 60, 0]),
-        "a row from 60 to 134 does not fit",
-    ),
-    "a batch beyond the bound": (
-        decode_step(block_table=[[0] * 15 + [7], [0] * 14 + [2, 3], [0] * 13 + [4, 5, 6]]),
-        "3 rows of 1024 tokens exceed the bound of 1024",
-    ),
-    "a row beyond the context": (
-        decode_step(block_table=[[0] * 15 + [7], [0] * 14 + [2, 3], [0] * 13 + [4, 5, 6]]),
-        "1024 tokens exceed the context of 512",
-    ),
-    "a lone row": (
-        {name: value[:1] for name, value in decode_step().items()},
-        "a decode of 1 rows and 3 blocks: two are the least",
-    ),
-    "a short chunk": (
-        chunk_step(slot_mapping=[[*range(9 * 64, 10 * 64)]], left_padded_prompt_mask=[64]),
-        "a step of 64 tokens is neither a chunk of 128 nor a decode",
-    ),
-    "a spare row too many": (
-        decode_step(
-            slot_mapping=[[0], [3 * 64 + 5], [6 * 64 + 1]],
-            block_table=[[0, 0, 0], [0, 2, 3], [4, 5, 6]],
-            current_tkv_mask=[129, 134, 130],
-        ),
-        "1 of 3 rows are spare",
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def faults_of(card: None) -> Callable[[dict[str, torch.Tensor]], list[str]]:
-    """The suite's verdict on a step, whose shapes are those of its graph."""
-    from torch_sendnn.conformance import Limits, faults_of_run
-
-    limits = Limits(chunk=CHUNK, context=512, batch=4, batch_tkv=BATCH_TKV)
-    return lambda step: faults_of_run(step, step, limits)
-
-
-def test_steps_that_keep_the_contract(
-    faults_of: Callable[[dict[str, torch.Tensor]], list[str]],
-) -> None:
-    assert not faults_of(decode_step())
-    assert not faults_of(chunk_step())
-    spare = {name: value[1:] for name, value in decode_step().items()}
-    spare["slot_mapping"][0], spare["current_tkv_mask"][0] = 0, 129
-    spare["block_table"][0], spare["left_padded_prompt_mask"][0] = 0, 128
-    assert not faults_of(spare)
-
-
-@pytest.mark.parametrize("name", list(BREACHES))
-def test_a_breach_is_found(
-    faults_of: Callable[[dict[str, torch.Tensor]], list[str]], name: str
-) -> None:
-    step, fault = BREACHES[name]
-    assert any(each.startswith(fault) for each in faults_of(step)), faults_of(step)
-
-
-def test_a_shape_that_the_graph_does_not_stand_for_is_found(card: None) -> None:
-    from torch_sendnn.conformance import Limits, faults_of_run
-
-    limits = Limits(chunk=CHUNK, context=512, batch=4, batch_tkv=BATCH_TKV)
-    compiled = decode_step()
-    wider = {**decode_step(), "slot_mapping": torch.zeros(3, 2, dtype=torch.int64)}
-    (fault,) = (each for each in faults_of_run(compiled, wider, limits) if "has shape" in each)
-    assert "slot_mapping has shape (3, 2), compiled was (3, 1)" in fault
-    narrow = {**decode_step(), "block_table": decode_step()["block_table"].int()}
-    assert any("is torch.int32" in each for each in faults_of_run(compiled, narrow, limits))
-
-
-def test_ghosts_are_found_out(card: None) -> None:
-    """A cache that the host wrote to, and one that is not the device's last."""
-    from torch_sendnn.device import Device
-
-    device = Device()
-    name, host = "l_past_key_value_states_0_0_", torch.zeros(3, 64, 1, 8)
-    loaded, faults = device.load({name: host}, in_warmup=True)
-    assert not faults
-    (first,) = device.store([loaded[0] + 1])
-    assert first.isnan().all()
-    loaded, faults = device.load({name: first}, in_warmup=False)
-    assert not faults
-    assert torch.equal(loaded[0], torch.ones_like(host))
-    (second,) = device.store([loaded[0] + 1])
-    second[0] = 0
-    assert device.load({name: second}, in_warmup=False)[1] == [
-        "the KV cache was written to on the host"
-    ]
-    assert device.load({name: first}, in_warmup=False)[1] == [
-        "a KV cache was handed over that the device did not return last"
-    ]

@@ -34,7 +34,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests import architectures
 from tests.checkpoints import edit_tensors
-from vllm_spyre_mm.config import BackendName
+from vllm_spyre_mm.config import BackendName, CardSettings
 from vllm_spyre_mm.model_executor.backends import make_backend
 from vllm_spyre_mm.model_executor.kv_cache import allocate_kv_cache
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
@@ -171,7 +171,7 @@ class Journey:
         fms_model = load_model(mapping, checkpoint, LoadOptions(torch.float32, torch.float32))
         self.backend = backend
         sizes = step_sizes(self.vllm_config)
-        self.model = SpyreModel(fms_model, mapping, make_backend(backend, sizes))
+        self.model = SpyreModel(fms_model, mapping, make_backend(backend, sizes, CardSettings()))
         self._poisoned: set[int] = set()
 
     def serve(self, setup: Setup, asks: Sequence[Ask]) -> list[Answer]:
@@ -211,7 +211,9 @@ class Journey:
             for cache in self._caches():
                 cache.fill_(POISONS[setup.poison])
         self._poisoned = set(range(setup.num_blocks))
-        self.model.backend.inputs = make_backend(self.backend, step_sizes(config)).inputs
+        self.model.backend.inputs = make_backend(
+            self.backend, step_sizes(config), CardSettings()
+        ).inputs
         runner = SpyreModelRunner(
             config, self.model, geometry_of(config), return_mm_embedding=setup.collects
         )

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import torch
 
@@ -38,6 +39,35 @@ class StepSizes:
     max_batch_tkv: int
     max_num_seqs: int
     max_blocks: int
+
+
+class WarmupWork(Enum):
+    """What is run in a pass of the warmup.
+
+    Attributes:
+        REQUESTS: dummy requests from their pictures to their tokens.
+        ENCODER: the vision encoder on their pictures.
+        GRAPHS: the decoder alone, on one chunk and one decode.
+    """
+
+    REQUESTS = auto()
+    ENCODER = auto()
+    GRAPHS = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupPass:
+    """One pass of the warmup.
+
+    Attributes:
+        title: shown while it runs.
+        work: what is run.
+        context: in which it is.
+    """
+
+    title: str
+    work: WarmupWork
+    context: AbstractContextManager[None]
 
 
 class StepInputs(ABC):
@@ -100,10 +130,8 @@ class Backend(ABC):
         """Wrap modules for compilation; each graph is compiled at its first run, in the warmup."""
 
     @abstractmethod
-    def warmup_passes(
-        self, spec: ModelSpec, kv_cache: KVCache
-    ) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-        """The passes over the warmup's requests: the title of each, and the context it runs in."""
+    def warmup_passes(self, spec: ModelSpec, kv_cache: KVCache) -> Iterator[WarmupPass]:
+        """The passes of the warmup, in their order."""
 
     @abstractmethod
     def forward(self, inputs: DecoderInputs, kv_cache: KVCache) -> tuple[torch.Tensor, KVCache]:

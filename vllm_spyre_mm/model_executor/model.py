@@ -2,12 +2,11 @@
 """The model as the runner uses it: embed, encode and forward, on any backend."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from vllm_spyre_mm.model_executor.backend import Backend
+from vllm_spyre_mm.model_executor.backend import Backend, WarmupPass
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
 from vllm_spyre_mm.model_executor.spec import FmsModel, ModelSpec
 from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs
@@ -39,7 +38,7 @@ class SpyreModel(Generic[Spec]):
         """Wrap modules for compilation; each graph is compiled at its first run, in the warmup."""
         self.backend.compile(self.fms_model, self._overrides)
 
-    def warmup_passes(self) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+    def warmup_passes(self) -> Iterator[WarmupPass]:
         """The passes of the warmup; the KV cache has to be allocated."""
         return self.backend.warmup_passes(self.mapping, self.kv_cache)
 

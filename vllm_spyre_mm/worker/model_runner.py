@@ -31,6 +31,7 @@ from vllm_spyre_mm.worker.sampler import HostSampler
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 logger = get_logger(__name__)
 
@@ -110,6 +111,11 @@ class SpyreModelRunner:
         with self.spyre_model.backend.without_gradients():
             return self._sample(pending, grammar_output)
 
+    def encode(self, images: "Mapping[int, MultiModalFeatureSpec]") -> list[torch.Tensor]:
+        """Features of the images of one request; see :func:`encode_images`."""
+        with self.spyre_model.backend.without_gradients():
+            return encode_images(self.spyre_model, images, self.encoder_dtype, self.decoder_dtype)
+
     def reset_encoder_cache(self) -> None:
         """Drop all encoded images (vLLM calls this when it resets its encoder cache manager)."""
         self.encoder_cache.clear()
@@ -188,10 +194,7 @@ class SpyreModelRunner:
         """
         for req_id, items in scheduled.items():
             images = {item: self.requests[req_id].mm_features[item] for item in items}
-            encoded = encode_images(
-                self.spyre_model, images, self.encoder_dtype, self.decoder_dtype
-            )
-            for feature, features in zip(images.values(), encoded, strict=True):
+            for feature, features in zip(images.values(), self.encode(images), strict=True):
                 self.encoder_cache.put(feature, features)
 
     def failed_encoding(

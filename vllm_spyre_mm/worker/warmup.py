@@ -3,12 +3,15 @@
 
 Dummy requests are complete: pictures that go through vLLM's processor, token ids, sampling. So the
 vision tower, the projector, the merge, the prefill and the decode are all traced as they will run.
+A backend may have the encoder, or the decoder's graphs, run alone before.
 """
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -16,13 +19,20 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from vllm_spyre_mm.log import get_logger
-from vllm_spyre_mm.multimodal.merge import first_without_row
+from vllm_spyre_mm.model_executor.backend import WarmupWork
+from vllm_spyre_mm.model_executor.step_inputs import DecodeRows
+from vllm_spyre_mm.multimodal.merge import TEXT, first_without_row
+from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
+from vllm_spyre_mm.worker.prefill import prefill_chunk
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = get_logger(__name__)
+
+GRAPH_PROMPT = 42
+"""Tokens of the prompt that the decoder's graphs run on: they lie in one block, with a next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +51,30 @@ class WarmupRequest:
 
 
 def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
-    """Prefill and decode dummy requests, alone and together, then drop them.
+    """Run the passes of the backend's warmup: dummy requests, or parts of the model.
 
     Uses the first blocks of the KV cache, which no request owns yet.
     """
     requests = list(_requests(vllm_config, runner))
     together = min(2, vllm_config.scheduler_config.max_num_seqs)
-    for title, context in runner.spyre_model.warmup_passes():
-        with context:
-            _run_all(runner, requests, together, title)
+    for each in runner.spyre_model.warmup_passes():
+        with each.context:
+            if each.work is WarmupWork.ENCODER:
+                _encode_all(runner, requests, each.title)
+            elif each.work is WarmupWork.GRAPHS:
+                _run_graphs(runner, each.title)
+            else:
+                _run_all(runner, requests, together, each.title)
     shapes = ", ".join(request.name for request in requests)
-    logger.info("The warmup ran %d made-up requests: %s", len(requests), shapes)
+    logger.info("The warmup ran %d dummy requests: %s", len(requests), shapes)
 
 
 def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[WarmupRequest]:
     """Text alone, then a picture of each size that the mapping names."""
     model_config = vllm_config.model_config
     longest = max(1, min(2 * runner.geometry.chunk_size, model_config.max_model_len - 4))
-    yield WarmupRequest(f"text of {longest} tokens", [0] * longest, [])
     mapping = runner.spyre_model.mapping
+    yield WarmupRequest(f"text of {longest} tokens", made_up_tokens(mapping, longest), [])
     image_token_id = mapping.image_token_id
     if image_token_id is None:
         return
@@ -94,6 +109,52 @@ def _check_rows(token_ids: list[int], feature: MultiModalFeatureSpec, num_rows: 
             f"model's embedding has {num_rows} rows: the tokenizer or the processor is another "
             "model's, or the embedding was not resized when tokens were added"
         )
+
+
+def made_up_tokens(mapping: MMUtils, length: int) -> list[int]:
+    """Token ids of words, the same on every rank: none that means something to the model."""
+    config = mapping.text_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    given = [getattr(config, name, None) for name in names]
+    special = {0, mapping.image_token_id}.union(
+        *(each if isinstance(each, list) else [each] for each in given)
+    )
+    words = [token_id for token_id in range(config.vocab_size) if token_id not in special]
+    return random.Random(0).choices(words, k=length)
+
+
+def _encode_all(runner: SpyreModelRunner, requests: list[WarmupRequest], title: str) -> None:
+    """The pictures of each request."""
+    with tqdm([each for each in requests if each.mm_features], desc=title, unit="step") as progress:
+        for request in progress:
+            progress.set_postfix_str(request.name)
+            runner.encode(dict(enumerate(request.mm_features)))
+
+
+def _run_graphs(runner: SpyreModelRunner, title: str) -> None:
+    """One chunk with the whole of a prompt in block 1, and one decode."""
+    model, inputs = runner.spyre_model, runner.inputs
+    *prompt, token_id = made_up_tokens(model.mapping, GRAPH_PROMPT + 1)
+    with (
+        tqdm(total=2, desc=title, unit="step") as progress,
+        model.backend.without_gradients(),
+    ):
+        progress.set_postfix_str("prefill")
+        chunk = prefill_chunk(
+            token_ids=prompt,
+            start=0,
+            num_tokens=len(prompt),
+            blocks=[1],
+            feature_index=np.full(len(prompt), TEXT),
+            geometry=runner.geometry,
+            padded=inputs.padded,
+        )
+        model.forward(inputs.chunk_inputs(chunk, model.embed(chunk.token_ids)))
+        progress.update()
+        progress.set_postfix_str("decode")
+        rows = DecodeRows([token_id], [len(prompt)], [[1]], np.array([[1]], dtype=np.int32))
+        model.forward(inputs.decode_inputs(rows, model.embed))
+        progress.update()
 
 
 def _run_all(

@@ -74,7 +74,8 @@ class SpyreWorker(RefusingWorker):
         self.decoder_dtype = decoder_dtype_of(vllm_config)
         self.mapping = get_mm_mapping(self.model_config.hf_config)
         assert self.settings.backend != "auto", "resolved at start"
-        self.backend = make_backend(self.settings.backend, step_sizes(vllm_config))
+        sizes = step_sizes(vllm_config)
+        self.backend = make_backend(self.settings.backend, sizes, self.settings.card)
         self.kv_options = self.mapping.kv_cache_options(self.backend.for_card)
         self.model: SpyreModel[MMUtils]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from vllm_spyre_mm.config import export_card_environment
-from vllm_spyre_mm.model_executor.backend import Backend, StepSizes
-from vllm_spyre_mm.model_executor.card.compile import compile_for_card, warmup_context
+from vllm_spyre_mm.config import CardSettings, export_card_environment
+from vllm_spyre_mm.model_executor.backend import Backend, StepSizes, WarmupPass, WarmupWork
+from vllm_spyre_mm.model_executor.card.compile import CardDecoder, keep_signal_handlers
 from vllm_spyre_mm.model_executor.card.inputs import CardInputs
 from vllm_spyre_mm.model_executor.cpu.encoder import compile_encoder, place_encoder
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
@@ -25,13 +25,15 @@ class CardBackend(Backend):
 
     Args:
         sizes: of the steps.
+        settings: what is unknown of the card's compiler.
     """
 
     for_card = True
 
-    def __init__(self, sizes: StepSizes) -> None:
+    def __init__(self, sizes: StepSizes, settings: CardSettings) -> None:
         self.sizes = sizes
-        self.inputs = CardInputs(sizes.block_size)
+        self.settings = settings
+        self.inputs = CardInputs(sizes.block_size, dynamic_chunk=settings.dynamic_chunk)
         self._run: Any = None
 
     def without_gradients(self) -> AbstractContextManager[None]:
@@ -55,14 +57,17 @@ class CardBackend(Backend):
 
     def compile(self, model: FmsModel, overrides: LoadOverrides) -> None:
         compile_encoder(model, overrides)
-        self._run = compile_for_card(model)
+        self._run = CardDecoder(model, fullgraph=self.settings.fullgraph)
 
-    def warmup_passes(
-        self, spec: ModelSpec, kv_cache: KVCache
-    ) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-        yield "Compiling", warmup_context()
-        # A run outside the card's warmup context deploys the graphs that were compiled inside it.
-        yield "Deploying", nullcontext()
+    def warmup_passes(self, spec: ModelSpec, kv_cache: KVCache) -> Iterator[WarmupPass]:
+        # Nothing but the decoder is compiled in the card's context, and nothing of the host's once
+        # the card is in use.
+        yield WarmupPass("Compiling the encoder", WarmupWork.ENCODER, nullcontext())
+        assert isinstance(self._run, CardDecoder), "compile comes first"
+        yield WarmupPass("Compiling", WarmupWork.GRAPHS, self._run.compiling())
+        # What was compiled is deployed by a run outside of that context.
+        yield WarmupPass("Deploying", WarmupWork.GRAPHS, keep_signal_handlers())
+        yield WarmupPass("Warming up", WarmupWork.REQUESTS, nullcontext())
 
     def forward(self, inputs: DecoderInputs, kv_cache: KVCache) -> tuple[torch.Tensor, KVCache]:
         # FMS's attention for the card is functional: the cache that it returns is of ghost tensors,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vllm_spyre_mm.model_executor.backend import Embed, StepInputs
-from vllm_spyre_mm.model_executor.card.compile import mark_for_card
+from vllm_spyre_mm.model_executor.card.compile import card_input
 from vllm_spyre_mm.model_executor.card.decode import card_decode
 from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs, DecodeRows, PrefillChunk
 
@@ -19,27 +19,35 @@ class CardInputs(StepInputs):
 
     Args:
         block_size: tokens in a block.
+        dynamic_chunk: whether the length of a chunk is marked as one that varies, although it
+            never does.
     """
 
     padded = True
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, *, dynamic_chunk: bool) -> None:
         self.block_size = block_size
+        self.dynamic_chunk = dynamic_chunk
 
     def chunk_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
         """Inputs of a whole chunk of the grid, padding included."""
         # The card's attention masks padding by adding -inf, which a NaN would survive.
         embeds = embeds.masked_fill(chunk.is_padding.unsqueeze(-1), 0.0)
-        for tensor in (embeds, chunk.position_ids, chunk.slot_mapping):
-            mark_for_card(tensor, static=tuple(range(tensor.ndim)))
         attention = {
-            "slot_mapping": chunk.slot_mapping,
-            "block_table": mark_for_card(chunk.block_table, dynamic=(1,), static=(0,)),
-            "current_tkv_mask": mark_for_card(chunk.current_tkv, static=(0,)),
-            "left_padded_prompt_mask": mark_for_card(chunk.left_padding, static=(0,)),
+            "slot_mapping": self._by_token(chunk.slot_mapping),
+            "block_table": card_input(chunk.block_table, dynamic=(1,), static=(0,)),
+            "current_tkv_mask": card_input(chunk.current_tkv),
+            "left_padded_prompt_mask": card_input(chunk.left_padding),
         }
+        position_ids = self._by_token(chunk.position_ids)
         # The chunk may end with padding inside its last block: logits are computed for that block.
-        return DecoderInputs(embeds, chunk.position_ids, attention, last_n_tokens=self.block_size)
+        last_n_tokens = self.block_size
+        return DecoderInputs(self._by_token(embeds), position_ids, attention, last_n_tokens)
+
+    def _by_token(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An input of a chunk, ``(1, tokens, ...)``."""
+        static = {*range(tensor.ndim)} - ({1} if self.dynamic_chunk else set())
+        return card_input(tensor, dynamic=(1,) if self.dynamic_chunk else (), static=(*static,))
 
     def chunk_logits(self, logits: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
         """Logits of the last real token, which is in the last block."""
@@ -54,14 +62,14 @@ class CardInputs(StepInputs):
             block_size=self.block_size,
             at_least=2,
         )
-        embeds = mark_for_card(embed(batch.token_ids), dynamic=(0,), static=(1, 2))
+        embeds = card_input(embed(batch.token_ids), dynamic=(0,), static=(1, 2))
         attention = {
-            "slot_mapping": mark_for_card(batch.slot_mapping, dynamic=(0,), static=(1,)),
-            "block_table": mark_for_card(batch.block_table, dynamic=(0, 1)),
-            "current_tkv_mask": mark_for_card(batch.current_tkv, dynamic=(0,)),
-            "left_padded_prompt_mask": mark_for_card(batch.left_padding, dynamic=(0,)),
+            "slot_mapping": card_input(batch.slot_mapping, dynamic=(0,), static=(1,)),
+            "block_table": card_input(batch.block_table, dynamic=(0, 1)),
+            "current_tkv_mask": card_input(batch.current_tkv, dynamic=(0,)),
+            "left_padded_prompt_mask": card_input(batch.left_padding, dynamic=(0,)),
         }
-        position_ids = mark_for_card(batch.position_ids, dynamic=(0,), static=(1,))
+        position_ids = card_input(batch.position_ids, dynamic=(0,), static=(1,))
         return DecoderInputs(embeds, position_ids, attention, last_n_tokens=1)
 
     def decode_logits(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:

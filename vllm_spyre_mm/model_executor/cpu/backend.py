@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_spyre_mm.model_executor.backend import Backend, StepSizes
+from vllm_spyre_mm.model_executor.backend import Backend, StepSizes, WarmupPass, WarmupWork
 from vllm_spyre_mm.model_executor.cpu.attention import (
     CPU_ATTENTION,
     CPU_COMPILED_ATTENTION,
@@ -70,13 +70,12 @@ class CpuBackend(Backend):
             replace_rope(blocks)
             compile_decoder_blocks(blocks)
 
-    def warmup_passes(
-        self, spec: ModelSpec, kv_cache: KVCache
-    ) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+    def warmup_passes(self, spec: ModelSpec, kv_cache: KVCache) -> Iterator[WarmupPass]:
         if self.compiled:
-            yield "Compiling", cpu_compile_context(loaders(_shape(spec, kv_cache)))
+            context = cpu_compile_context(loaders(_shape(spec, kv_cache)))
+            yield WarmupPass("Compiling", WarmupWork.REQUESTS, context)
         else:
-            yield "Warming up", nullcontext()
+            yield WarmupPass("Warming up", WarmupWork.REQUESTS, nullcontext())
 
     def forward(self, inputs: DecoderInputs, kv_cache: KVCache) -> tuple[torch.Tensor, KVCache]:
         logits, _ = self._run(

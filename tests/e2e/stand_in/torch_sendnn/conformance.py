@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of a run: what its inputs have to be, whatever is computed with them."""
+"""The contract of a run: what its inputs have to be, whatever is computed with them.
+
+Where rules are from: see the package.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from torch_sendnn.graphs import inputs_of
 
 BLOCK = 64
 
@@ -35,25 +40,34 @@ def faults_of_run(
         named: the inputs of the run.
         limits: of the compiler.
     """
-    faults = list(_faults_of_shapes(symbolic, named))
-    step = {name: _only(named, name) for name in NAMES}
+    inputs = inputs_of(named)
+    step = {name: tensors[0] for name, tensors in inputs.items()}
+    faults = [*_faults_of_tensors(named), *_faults_of_shapes(symbolic, named)]
     faults += _faults_of_limits(step, limits)
-    faults += _faults_of_slots(step)
+    faults += _faults_of_rows(step)
     return faults
 
 
-NAMES = ("slot_mapping", "block_table", "current_tkv_mask", "left_padded_prompt_mask")
-
-
-def _only(named: Mapping[str, Any], part: str) -> torch.Tensor:
-    (tensor,) = (value for name, value in named.items() if part in name)
-    return tensor
+def _faults_of_tensors(named: Mapping[str, Any]) -> Iterator[str]:
+    for name, each in named.items():
+        if not isinstance(each, torch.Tensor):
+            continue
+        # A node without a dtype fails in the backend: S platform.py:474, issue#20.
+        if each.is_inference():
+            yield f"{name} was made in inference mode"
+        # A clones its inputs: a tensor that lies otherwise gave a new graph.
+        if not name.startswith("l_self_") and not (
+            each.is_contiguous() and each.storage_offset() == 0
+        ):
+            yield f"{name} is not contiguous at offset 0 of its storage"
 
 
 def _faults_of_shapes(symbolic: Mapping[str, Any], named: Mapping[str, Any]) -> Iterator[str]:
-    """Shapes, dtypes and layouts that the graph of the warmup does not stand for.
+    """Shapes and dtypes that the graph of the warmup does not stand for: what is no symbol is a
+    constant, and one symbol has one value in a run.
 
-    A dimension that the warmup had marked is a symbol; one symbol has one value in a run.
+    Whether a program can be had for a size is asked of the symbols alone, so that a KV cache of
+    another shape is compiled anew (S ``v1/worker/spyre_model_runner.py:865``, PR#384).
     """
     values: dict[str, int] = {}
     for name, compiled in symbolic.items():
@@ -74,36 +88,41 @@ def _is_symbol(size: int | torch.SymInt) -> bool:
 
 
 def _faults_of_limits(step: Mapping[str, torch.Tensor], limits: Limits) -> Iterator[str]:
-    rows, width = step["block_table"].shape
-    length = width * BLOCK
+    rows, queries = step["slot_mapping"].shape
+    length = int(step["current_tkv_mask"].max())
+    # The length is not rounded up to blocks: S v1/core/scheduler.py.
     if rows * length > limits.batch_tkv:
         yield f"{rows} rows of {length} tokens exceed the bound of {limits.batch_tkv}"
+    # S platform.py:431-440.
     if rows > limits.batch:
         yield f"{rows} rows exceed the batch of {limits.batch}"
     if length > limits.context:
         yield f"{length} tokens exceed the context of {limits.context}"
-    queries = step["slot_mapping"].shape[1]
+    # Always a whole chunk, although its length is a symbol: S v1/worker/spyre_model_runner.py:1101.
     if queries not in (1, limits.chunk):
         yield f"a step of {queries} tokens is neither a chunk of {limits.chunk} nor a decode"
-    if queries == 1 and (rows < 2 or width < 2):
-        yield f"a decode of {rows} rows and {width} blocks: two are the least"
 
 
 @dataclass(frozen=True)
 class Row:
     """One sequence of a step. Padded positions count from the left of its block table.
 
+    S ``v1/worker/spyre_model_runner.py:1101-1478``, A ``utils/paged.py:318-520``, F
+    ``utils/spyre/paged.py``.
+
     Attributes:
         slots: cache rows of its tokens of this step, the last at position ``end - 1``.
         table: its blocks.
         end: of what is in the cache after the step, padding after a prompt included.
         left: positions that are padding before it.
+        position_ids: of its tokens of this step; None if they are not looked at.
     """
 
     slots: list[int]
     table: list[int]
     end: int
     left: int
+    position_ids: list[int] | None = None
 
     @property
     def is_spare(self) -> bool:
@@ -128,16 +147,28 @@ class Row:
             yield f"the padding before a row is not block 0: {table}"
         if not self.is_spare and not all(table[left // BLOCK : -(-end // BLOCK)]):
             yield f"a block of a row is block 0: {table}"
+        yield from self._faults_of_positions()
+
+    def _faults_of_positions(self) -> Iterator[str]:
+        """Positions count real tokens; 0 on padding, which after a prompt is in its last block."""
+        if self.position_ids is None:
+            return
+        start = self.end - len(self.slots)
+        for position, given in enumerate(self.position_ids, start=start):
+            may_be_padding = position > self.end - BLOCK and len(self.slots) > 1
+            if given != max(0, position - self.left) and not (may_be_padding and given == 0):
+                yield f"position {position} of a row after {self.left} is called {given}"
 
 
-def _faults_of_slots(step: Mapping[str, torch.Tensor]) -> Iterator[str]:
+def _faults_of_rows(step: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """Real tokens are written to their own blocks, each to one; padding before them to block 0."""
-    rows = [Row(*each) for each in zip(*(step[name].tolist() for name in NAMES), strict=True)]
+    names = ("slot_mapping", "block_table", "current_tkv_mask", "left_padded_prompt_mask")
+    columns = [step[name].tolist() for name in names]
+    if "position_ids" in step:
+        columns.append(step["position_ids"].tolist())
+    rows = [Row(*each) for each in zip(*columns, strict=True)]
     for row in rows:
         yield from row.faults()
     owned = [slot for row in rows for slot in row.slots if slot >= BLOCK]
     if len(owned) != len(set(owned)):
         yield "two tokens are written to one slot"
-    spare = sum(row.is_spare for row in rows)
-    if spare and len(rows) > 2:
-        yield f"{spare} of {len(rows)} rows are spare: two rows are enough"
