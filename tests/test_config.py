@@ -98,8 +98,8 @@ def test_without_a_bound_a_cpu_decodes_everything_together():
     [
         (1024, 4, 4 * 1024),  # everything fits
         (8192, 32, config.CARD_MAX_BATCH_TKV),
-        (1024, 1, 2 * 1024),  # the card decodes two rows at least
-        (128_000, 4, 2 * 128_000),  # one sequence always fits
+        (1024, 1, 1024),
+        (200_000, 4, 200_000),  # one sequence always fits
     ],
 )
 def test_without_a_bound_the_card_has_its_own(
@@ -110,8 +110,8 @@ def test_without_a_bound_the_card_has_its_own(
     assert settings.max_batch_tkv == expected
 
 
-def test_a_bound_holds_one_sequence_at_least_and_two_rows_on_the_card(card: bool):
-    least = 2048 if card else 1024
+def test_a_bound_holds_one_sequence_at_least(card: bool):
+    least = 1024
     for bound in (least, 3000):
         settings = SpyreSettings(max_batch_tkv=bound)
         assert resolve(settings, max_model_len=1000).max_batch_tkv == bound

@@ -180,18 +180,15 @@ class SpyreSettings(BaseModel):
             )
         # A row of a decode is as long as its whole blocks.
         longest_row = -(-max_model_len // BLOCK_SIZE) * BLOCK_SIZE
-        # The card decodes two rows at least.
-        least = longest_row * (2 if backend == "sendnn" else 1)
-        everything = max(max_num_seqs * longest_row, least)
+        everything = max_num_seqs * longest_row
         max_batch_tkv = self.max_batch_tkv
         if max_batch_tkv is None:
-            bound = max(CARD_MAX_BATCH_TKV, least) if backend == "sendnn" else everything
+            bound = max(CARD_MAX_BATCH_TKV, longest_row) if backend == "sendnn" else everything
             max_batch_tkv = min(bound, everything)
-        if max_batch_tkv < least:
-            rows = "two rows (a card's least)" if backend == "sendnn" else "one row"
+        if max_batch_tkv < longest_row:
             raise ValueError(
-                f"max_batch_tkv={max_batch_tkv} is less than {rows} of max_model_len="
-                f"{max_model_len} tokens: raise it to {least} or lower --max-model-len"
+                f"max_batch_tkv={max_batch_tkv} is less than one row of max_model_len="
+                f"{max_model_len} tokens: raise it to {longest_row} or lower --max-model-len"
             )
         return self.model_copy(
             update={

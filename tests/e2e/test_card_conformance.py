@@ -130,7 +130,8 @@ def test_a_graph_that_the_compiler_refuses_is_named_by_its_shape(
     monkeypatch.setattr(torch_sendnn.record, "fail_compiling", refuse)
     message = (
         rf"the card could not compile or run a chunk of {CHUNK} tokens \(embeds \(1, {CHUNK}, 256\)"
-        r".* and a decode of \d rows \(embeds \(\d, 1, 256\).*DtException: Need to find a valid memory space .*; what may"
+        r".* and a decode of \d rows \(embeds \(\d, 1, 256\)"
+        r".*DtException: Need to find a valid memory space .*; what may"
     )
     with pytest.raises(CardError, match=message) as error, engine(demo_checkpoint, **ENGINE):
         pass

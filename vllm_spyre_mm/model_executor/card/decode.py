@@ -34,7 +34,6 @@ def card_decode(
     num_computed: np.ndarray,
     block_rows: np.ndarray,
     block_size: int,
-    at_least: int = 1,
 ) -> CardDecode:
     """Lay out a decode step; no loop over requests.
 
@@ -43,14 +42,9 @@ def card_decode(
         num_computed: int ``(batch,)``, tokens of each that are in the KV cache.
         block_rows: int ``(batch, width)``, the block ids of each, from the left.
         block_size: tokens in a block.
-        at_least: minimum number of rows, and of blocks in a row. The card's compiler specialises a
-            dimension of 1 to a constant; added rows decode token 0 in block 0.
     """
-    missing = max(0, at_least - len(token_ids))
-    token_ids, num_computed = (np.pad(values, (0, missing)) for values in (token_ids, num_computed))
-    block_rows = np.pad(block_rows, ((0, missing), (0, 0)))
     num_blocks = num_computed // block_size + 1
-    width = max(int(num_blocks.max()), at_least)
+    width = int(num_blocks.max())
     padding_blocks = width - num_blocks
     columns = np.arange(width) - padding_blocks[:, None]
     rows = np.arange(len(token_ids))

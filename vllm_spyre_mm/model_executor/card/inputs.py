@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of a step for the card: chunks with their padding, and decodes of at least two rows.
+"""Inputs of a step for the card: chunks with their padding, and decodes.
 
 The dimensions that vary between steps are marked dynamic, so that the card's compiler makes one
 graph for prefill and one for decode.
@@ -60,7 +60,6 @@ class CardInputs(StepInputs):
             num_computed=np.array(rows.num_computed),
             block_rows=rows.block_rows[: len(rows.token_ids)],
             block_size=self.block_size,
-            at_least=2,
         )
         embeds = card_input(embed(batch.token_ids), dynamic=(0,), static=(1, 2))
         attention = {
@@ -73,5 +72,5 @@ class CardInputs(StepInputs):
         return DecoderInputs(embeds, position_ids, attention, last_n_tokens=1)
 
     def decode_logits(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """Logits of the requests, without those of added rows."""
-        return logits[:num_rows, -1]
+        """Logits of the requests: of each row the last position."""
+        return logits[:, -1]
