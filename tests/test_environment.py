@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The environment is set from the settings, and what it says is noticed."""
+"""The environment is set from the settings, what it says is noticed, and one module touches it."""
 
+import ast
 import importlib.metadata
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from vllm_spyre_mm import config, register
+import vllm_spyre_mm
+from vllm_spyre_mm import environment, register
+
+PACKAGE = Path(vllm_spyre_mm.__path__[0])
 
 
 @pytest.fixture
@@ -17,9 +22,20 @@ def messages() -> Iterator[list[logging.LogRecord]]:
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append
-    config.logger.addHandler(handler)
+    environment.logger.addHandler(handler)
     yield records
-    config.logger.removeHandler(handler)
+    environment.logger.removeHandler(handler)
+
+
+def test_one_module_touches_the_environment():
+    touching = {
+        file.name
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("environ", "environb", "getenv", "putenv", "unsetenv")
+    }
+    assert touching == {"environment.py"}
 
 
 @pytest.mark.parametrize(("max_num_seqs", "batch"), [(1, "2"), (2, "2"), (16, "16")])
@@ -34,7 +50,7 @@ def test_the_cards_environment_is_exported(
     }
     for name in expected:
         monkeypatch.setenv(name, "before")
-    config.export_card_environment(
+    environment.export_card_environment(
         chunk_size=512, context_len=4096, max_num_seqs=max_num_seqs, max_batch_tkv=65536
     )
     assert {name: os.environ[name] for name in expected} == expected
@@ -45,12 +61,12 @@ def test_processes_are_spawned_whatever_was_set(
 ):
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    config.prepare_process_environment()
+    environment.prepare_process_environment()
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
     assert [record.levelname for record in messages] == ["WARNING"]
     assert "fork" in messages[0].getMessage()
-    config.prepare_process_environment()
+    environment.prepare_process_environment()
     assert len(messages) == 1, "spawn is nothing to warn of"
 
 
@@ -61,7 +77,7 @@ def test_the_engine_has_its_own_process_unless_told(
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     if value is not None:
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", value)
-    assert config.engine_runs_in_own_process() == own
+    assert environment.engine_runs_in_own_process() == own
 
 
 @pytest.mark.parametrize(
@@ -74,7 +90,7 @@ def test_the_rust_front_end_is_noticed(
     monkeypatch.delenv("VLLM_USE_RUST_FRONTEND", raising=False)
     if value is not None:
         monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", value)
-    assert config.rust_frontend_requested() == asked
+    assert environment.rust_frontend_requested() == asked
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def register() -> str:
         The qualified name of the platform class. vLLM swallows whatever this function raises, so
         everything that may fail happens when that class is imported.
     """
-    from vllm_spyre_mm.config import warn_of_other_spyre_plugin
+    from vllm_spyre_mm.environment import warn_of_other_spyre_plugin
 
     warn_of_other_spyre_plugin()
     return PLATFORM_CLASS

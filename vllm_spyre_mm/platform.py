@@ -11,12 +11,8 @@ import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_spyre_mm.compat import ensure_torchvision_importable
-from vllm_spyre_mm.config import (
-    DEFAULT_MAX_MODEL_LEN,
-    card_backend_available,
-    engine_runs_in_own_process,
-    prepare_process_environment,
-)
+from vllm_spyre_mm.config import DEFAULT_MAX_MODEL_LEN, card_backend_available
+from vllm_spyre_mm.environment import engine_runs_in_own_process, prepare_process_environment
 from vllm_spyre_mm.frontend.engine_args import DeviceFlag, install_engine_args_hooks
 from vllm_spyre_mm.frontend.main_guard import check_main_guard
 from vllm_spyre_mm.host_memory import host_memory

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.test_docs import DOCS
-from vllm_spyre_mm.config import export_card_environment
+from vllm_spyre_mm.environment import export_card_environment
 from vllm_spyre_mm.model_executor.card.errors import PUBLIC_ERRORS
 from vllm_spyre_mm.model_executor.card.limits import KNOWN_MODELS
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_spyre_mm.config import process_environment
 from vllm_spyre_mm.doctor.finding import Finding
 from vllm_spyre_mm.doctor.host import available_cores, gib
+from vllm_spyre_mm.environment import process_environment
 
 SHM_BYTES = 2 << 30
 """Shared memory that several cards need at least."""

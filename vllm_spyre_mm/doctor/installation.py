@@ -51,7 +51,7 @@ def versions() -> Iterator[Finding]:
 
 def plugin() -> Iterator[Finding]:
     """Whether vLLM would load the platform."""
-    from vllm_spyre_mm.config import another_spyre_plugin_contends, excluded_by_environment
+    from vllm_spyre_mm.environment import another_spyre_plugin_contends, excluded_by_environment
 
     registered = {
         point.value.partition(":")[0]

@@ -104,7 +104,7 @@ def card() -> dict[str, Any]:
     """Imports the card's compiler as a worker does: after its variables are set."""
     import torch  # noqa: F401 - imports what registers itself as a device's backend
 
-    from vllm_spyre_mm.config import export_card_environment, process_environment
+    from vllm_spyre_mm.environment import export_card_environment, process_environment
 
     early = "torch_sendnn" in sys.modules
     limits = {"chunk_size": 512, "context_len": 8192, "max_num_seqs": 16, "max_batch_tkv": 131072}

@@ -13,10 +13,9 @@ from vllm_spyre_mm.config import (
     BLOCK_SIZE,
     SpyreSettings,
     decoder_dtype_of,
-    rust_frontend_requested,
     settings_summary,
-    vllm_fixes_enabled,
 )
+from vllm_spyre_mm.environment import rust_frontend_requested, vllm_fixes_enabled
 from vllm_spyre_mm.frontend.card_limits import size_card_cache, take_known_configuration
 from vllm_spyre_mm.frontend.flags import SCHEDULER_CLASS, WORKER_CLASS, refuse_unsupported
 from vllm_spyre_mm.log import get_logger

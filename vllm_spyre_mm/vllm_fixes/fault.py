@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from packaging.version import Version
 
-from vllm_spyre_mm.config import vllm_fixes_enabled
+from vllm_spyre_mm.environment import vllm_fixes_enabled
 
 
 @dataclass(frozen=True, slots=True)

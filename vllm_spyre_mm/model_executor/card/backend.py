@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from vllm_spyre_mm.config import CardSettings, export_card_environment
+from vllm_spyre_mm.config import CardSettings
+from vllm_spyre_mm.environment import export_card_environment
 from vllm_spyre_mm.model_executor.backend import Backend, StepSizes, WarmupPass, WarmupWork
 from vllm_spyre_mm.model_executor.card.compile import CardDecoder, keep_signal_handlers
 from vllm_spyre_mm.model_executor.card.inputs import CardInputs

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_spyre_mm.config import CPU_TIERS, CpuTier, cpu_tier_limit
+from vllm_spyre_mm.config import CPU_TIERS, CpuTier
+from vllm_spyre_mm.environment import cpu_tier_limit
 from vllm_spyre_mm.model_executor.cpu.torch_internals import (
     inductor_settings,
     takes_architecture,
