@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -61,6 +62,32 @@ def test_the_text_in_pieces_is_that_json(
 def test_a_piece_does_not_grow_with_the_embedding(encoding: Any):
     pieces = mm_embedding_text(torch.ones(300, 5000), MMEmbeddingInfo([], "raw"), encoding)
     assert max(map(len, pieces)) <= 300_000
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_big_endian_host_sends_and_reads_the_same(dtype: str, monkeypatch: pytest.MonkeyPatch):
+    """Simulated: the bytes of each element lie in memory as such a host has them."""
+    rows = torch.tensor([[1.0, -2.5], [0.125, 3.0]])
+    sent, scales = convert(rows, dtype)
+    info = MMEmbeddingInfo([], "raw", scales)
+    here = encode_mm_embedding(sent, info, "base64")
+    decoded_here = decode_mm_embedding(here)
+
+    def turned_over(tensor: torch.Tensor) -> torch.Tensor:
+        octets = tensor.contiguous().view(torch.uint8).view(-1, tensor.element_size())
+        return octets.flip(1).contiguous().view(tensor.dtype).view(tensor.shape)
+
+    monkeypatch.setattr(sys, "byteorder", "big")
+    info = MMEmbeddingInfo([], "raw", None if scales is None else turned_over(scales))
+    there = encode_mm_embedding(turned_over(sent), info, "base64")
+    pieces = list(mm_embedding_text(turned_over(sent), info, "base64"))
+    # What it reads lies in its memory in its order. (It multiplies int8 rows by what it has read.)
+    decoded_there = decode_mm_embedding({key: here[key] for key in here if key != "scales"})
+    monkeypatch.undo()
+    assert there == here
+    assert json.loads(b"".join(pieces)) == here
+    decoded = turned_over(decoded_there)
+    assert torch.equal(decoded, sent if dtype == "int8" else decoded_here)
 
 
 JSON = st.recursive(

@@ -3,6 +3,7 @@
 
 import base64
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ def mm_embedding_text(
 ) -> Iterator[bytes]:
     """The JSON of :func:`encode_mm_embedding` in pieces, each of which takes a few milliseconds.
 
-    It copies no more than a piece. Args: as there.
+    It copies no more than a piece, on a host whose numbers are little-endian. Args: as there.
     """
     fields = json.dumps(_description(embedding, info, encoding_format), separators=(",", ":"))
     yield fields.removesuffix("}").encode() + b',"data":'
@@ -106,7 +107,18 @@ def decode_mm_embedding(payload: Mapping[str, Any]) -> torch.Tensor:
 def _encode(tensor: torch.Tensor, encoding_format: EncodingFormat) -> Any:
     if encoding_format == "float":
         return tensor.tolist()
-    return base64.b64encode(tensor.contiguous().view(torch.uint8).numpy().tobytes()).decode()
+    return base64.b64encode(_little_endian(tensor.contiguous()).numpy().tobytes()).decode()
+
+
+def _little_endian(elements: torch.Tensor) -> torch.Tensor:
+    """The bytes of contiguous elements, turned over on a host that has them the other way round.
+
+    Bytes of a payload become elements of the host in the same way.
+    """
+    octets = elements.flatten().view(torch.uint8)
+    if sys.byteorder == "little":
+        return octets
+    return octets.view(-1, elements.element_size()).flip(1).flatten()
 
 
 def _text(tensor: torch.Tensor, encoding_format: EncodingFormat) -> Iterator[bytes]:
@@ -114,7 +126,7 @@ def _text(tensor: torch.Tensor, encoding_format: EncodingFormat) -> Iterator[byt
     if encoding_format == "float":
         yield from _nested_text(tensor)
         return
-    octets = tensor.contiguous().flatten().view(torch.uint8)
+    octets = _little_endian(tensor.contiguous())
     yield b'"'
     for part in octets.split(PIECE_BYTES):
         yield base64.b64encode(part.numpy().tobytes())
@@ -146,4 +158,5 @@ def _decode(data: Any, encoding_format: str, dtype: torch.dtype) -> torch.Tensor
         return torch.tensor(data, dtype=dtype)
     if encoding_format != "base64":
         raise ValueError(f"there is no encoding_format {encoding_format!r}")
-    return torch.frombuffer(bytearray(base64.b64decode(data, validate=True)), dtype=dtype)
+    elements = torch.frombuffer(bytearray(base64.b64decode(data, validate=True)), dtype=dtype)
+    return _little_endian(elements).view(dtype)

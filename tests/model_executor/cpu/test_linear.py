@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,23 @@ def test_it_computes_what_the_layer_does(
     x = torch.randn(shape, dtype=dtype)
     expected = linear(x) if gelu is None else gelu(linear(x))
     assert_close(HostLinear(linear, gelu)(x), expected)
+
+
+@on_distinct_tiers
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_pytorch_without_onednn_takes_its_plain_layer(
+    tier: CpuTier, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Simulated: none of the operators of ``mkldnn`` is there."""
+    linear = nn.Linear(64, 80, dtype=dtype)
+    x = torch.randn(3, 64, dtype=dtype)
+    expected = nn.functional.gelu(linear(x))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    host = HostLinear(linear, nn.GELU(), compiled=compiled)
+    assert not host.weight.is_mkldnn
+    assert_close(host(x), expected)
 
 
 @on_distinct_tiers

@@ -3,6 +3,7 @@
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,18 @@ def test_another_architecture_is_generic(undetected: pytest.MonkeyPatch):
     assert cpu_tier.detect_tier() == "generic"
 
 
+@pytest.mark.parametrize(("onednn", "bf16"), [(True, True), (True, False), (False, True)])
+def test_another_architecture_computes_in_bf16_if_onednn_does(
+    undetected: pytest.MonkeyPatch, onednn: bool, bf16: bool
+):
+    """Whose operators are not to be asked for where PyTorch was built without it."""
+    operators = {"_is_mkldnn_bf16_supported": lambda: bf16} if onednn else {}
+    undetected.setattr(cpu_tier, "is_x86", lambda: False)
+    undetected.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    undetected.setattr(torch.ops, "mkldnn", SimpleNamespace(**operators))
+    assert (host_dtypes()[0] == torch.bfloat16) == (onednn and bf16)
+
+
 def test_the_variable_lowers_the_tier(tier: CpuTier):
     assert cpu_tier.cpu_tier() == tier
     dtypes = (torch.bfloat16, torch.float32)
@@ -115,3 +128,23 @@ def test_each_kernel_compiles_for_each_of_its_tiers(kernel: Kernel, name: CpuTie
     command = ["g++", "-std=c++20", "-O1", "-fopenmp", "-fsyntax-only", *defines]
     command += [f"-DBF16={bf16}", f"-DBF16_PAIRS={bf16}", f"-march={instructions.march}"]
     subprocess.run([*command, *instructions.flags, str(file)], check=True)
+
+
+OF_ANY_CPU = [kernel for kernel in kernel_registry.KERNELS if kernel.tiers[0] == "generic"]
+
+
+@pytest.mark.parametrize("kernel", OF_ANY_CPU, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("bf16", [0, 1])
+def test_a_kernel_for_any_cpu_reads_no_header_of_one_architecture(
+    kernel: Kernel, bf16: int, tmp_path: Path
+):
+    """Below AVX-512, and so on Arm, z and Power: their compilers have no ``immintrin.h``."""
+    file = tmp_path / f"{kernel.name}.cpp"
+    file.write_text(kernel_source(kernel.name))
+    constants = {"HEAD_DIM": 64, "GROUP": 3, "KV_HEADS": 2, "BLOCK_SIZE": 64}
+    defines = [f"-D{key}={value}" for key, value in constants.items()]
+    defines += [f"-DBF16={bf16}", "-DBF16_PAIRS=0"]
+    command = ["g++", "-std=c++20", "-fopenmp", "-M", *defines, str(file)]
+    read = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert any(Path(name).name == "cstring" for name in read)
+    assert [name for name in read if Path(name).name.endswith("intrin.h")] == []

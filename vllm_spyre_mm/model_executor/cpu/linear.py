@@ -3,8 +3,9 @@
 
 oneDNN packs a bf16 weight in a checkpoint's row-major layout at every call, which for the few rows
 of a decode costs more than the GEMM. Here it is packed once and replaces the original: for the
-project's kernel where the CPU has AVX-512 (:mod:`tiled_linear`), else for oneDNN. The weight of a
-tied LM head stays row-major, for the embedding (:mod:`rows_linear`). fp32 gains nothing.
+project's kernel where the CPU has AVX-512 (:mod:`tiled_linear`), else for oneDNN, where PyTorch has
+it. The weight of a tied LM head stays row-major, for the embedding (:mod:`rows_linear`). fp32 gains
+nothing.
 
 The operator is opaque to the compiler, and the weight an input of its graph, so one graph serves
 every layer.

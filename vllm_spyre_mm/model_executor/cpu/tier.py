@@ -103,7 +103,12 @@ def computes_in_bf16() -> bool:
     """Whether bf16 is at least as fast as fp32: with AVX-512, or off x86 if oneDNN says so."""
     if is_x86():
         return has_tier("avx512")
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def has_onednn() -> bool:
+    """Whether PyTorch was built with oneDNN; without it the operators of ``mkldnn`` are missing."""
+    return torch.backends.mkldnn.is_available()
 
 
 def compiler_settings() -> AbstractContextManager[None]:
