@@ -5,6 +5,8 @@ import ast
 import importlib.metadata
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,22 +40,147 @@ def test_one_module_touches_the_environment():
     assert touching == {"environment.py"}
 
 
-@pytest.mark.parametrize(("max_num_seqs", "batch"), [(1, "2"), (2, "2"), (16, "16")])
-def test_the_cards_environment_is_exported(
-    monkeypatch: pytest.MonkeyPatch, max_num_seqs: int, batch: str
-):
-    expected = {
-        "VLLM_DT_CHUNK_LEN": "512",
-        "VLLM_DT_MAX_CONTEXT_LEN": "4096",
-        "VLLM_DT_MAX_BATCH_SIZE": batch,
-        "VLLM_DT_MAX_BATCH_TKV_LIMIT": "65536",
-    }
-    for name in expected:
-        monkeypatch.setenv(name, "before")
+@pytest.fixture
+def unset(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Nothing of the card's is set before, and nothing that a test sets stays."""
+    for name in (*LIMITS, *FIXED, *OF_RANKS, *THREADS, *LARGE, environment.TKV_LIMIT_SET_HERE):
+        monkeypatch.setenv(name, "restored afterwards")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+LIMITS = {
+    "VLLM_DT_CHUNK_LEN": "512",
+    "VLLM_DT_MAX_CONTEXT_LEN": "4096",
+    "VLLM_DT_MAX_BATCH_SIZE": "16",
+    "VLLM_DT_MAX_BATCH_TKV_LIMIT": "65536",
+}
+FIXED = {"COMPILATION_MODE": "offline_decoder", "FLEX_OVERWRITE_NMB_FRAME": "true"}
+THREADS = dict.fromkeys(environment.THREAD_COUNTS, "6")
+OF_RANKS = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "12355",
+}
+LARGE = {"FLEX_HDMA_P2PSIZE": "268435456", "FLEX_HDMA_COLLSIZE": "33554432"}
+
+
+def exported() -> dict[str, str]:
+    names = (*LIMITS, *FIXED, *OF_RANKS, *THREADS, *LARGE)
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def export_limits(max_num_seqs: int = 16) -> None:
     environment.export_card_environment(
         chunk_size=512, context_len=4096, max_num_seqs=max_num_seqs, max_batch_tkv=65536
     )
-    assert {name: os.environ[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("max_num_seqs", "batch"), [(1, "2"), (2, "2"), (16, "16")])
+def test_the_cards_compiler_is_told_its_limits(
+    unset: pytest.MonkeyPatch, max_num_seqs: int, batch: str
+):
+    """They follow from the settings, whatever was set."""
+    for name in LIMITS:
+        unset.setenv(name, "before")
+    export_limits(max_num_seqs)
+    assert exported() == LIMITS | FIXED | {"VLLM_DT_MAX_BATCH_SIZE": batch}
+
+
+def test_what_the_user_has_set_for_the_card_stays(unset: pytest.MonkeyPatch):
+    given = dict.fromkeys((*FIXED, *THREADS, *LARGE, "MASTER_ADDR", "MASTER_PORT"), "the user's")
+    for name, value in given.items():
+        unset.setenv(name, value)
+    export_limits()
+    environment.export_rank_environment(rank=1, world_size=4, num_threads=6)
+    assert exported() == LIMITS | given | {"RANK": "1", "WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "expected"),
+    [
+        (1, THREADS),
+        (2, THREADS | OF_RANKS),
+        (4, THREADS | OF_RANKS | LARGE | {"WORLD_SIZE": "4"}),
+    ],
+)
+@pytest.mark.usefixtures("unset")
+def test_the_cards_runtime_is_told_of_its_rank(world_size: int, expected: dict[str, str]):
+    environment.export_rank_environment(rank=1, world_size=world_size, num_threads=6)
+    assert exported() == expected
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "0"), ("WORLD_SIZE", "1")])
+def test_a_rank_that_every_rank_inherits_is_refused(
+    unset: pytest.MonkeyPatch, name: str, value: str
+):
+    unset.setenv(name, value)
+    message = f"^{name}={value} is set in the environment of every rank, and this is rank 1 of 2"
+    with pytest.raises(ValueError, match=message):
+        environment.export_rank_environment(rank=1, world_size=2, num_threads=6)
+
+
+def test_the_limit_is_the_users_unless_it_was_set_here(unset: pytest.MonkeyPatch):
+    assert environment.card_batch_tkv_limit() is None
+    export_limits()
+    assert environment.card_batch_tkv_limit() is None
+    unset.setenv("VLLM_DT_MAX_BATCH_TKV_LIMIT", "131072")
+    assert environment.card_batch_tkv_limit() == 131072
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "many", "1.5"])
+def test_a_limit_that_is_no_number_of_tokens_is_refused(unset: pytest.MonkeyPatch, value: str):
+    unset.setenv("VLLM_DT_MAX_BATCH_TKV_LIMIT", value)
+    with pytest.raises(ValueError, match=f"LIMIT='{value}' is no positive number of tokens"):
+        environment.card_batch_tkv_limit()
+
+
+@pytest.mark.parametrize(
+    ("compute", "device", "faults"),
+    [
+        ("SENTIENT", "PF", []),
+        ("SENTIENT", "VF", []),
+        (None, None, ["FLEX_COMPUTE is not set", "FLEX_DEVICE is not set"]),
+        ("SENULATOR", "PF", ["FLEX_COMPUTE=SENULATOR is the simulator"]),
+        ("SENTIENT", "MOCK", ["FLEX_DEVICE=MOCK stands for no card"]),
+        ("SENTIENT", "COMPILE", ["FLEX_DEVICE=COMPILE stands for no card"]),
+    ],
+)
+def test_a_runtime_without_a_card_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, compute: str | None, device: str | None, faults: list[str]
+):
+    for name, value in (("FLEX_COMPUTE", compute), ("FLEX_DEVICE", device)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert [fault.partition(" (")[0] for fault in environment.card_mode_faults()] == faults
+
+
+@pytest.mark.parametrize(
+    ("installed", "given", "expected"),
+    [(True, None, "0"), (True, "1", "1"), (False, None, None)],
+)
+def test_an_extension_of_pytorch_is_not_loaded_unasked(
+    tmp_path: Path, installed: bool, given: str | None, expected: str | None
+):
+    """The package decides when it is imported, without PyTorch, vLLM or the extension itself."""
+    if installed:
+        (tmp_path / "torch_nnpa").mkdir()
+        (tmp_path / "torch_nnpa" / "__init__.py").write_text("raise AssertionError")
+    name = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    inherited = {each: value for each, value in os.environ.items() if each != name}
+    inherited["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])
+    if given is not None:
+        inherited[name] = given
+    script = (
+        "import os, sys, vllm_spyre_mm\n"
+        "assert not {'torch', 'vllm', 'torch_nnpa'} & sys.modules.keys()\n"
+        f"print(os.environ.get({name!r}))"
+    )
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, env=inherited, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(expected)
 
 
 def test_processes_are_spawned_whatever_was_set(

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM platform plugin for vision-language models on IBM Spyre.
 
-This module holds vLLM's entry points and nothing else: it is imported in every process that
-uses vLLM, so it must stay cheap and free of side effects.
+This module holds vLLM's entry points. It is imported in every process that uses vLLM, so it must
+stay cheap, and free of side effects but for one variable that PyTorch reads when it is imported.
 """
 
+from vllm_spyre_mm.environment import keep_device_extensions_unloaded, warn_of_other_spyre_plugin
+
 PLATFORM_CLASS = "vllm_spyre_mm.platform.SpyrePlatform"
+
+keep_device_extensions_unloaded()
 
 
 def register() -> str:
@@ -15,8 +19,6 @@ def register() -> str:
         The qualified name of the platform class. vLLM swallows whatever this function raises, so
         everything that may fail happens when that class is imported.
     """
-    from vllm_spyre_mm.environment import warn_of_other_spyre_plugin
-
     warn_of_other_spyre_plugin()
     return PLATFORM_CLASS
 

@@ -1,13 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one module that touches the environment: what is read of it, and what is set in it."""
+"""The one module that touches the environment: what is read of it, and what is set in it.
+
+It is imported with the package, before PyTorch and vLLM may be, and imports neither.
+"""
 
 import importlib.metadata
+import importlib.util
+import logging
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from vllm_spyre_mm.config import CPU_TIERS, CpuTier
-from vllm_spyre_mm.log import get_logger
+if TYPE_CHECKING:
+    from vllm_spyre_mm.config import CpuTier
 
-logger = get_logger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's, which has handlers once it is loaded
+
+TKV_LIMIT = "VLLM_DT_MAX_BATCH_TKV_LIMIT"
+TKV_LIMIT_SET_HERE = "SPYRE_MM_BATCH_TKV_LIMIT"
+"""Holds what the platform has set the limit to: any other value is the user's."""
+
+THREAD_COUNTS = (
+    "DT_PARALLEL_THREADS",
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+)
+"""Threads of the card's compiler, which reads the first alone, and of what it calls."""
+
+
+def keep_device_extensions_unloaded() -> None:
+    """Keep PyTorch from loading ``torch_nnpa`` by itself, unless the user wants it.
+
+    PyTorch imports such an extension when it is imported, and a collective on the host then fails.
+    Spawned processes inherit the variable, and read it as they import PyTorch.
+    """
+    if importlib.util.find_spec("torch_nnpa") is not None:
+        os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 
 def prepare_process_environment() -> None:
@@ -41,7 +70,7 @@ def rust_frontend_requested() -> bool:
     return os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
 
 
-def cpu_tier_limit() -> CpuTier | None:
+def cpu_tier_limit() -> "CpuTier | None":
     """The CPU tier that ``SPYRE_MM_CPU_TIER`` asks for, None without it.
 
     Like ``ATEN_CPU_CAPABILITY``, the variable applies to every process of the machine.
@@ -49,6 +78,8 @@ def cpu_tier_limit() -> CpuTier | None:
     Raises:
         ValueError: it names no tier.
     """
+    from vllm_spyre_mm.config import CPU_TIERS
+
     name = os.environ.get("SPYRE_MM_CPU_TIER")
     if not name:
         return None
@@ -69,23 +100,6 @@ def vllm_fixes_enabled() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"SPYRE_MM_VLLM_FIXES={value!r} is neither 0 nor 1")
     return value == "1"
-
-
-def export_card_environment(
-    *, chunk_size: int, context_len: int, max_num_seqs: int, max_batch_tkv: int
-) -> None:
-    """Set what ``torch_sendnn`` reads when it is imported; must run before that import.
-
-    Args:
-        chunk_size: tokens in a prefill chunk.
-        context_len: longest sequence in tokens, with its padding.
-        max_num_seqs: largest decode batch; the card's compiler wants at least 2.
-        max_batch_tkv: bound on batch × padded length in tokens.
-    """
-    os.environ["VLLM_DT_CHUNK_LEN"] = str(chunk_size)
-    os.environ["VLLM_DT_MAX_CONTEXT_LEN"] = str(context_len)
-    os.environ["VLLM_DT_MAX_BATCH_SIZE"] = str(max(max_num_seqs, 2))
-    os.environ["VLLM_DT_MAX_BATCH_TKV_LIMIT"] = str(max_batch_tkv)
 
 
 def another_spyre_plugin_contends() -> bool:
@@ -119,3 +133,83 @@ def warn_of_other_spyre_plugin() -> None:
         "and vLLM runs one. Choose with VLLM_PLUGINS=spyre_mm or VLLM_PLUGINS=sendnn_inference, "
         "or uninstall one of them."
     )
+
+
+# -- the card's software: read when torch_sendnn is imported, set before -------------------------
+
+
+def export_card_environment(
+    *, chunk_size: int, context_len: int, max_num_seqs: int, max_batch_tkv: int
+) -> None:
+    """Set what the card's compiler has to know; must run before ``torch_sendnn`` is imported.
+
+    The limits are set to these values whatever they were; what else is set stays as it is.
+
+    Args:
+        chunk_size: tokens in a prefill chunk.
+        context_len: longest sequence in tokens that there are programs for.
+        max_num_seqs: largest decode batch; the card's compiler wants at least 2.
+        max_batch_tkv: bound on batch × padded length in tokens.
+    """
+    os.environ["VLLM_DT_CHUNK_LEN"] = str(chunk_size)
+    os.environ["VLLM_DT_MAX_CONTEXT_LEN"] = str(context_len)
+    os.environ["VLLM_DT_MAX_BATCH_SIZE"] = str(max(max_num_seqs, 2))
+    os.environ[TKV_LIMIT] = os.environ[TKV_LIMIT_SET_HERE] = str(max_batch_tkv)
+    os.environ.setdefault("COMPILATION_MODE", "offline_decoder")
+    os.environ.setdefault("FLEX_OVERWRITE_NMB_FRAME", "true")
+
+
+def export_rank_environment(*, rank: int, world_size: int, num_threads: int) -> None:
+    """Set what the card's runtime has to know of a rank; must run before ``torch_sendnn`` is
+    imported. What is set already stays as it is.
+
+    Args:
+        rank: of this process.
+        world_size: ranks of the model, a card each.
+        num_threads: that this rank may take of the host.
+
+    Raises:
+        ValueError: ``RANK`` or ``WORLD_SIZE`` is set to that of another rank or model.
+    """
+    for name in THREAD_COUNTS:
+        os.environ.setdefault(name, str(num_threads))
+    if world_size == 1:
+        return
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world_size)):
+        if os.environ.setdefault(name, str(value)) != str(value):
+            raise ValueError(
+                f"{name}={os.environ[name]} is set in the environment of every rank, and this is "
+                f"rank {rank} of {world_size}: unset it"
+            )
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "12355")
+    if world_size >= 4:  # collectives of four ranks exceed the defaults
+        os.environ.setdefault("FLEX_HDMA_P2PSIZE", str(256 << 20))
+        os.environ.setdefault("FLEX_HDMA_COLLSIZE", str(32 << 20))
+
+
+def card_batch_tkv_limit() -> int | None:
+    """The user's ``VLLM_DT_MAX_BATCH_TKV_LIMIT`` in tokens, None without it.
+
+    Raises:
+        ValueError: it is no positive integer.
+    """
+    given = os.environ.get(TKV_LIMIT)
+    if given is None or given == os.environ.get(TKV_LIMIT_SET_HERE):
+        return None
+    if not given.isdecimal() or int(given) == 0:
+        raise ValueError(f"VLLM_DT_MAX_BATCH_TKV_LIMIT={given!r} is no positive number of tokens")
+    return int(given)
+
+
+def card_mode_faults() -> Iterator[str]:
+    """Why the card's runtime would not run on a card, as clauses; none in an image for the card."""
+    compute, device = os.environ.get("FLEX_COMPUTE"), os.environ.get("FLEX_DEVICE")
+    if compute is None:
+        yield "FLEX_COMPUTE is not set (SENTIENT in an image for the card)"
+    elif compute != "SENTIENT":
+        yield f"FLEX_COMPUTE={compute} is the simulator (SENTIENT is the card)"
+    if device is None:
+        yield "FLEX_DEVICE is not set (PF or VF in an image for the card)"
+    elif device in ("MOCK", "COMPILE"):
+        yield f"FLEX_DEVICE={device} stands for no card (PF or VF does)"

@@ -18,6 +18,13 @@ from tools.soak.soak import soaked_server
 
 STAND_IN = Path(__file__).parent / "stand_in"
 
+SET_FOR_A_CARD = (
+    *("VLLM_DT_CHUNK_LEN", "VLLM_DT_MAX_CONTEXT_LEN", "VLLM_DT_MAX_BATCH_SIZE"),
+    *("VLLM_DT_MAX_BATCH_TKV_LIMIT", "SPYRE_MM_BATCH_TKV_LIMIT"),
+    *("COMPILATION_MODE", "FLEX_OVERWRITE_NMB_FRAME"),
+)
+"""What the platform sets in the process of an engine, which is the test's."""
+
 
 @pytest.fixture(scope="session")
 def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -40,8 +47,9 @@ def card() -> Iterator[None]:
     """Makes ``torch_sendnn`` importable, and forgets it and its environment afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(STAND_IN))
-        for name in ("CHUNK_LEN", "MAX_CONTEXT_LEN", "MAX_BATCH_SIZE", "MAX_BATCH_TKV_LIMIT"):
-            patch.setenv(f"VLLM_DT_{name}", "unset")
+        for name in SET_FOR_A_CARD:
+            patch.setenv(name, "what is set later goes afterwards")
+            patch.delenv(name)
         yield
     for each in (signal.SIGTERM, signal.SIGINT):  # a test may have imported it by itself
         signal.signal(each, signal.getsignal(each))

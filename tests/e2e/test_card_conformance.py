@@ -156,6 +156,7 @@ def test_a_step_that_the_device_fails_is_named_by_its_shape(
             "VLLM_DT_MAX_CONTEXT_LEN": "512",
             "VLLM_DT_MAX_BATCH_SIZE": "2",
             "VLLM_DT_MAX_BATCH_TKV_LIMIT": "512",
+            "COMPILATION_MODE": "offline_decoder",
         },
     )
     with engine(demo_checkpoint, **ENGINE | sizes) as llm:

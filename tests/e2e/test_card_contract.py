@@ -72,13 +72,57 @@ def is_static(shape: tuple[int | torch.SymInt, ...]) -> tuple[bool, ...]:
 
 
 def test_environment_is_set_before_the_import(record: Any) -> None:
-    limits = {
+    expected = {
         "VLLM_DT_CHUNK_LEN": "128",
         "VLLM_DT_MAX_CONTEXT_LEN": "512",
         "VLLM_DT_MAX_BATCH_SIZE": "4",
         "VLLM_DT_MAX_BATCH_TKV_LIMIT": "2048",
+        "COMPILATION_MODE": "offline_decoder",
+        "FLEX_OVERWRITE_NMB_FRAME": "true",
     }
-    assert limits.items() <= record.environment.items()
+    assert {name: record.environment.get(name) for name in expected} == expected
+
+
+COMPLETE = {
+    "VLLM_DT_CHUNK_LEN": "512",
+    "VLLM_DT_MAX_CONTEXT_LEN": "3072",
+    "VLLM_DT_MAX_BATCH_SIZE": "4",
+    "VLLM_DT_MAX_BATCH_TKV_LIMIT": "4096",
+    "COMPILATION_MODE": "offline_decoder",
+}
+OF_FOUR = COMPLETE | {
+    "WORLD_SIZE": "4",
+    **dict.fromkeys(
+        ("RANK", "DT_PARALLEL_THREADS", "FLEX_HDMA_P2PSIZE", "FLEX_HDMA_COLLSIZE"), "1"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"VLLM_DT_CHUNK_LEN": "unset"}, "the limits are"),
+        ({"VLLM_DT_MAX_CONTEXT_LEN": "768"}, "no programs for 768 tokens in chunks of 512"),
+        ({"VLLM_DT_CHUNK_LEN": "640"}, "no programs for 3072 tokens in chunks of 640"),
+        ({"VLLM_DT_MAX_BATCH_SIZE": "1"}, "a batch of 1 is less than 2"),
+        ({"COMPILATION_MODE": "offline"}, "COMPILATION_MODE is offline, not offline_decoder"),
+        ({"WORLD_SIZE": "1"}, "WORLD_SIZE is 1, not 4"),
+        ({"RANK": None}, "RANK is not set"),
+        ({"FLEX_HDMA_COLLSIZE": None}, "FLEX_HDMA_COLLSIZE is not set"),
+    ],
+)
+def test_the_stand_in_notices_a_variable_that_is_missing(
+    card: None, changes: dict[str, str | None], fault: str | None
+) -> None:
+    from torch_sendnn.variables import faults_of_environment
+
+    changed = {name: value for name, value in (OF_FOUR | changes).items() if value is not None}
+    faults = faults_of_environment(changed, 4)
+    assert (fault is None) == (not faults)
+    assert all(fault in found for found in faults)
+    if not changes:
+        assert not faults_of_environment(COMPLETE, 1)
 
 
 def test_one_graph_for_prefill_and_one_for_decode(record: Any) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,95 @@ def test_the_cpu_beside_a_card_takes_its_own_dtype(
     assert asked.model_config.dtype == torch.float32
     with pytest.raises(ValueError, match="not supported by the CPU's backends: use --dtype"):
         configure(demo_checkpoint, dtype="float16", **arguments)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The stand-in can be imported, in an environment as an image for the card makes it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "e2e" / "stand_in"))
+    monkeypatch.setenv("FLEX_COMPUTE", "SENTIENT")
+    monkeypatch.setenv("FLEX_DEVICE", "PF")
+    return monkeypatch
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What the module warns of; vLLM's loggers do not propagate to pytest's handler."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    engine_config.logger.addHandler(handler)
+    yield said
+    engine_config.logger.removeHandler(handler)
+
+
+def test_the_limit_in_the_environment_is_the_cards_bound(
+    demo_checkpoint: Path, card: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    card.setenv("VLLM_DT_MAX_BATCH_TKV_LIMIT", "24576")
+    config = configure(demo_checkpoint)
+    assert SpyreSettings.from_vllm_config(config).max_batch_tkv == 24576
+    again = dataclasses.replace(config)
+    assert SpyreSettings.from_vllm_config(again).max_batch_tkv == 24576
+    configure(demo_checkpoint, additional_config={"max_batch_tkv": 24576})
+    assert not warnings
+    config = configure(demo_checkpoint, additional_config={"max_batch_tkv": 28672})
+    assert SpyreSettings.from_vllm_config(config).max_batch_tkv == 28672
+    assert warnings == [
+        "max_batch_tkv=28672 is taken, not VLLM_DT_MAX_BATCH_TKV_LIMIT=24576 of the environment"
+    ]
+
+
+def test_the_limit_in_the_environment_is_nothing_to_a_cpu(
+    demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = SpyreSettings.from_vllm_config(configure(demo_checkpoint)).max_batch_tkv
+    monkeypatch.setenv("VLLM_DT_MAX_BATCH_TKV_LIMIT", "24576")
+    assert SpyreSettings.from_vllm_config(configure(demo_checkpoint)).max_batch_tkv == expected
+
+
+def test_a_runtime_that_takes_no_card_is_warned_of(
+    demo_checkpoint: Path, card: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    card.setenv("FLEX_COMPUTE", "SENULATOR")
+    card.delenv("FLEX_DEVICE")
+    config = configure(demo_checkpoint)
+    dataclasses.replace(config)  # says nothing again
+    assert [text.partition(": ")[2].partition(" (")[0] for text in warnings] == [
+        "FLEX_COMPUTE=SENULATOR is the simulator",
+        "FLEX_DEVICE is not set",
+    ]
+
+
+@pytest.mark.usefixtures("card")
+def test_a_context_that_the_card_has_no_programs_for_is_refused(demo_checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="none of 2048 tokens or more has whole chunks of 640"):
+        configure(demo_checkpoint, max_num_batched_tokens=640, max_model_len=2048)
+    assert configure(demo_checkpoint, max_model_len=1000).model_config.max_model_len == 1000
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (3600, 3600)),
+        ({"distributed_timeout_seconds": 60}, (60, 60)),
+        ({"cpu_distributed_timeout_seconds": 60}, (3600, 60)),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("card")
+def test_ranks_of_cards_wait_for_each_others_compiler(
+    demo_checkpoint: Path, given: dict[str, int], expected: tuple[int, int]
+) -> None:
+    parallel = configure(demo_checkpoint, **given).parallel_config
+    timeouts = (parallel.distributed_timeout_seconds, parallel.cpu_distributed_timeout_seconds)
+    assert timeouts == expected
+
+
+def test_ranks_of_a_cpu_wait_as_long_as_vllm_says(demo_checkpoint: Path) -> None:
+    parallel = configure(demo_checkpoint).parallel_config
+    assert parallel.distributed_timeout_seconds is None
+    assert parallel.cpu_distributed_timeout_seconds is None
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

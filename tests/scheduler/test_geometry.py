@@ -185,3 +185,34 @@ def test_a_chunk_of_other_than_whole_blocks_is_refused(chunk_size: int):
         Geometry(block_size=64, chunk_size=chunk_size, max_batch_tkv=1024)
     assert str(chunk_size) in str(error.value)
     assert "--max-num-batched-tokens" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "chunk_size", "expected"),
+    [
+        (8192, 512, 8192),
+        (8193, 512, 16384),
+        (3072, 1024, 3072),
+        (2049, 512, 3072),
+        (2048, 512, 2048),
+        (3073, 1024, 4096),
+        (3000, 1536, 3072),
+        (192, 512, 512),
+        (576, 128, 1024),
+        (512, 192, 3072),
+    ],
+)
+def test_a_cards_context_is_the_least_that_has_programs(
+    max_model_len: int, chunk_size: int, expected: int
+):
+    assert Geometry(64, chunk_size, 1 << 20).context_len(max_model_len) == expected
+    on_cpu = Geometry(64, chunk_size, 1 << 20, whole_chunks=False).context_len(max_model_len)
+    assert on_cpu == -(-max_model_len // chunk_size) * chunk_size
+
+
+@pytest.mark.parametrize(("max_model_len", "chunk_size"), [(8192, 1536), (3072, 640)])
+def test_a_context_without_programs_is_refused(max_model_len: int, chunk_size: int):
+    message = f"none of {max_model_len} tokens or more has whole chunks of {chunk_size}"
+    geometry = Geometry(64, chunk_size, 1 << 20)
+    with pytest.raises(ValueError, match=message):
+        geometry.context_len(max_model_len)

@@ -36,6 +36,7 @@ from tests import architectures
 from tests.checkpoints import edit_tensors
 from vllm_spyre_mm.config import BackendName, CardSettings
 from vllm_spyre_mm.model_executor.backends import make_backend
+from vllm_spyre_mm.model_executor.card.inputs import CardInputs
 from vllm_spyre_mm.model_executor.kv_cache import allocate_kv_cache
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
@@ -211,9 +212,12 @@ class Journey:
             for cache in self._caches():
                 cache.fill_(POISONS[setup.poison])
         self._poisoned = set(range(setup.num_blocks))
-        self.model.backend.inputs = make_backend(
-            self.backend, step_sizes(config), CardSettings()
-        ).inputs
+        if self.backend == "sendnn":  # of chunks that the card may have no programs for
+            self.model.backend.inputs = CardInputs(setup.block_size, dynamic_chunk=True)
+        else:
+            self.model.backend.inputs = make_backend(
+                self.backend, step_sizes(config), CardSettings()
+            ).inputs
         runner = SpyreModelRunner(
             config, self.model, geometry_of(config), return_mm_embedding=setup.collects
         )

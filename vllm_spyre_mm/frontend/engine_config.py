@@ -15,7 +15,12 @@ from vllm_spyre_mm.config import (
     decoder_dtype_of,
     settings_summary,
 )
-from vllm_spyre_mm.environment import rust_frontend_requested, vllm_fixes_enabled
+from vllm_spyre_mm.environment import (
+    card_batch_tkv_limit,
+    card_mode_faults,
+    rust_frontend_requested,
+    vllm_fixes_enabled,
+)
 from vllm_spyre_mm.frontend.card_limits import size_card_cache, take_known_configuration
 from vllm_spyre_mm.frontend.flags import SCHEDULER_CLASS, WORKER_CLASS, refuse_unsupported
 from vllm_spyre_mm.log import get_logger
@@ -27,9 +32,13 @@ from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.upstream.contract import untested_versions
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 logger = get_logger(__name__)
+
+CARD_TIMEOUT_SECONDS = 3600
+"""How long a rank waits for the others, unless the user says: some compile much longer than others.
+"""
 
 
 def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype, ...]) -> None:
@@ -55,6 +64,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
 
     is_new = not settings.resolved  # vLLM builds configurations anew
     if is_new and settings.resolve_backend(model_config.enforce_eager) == "sendnn":
+        settings = _with_card_environment(settings)
         settings = take_known_configuration(vllm_config, mapping, settings)
     settings = settings.resolve(
         enforce_eager=model_config.enforce_eager,
@@ -71,8 +81,10 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     vllm_config.additional_config = settings.model_dump()
 
     _take_over_execution(vllm_config)
+    if settings.backend == "sendnn":
+        _wait_for_compiling_ranks(vllm_config.parallel_config)
     _size_caches(vllm_config, settings)
-    geometry_of(vllm_config)  # checks the chunk size
+    geometry_of(vllm_config).context_len(model_config.max_model_len)  # checks both
     if is_new and settings.backend == "sendnn":
         size_card_cache(vllm_config, mapping, settings)
     if is_new:
@@ -110,6 +122,24 @@ def _warn_of_releases(settings: SpyreSettings) -> None:
             cpu_tier(),
             torch.__version__,
         )
+
+
+def _with_card_environment(settings: SpyreSettings) -> SpyreSettings:
+    """Settings that take over what the environment gives of them; says what may not be meant."""
+    for fault in card_mode_faults():
+        logger.warning("the runtime of the card may not take a card: %s", fault)
+    limit = card_batch_tkv_limit()
+    if limit is None:
+        return settings
+    if settings.max_batch_tkv is None:
+        return settings.model_copy(update={"max_batch_tkv": limit})
+    if settings.max_batch_tkv != limit:
+        logger.warning(
+            "max_batch_tkv=%s is taken, not VLLM_DT_MAX_BATCH_TKV_LIMIT=%s of the environment",
+            settings.max_batch_tkv,
+            limit,
+        )
+    return settings
 
 
 def _leave_head_to_loader(model_config: "ModelConfig") -> None:
@@ -198,6 +228,14 @@ def _take_over_execution(vllm_config: "VllmConfig") -> None:
     if multimodal is not None:
         # For some models vLLM leaves the pixels' normalisation to its own model class.
         multimodal.mm_device_do_normalize = False
+
+
+def _wait_for_compiling_ranks(parallel: "ParallelConfig") -> None:
+    """Raise the timeouts of the process groups to the card's, unless they were given."""
+    if parallel.distributed_timeout_seconds is None:
+        parallel.distributed_timeout_seconds = CARD_TIMEOUT_SECONDS
+    if parallel.cpu_distributed_timeout_seconds is None:
+        parallel.cpu_distributed_timeout_seconds = parallel.distributed_timeout_seconds
 
 
 def _size_caches(vllm_config: "VllmConfig", settings: SpyreSettings) -> None:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+CARD_CONTEXT_LEN = 3072
+"""The context length beside the powers of two, in tokens, that the card is known to run."""
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """Block and chunk sizes that the scheduler and the runner share.
@@ -56,6 +60,27 @@ class Geometry:
     def padded_length(self, num_tokens: int) -> int:
         """Length of a prompt of ``num_tokens`` tokens with its padding to whole chunks."""
         return -(-num_tokens // self.chunk_size) * self.chunk_size
+
+    def context_len(self, max_model_len: int) -> int:
+        """Tokens that a sequence of ``max_model_len`` tokens may occupy with its padding.
+
+        For a card the least length that its compiler has programs for: a power of two or 3072, in
+        whole chunks.
+
+        Raises:
+            ValueError: there is no such length.
+        """
+        if not self.whole_chunks:
+            return self.padded_length(max_model_len)
+        power = 1 << (max(max_model_len, self.chunk_size) - 1).bit_length()
+        for length in sorted((CARD_CONTEXT_LEN, power)):
+            if length >= max_model_len and length % self.chunk_size == 0:
+                return length
+        raise ValueError(
+            f"the card has programs for contexts of {CARD_CONTEXT_LEN} tokens or a power of two, "
+            f"in whole chunks, and none of {max_model_len} tokens or more has whole chunks of "
+            f"{self.chunk_size}: make --max-num-batched-tokens a power of two"
+        )
 
     def chunk_end(self, num_tokens: int, start: int) -> int:
         """End of the chunk that contains token ``start`` of a prompt of ``num_tokens`` tokens."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worker of one rank: device, model, KV cache, warmup; vLLM's executor calls it."""
 
+import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -8,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_spyre_mm.config import SpyreSettings, decoder_dtype_of
+from vllm_spyre_mm.environment import export_rank_environment
 from vllm_spyre_mm.host_memory import return_free_memory
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.backend import StepSizes
@@ -48,11 +51,28 @@ def step_sizes(vllm_config: "VllmConfig") -> StepSizes:
     return StepSizes(
         block_size=geometry.block_size,
         chunk_size=geometry.chunk_size,
-        context_len=geometry.padded_length(max_model_len),
+        context_len=geometry.context_len(max_model_len),
         max_batch_tkv=geometry.max_batch_tkv,
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         max_blocks=geometry.num_blocks(max_model_len),
     )
+
+
+def _read_little_endian() -> None:
+    """Have PyTorch read files that do not say their order of bytes as other hosts write them."""
+    if sys.byteorder == "big":
+        torch.serialization.set_default_load_endianness(torch.serialization.LoadEndianness.LITTLE)
+
+
+def register_default_group() -> ProcessGroup:
+    """Every rank's group, under the name by which the card's software looks for it."""
+    from torch._C._distributed_c10d import _register_process_group
+
+    world = torch.distributed.group.WORLD
+    assert world is not None, "joined before"
+    name: Any = "default"  # PyTorch's type of such names is its own
+    _register_process_group(name, world)
+    return world
 
 
 class SpyreWorker(RefusingWorker):
@@ -84,13 +104,16 @@ class SpyreWorker(RefusingWorker):
     def init_device(self) -> None:
         """Prepare the backend, join the process group, set the random seed."""
         self.device = torch.device("cpu")
+        if is_engine_process():
+            _read_little_endian()
+            if self.backend.for_card:
+                export_rank_environment(
+                    rank=self.rank,
+                    world_size=self.parallel_config.world_size,
+                    num_threads=torch.get_num_threads(),
+                )
         self.backend.prepare()
         self._join_process_group()
-        if self.parallel_config.world_size > 1:
-            # The ranks share the host's cores; more threads than cores thrash.
-            torch.set_num_threads(
-                max(1, torch.get_num_threads() // self.parallel_config.world_size)
-            )
         set_random_seed(self.model_config.seed)
 
     def _join_process_group(self) -> None:
@@ -132,9 +155,12 @@ class SpyreWorker(RefusingWorker):
             self.model = SpyreModel(fms_model, self.mapping, self.backend)
         logger.info("Loaded %s in %.1f s", checkpoint, time.perf_counter() - started)
 
-    def _tensor_parallel_group(self) -> Any:
+    def _tensor_parallel_group(self) -> ProcessGroup | None:
+        """What the decoder's collectives run over."""
         if self.parallel_config.world_size == 1:
             return None
+        if self.backend.for_card:
+            return register_default_group()
         from vllm.distributed import get_tp_group
 
         return get_tp_group().device_group

@@ -3,7 +3,7 @@
 
 Importable as ``torch_sendnn`` where a test puts its folder on the path. Like the original it reads
 its environment when it is imported, and registers the ``torch.compile`` backend ``sendnn``. Graphs
-are checked when they are made (:mod:`.graphs`) and every run is (:mod:`.conformance`); the KV cache
+are checked when they are made (:mod:`.graphs`), with the environment (:mod:`.variables`), and every run is (:mod:`.conformance`); the KV cache
 lives on a device of its own (:mod:`.device`), whose runtime takes the process's signals
 (:mod:`.runtime`).
 
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import distributed
 from torch._dynamo import register_backend
 from torch._dynamo.utils import counters
 
@@ -32,6 +33,7 @@ from torch_sendnn.conformance import Limits, faults_of_run
 from torch_sendnn.device import Device
 from torch_sendnn.graphs import faults_of_graph, faults_of_outputs
 from torch_sendnn.report import report
+from torch_sendnn.variables import faults_of_environment
 
 Named = dict[str, Any]
 """Inputs of a graph by placeholder name: tensors, and the integers of dynamic dimensions."""
@@ -103,6 +105,8 @@ def compile_graph(
     symbolic = {node.name: node.meta.get("example_value") for node in placeholders}
     record.graphs.append(symbolic)
     record.add_faults(faults_of_graph(symbolic, options))
+    world_size = distributed.get_world_size() if distributed.is_initialized() else 1
+    record.add_faults(faults_of_environment(record.environment, world_size))
     if not record.in_warmup:
         record.compiled_outside += 1
         _raise_if(record.fail_compiling, symbolic)
