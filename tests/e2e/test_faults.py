@@ -236,6 +236,9 @@ def test_the_engine_killed_in_the_middle_of_a_step(servers: Servers) -> None:
 def test_a_worker_killed_in_the_middle_of_a_step(servers: Servers) -> None:
     with asked(servers.worker) as server:
         under_way = server.load(2)
+        for fault, sentence in SENTENCES.items():  # of one request, on both ranks
+            assert sentence in failed(server.ask(faulty(fault)))
+        assert chat(server.client, QUESTION, good(7)) == chat(server.client, QUESTION, good(7))
         server.stall()
         server.process("Worker_TP1").kill()
         for request in under_way:

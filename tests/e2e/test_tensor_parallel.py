@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PretrainedConfig
+from vllm import SamplingParams
 
 from tests import architectures
 from tests.e2e.asks import parity_asks
@@ -33,6 +35,47 @@ def test_two_ranks_equal_transformers(
         assert (embedding is None) == (not images)
         if images:
             assert relative_error(embedding, llava_next_reference.features(ask.text, images)) < 1e-4
+
+
+class SeededApart:
+    """Extends a worker: what it draws at random is its rank's own."""
+
+    rank: int
+
+    def seed_apart(self) -> None:
+        torch.manual_seed(1000 + self.rank)
+
+
+def test_tokens_that_are_drawn_are_the_same_on_both_ranks(llava_next_checkpoint: Path) -> None:
+    """The log probability of each is that of a prompt which goes as far: each rank went on with
+    the same token, or their halves of the sums would not belong together."""
+    drawn = SamplingParams(temperature=1.0, max_tokens=8, logprobs=1, ignore_eos=True)
+    with engine(
+        llava_next_checkpoint,
+        own_process=True,
+        tensor_parallel_size=2,
+        max_num_batched_tokens=128,
+        worker_extension_cls=f"{SeededApart.__module__}.{SeededApart.__qualname__}",
+    ) as llm:
+        llm.collective_rpc("seed_apart")
+        asks = parity_asks(4, seed=5)
+        outputs = llm.generate([ask.prompt for ask in asks if not ask.images], drawn)
+        assert len(outputs) > 1
+        for output in outputs:
+            (answer,), prompt = output.outputs, output.prompt_token_ids
+            prefixes = [[*prompt, *answer.token_ids[:end]] for end in range(8)]
+            again = llm.generate(
+                [{"prompt_token_ids": prefix} for prefix in prefixes],
+                [
+                    greedy(1, logprobs=1, allowed_token_ids=[token], ignore_eos=True)
+                    for token in answer.token_ids
+                ],
+            )
+            for token, drawn_with, forced in zip(
+                answer.token_ids, answer.logprobs, again, strict=True
+            ):
+                (known,) = forced.outputs[0].logprobs
+                assert drawn_with[token].logprob == pytest.approx(known[token].logprob, abs=1e-3)
 
 
 @pytest.mark.parametrize(

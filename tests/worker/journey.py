@@ -45,6 +45,7 @@ from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.scheduler.outputs import SpyreModelRunnerOutput
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
+from vllm_spyre_mm.worker.ranks import Ranks
 from vllm_spyre_mm.worker.worker import step_sizes
 
 VOCABULARY = architectures.DECODER["vocab_size"]
@@ -219,7 +220,11 @@ class Journey:
                 self.backend, step_sizes(config), CardSettings()
             ).inputs
         runner = SpyreModelRunner(
-            config, self.model, geometry_of(config), return_mm_embedding=setup.collects
+            config,
+            self.model,
+            geometry_of(config),
+            return_mm_embedding=setup.collects,
+            ranks=Ranks(),
         )
         return make_scheduler(config, setup), runner
 

@@ -6,7 +6,8 @@ the encoder raises, runs out of memory or returns NaN, that request fails; the e
 requests go on.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,22 +15,76 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_features
+from vllm_spyre_mm.worker.ranks import Ranks
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 
 class ImageEncodingError(RuntimeError):
-    """The images of a step cannot be encoded; nothing of the step entered a cache.
+    """The images of a step cannot be encoded; nothing of the step entered a cache."""
 
-    Attributes:
-        on_every_rank: whether every rank of a tensor-parallel model fails at the same place, so
-            that none waits for another.
+
+class ImageEncoder:
+    """Encodes the images of a step on the first rank, with the threads of all of them.
+
+    Args:
+        model: with the vision encoder, which is whole on each rank.
+        ranks: of the model.
+        dtype: of the encoder.
+        decoder_dtype: what the features are converted to when they are merged.
     """
 
-    def __init__(self, message: str, *, on_every_rank: bool) -> None:
-        super().__init__(message)
-        self.on_every_rank = on_every_rank
+    def __init__(
+        self, model: SpyreModel, ranks: Ranks, dtype: torch.dtype, decoder_dtype: torch.dtype
+    ) -> None:
+        self.model, self.ranks = model, ranks
+        self.dtype, self.decoder_dtype = dtype, decoder_dtype
+
+    def encode(self, images: "Mapping[int, MultiModalFeatureSpec]") -> list[torch.Tensor]:
+        """Features of each image, ``(num_features, hidden_size)``, on every rank.
+
+        Args:
+            images: of one request, by their index among all of its images.
+
+        Raises:
+            ImageEncodingError: as for :func:`encode_images`, on every rank.
+        """
+        if not self.ranks.is_first:
+            return self._receive()
+        try:
+            with _threads(self.ranks.num_threads):
+                encoded = encode_images(self.model, images, self.dtype, self.decoder_dtype)
+        except ImageEncodingError as error:
+            self.ranks.broadcast_object(error)
+            raise
+        self._send(encoded)
+        return encoded
+
+    def _send(self, encoded: list[torch.Tensor]) -> None:
+        self.ranks.broadcast_object([(features.shape, features.dtype) for features in encoded])
+        for features in encoded:
+            self.ranks.broadcast(features.contiguous())
+
+    def _receive(self) -> list[torch.Tensor]:
+        sent = self.ranks.broadcast_object()
+        if isinstance(sent, ImageEncodingError):
+            raise sent
+        return [self.ranks.broadcast(torch.empty(shape, dtype=dtype)) for shape, dtype in sent]
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let PyTorch's operators take a number of threads, None for what they have."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def encode_images(
@@ -55,16 +110,13 @@ def encode_images(
     # A vision tower may raise anything; the log has the traceback.
     except Exception as error:
         raise ImageEncodingError(
-            f"{_named(images)} could not be encoded: {type(error).__name__}: {error}",
-            on_every_rank=False,
+            f"{_named(images)} could not be encoded: {type(error).__name__}: {error}"
         ) from error
     for (index, feature), features in zip(images.items(), encoded, strict=True):
         try:
             check_features(features, feature.mm_position.get_num_embeds(), decoder_dtype)
         except FeatureError as error:
-            raise ImageEncodingError(
-                f"{_named([index])} was encoded to {error}", on_every_rank=True
-            ) from error
+            raise ImageEncodingError(f"{_named([index])} was encoded to {error}") from error
     return encoded
 
 

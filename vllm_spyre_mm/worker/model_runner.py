@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from vllm_spyre_mm.config import SpyreSettings, decoder_dtype_of
@@ -21,8 +21,9 @@ from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
 from vllm_spyre_mm.scheduler.geometry import Geometry
 from vllm_spyre_mm.scheduler.outputs import FailedEncoding, SpyreModelRunnerOutput
 from vllm_spyre_mm.worker.batch import SamplingBatch
-from vllm_spyre_mm.worker.encoding import ImageEncodingError, encode_images
+from vllm_spyre_mm.worker.encoding import ImageEncoder, ImageEncodingError
 from vllm_spyre_mm.worker.prefill import prefill_chunk
+from vllm_spyre_mm.worker.ranks import Ranks
 from vllm_spyre_mm.worker.requests import (
     RequestTable,
     WorkerRequest,
@@ -59,6 +60,7 @@ class SpyreModelRunner:
         model: placed, with its KV cache.
         geometry: block and chunk sizes, the scheduler's too.
         return_mm_embedding: collect the embeddings that requests ask for; only on rank 0.
+        ranks: of the model; the first encodes and samples for all.
     """
 
     def __init__(
@@ -67,14 +69,16 @@ class SpyreModelRunner:
         model: SpyreModel[MMUtils],
         geometry: Geometry,
         return_mm_embedding: bool,
+        ranks: Ranks,
     ) -> None:
         self.spyre_model = model
+        self.ranks = ranks
         self.geometry = geometry
         self.return_mm_embedding = return_mm_embedding
         settings = SpyreSettings.from_vllm_config(vllm_config)
         self.requests = RequestTable(settings)
-        self.encoder_dtype: torch.dtype = getattr(torch, settings.encoder_dtype)
-        self.decoder_dtype = decoder_dtype_of(vllm_config)
+        encoder_dtype: torch.dtype = getattr(torch, settings.encoder_dtype)
+        self.encoder = ImageEncoder(model, ranks, encoder_dtype, decoder_dtype_of(vllm_config))
         self.encoder_cache = EncoderCache()
         self.decodes = SamplingBatch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
         self.prefilled = SamplingBatch(vllm_config, 1)
@@ -109,12 +113,12 @@ class SpyreModelRunner:
         pending, self._pending = self._pending, None
         assert pending is not None, "execute_model comes first"
         with self.spyre_model.backend.without_gradients():
-            return self._sample(pending, grammar_output)
+            return self._sample_step(pending, grammar_output)
 
     def encode(self, images: "Mapping[int, MultiModalFeatureSpec]") -> list[torch.Tensor]:
-        """Features of the images of one request; see :func:`encode_images`."""
+        """Features of the images of one request; see :meth:`ImageEncoder.encode`."""
         with self.spyre_model.backend.without_gradients():
-            return encode_images(self.spyre_model, images, self.encoder_dtype, self.decoder_dtype)
+            return self.encoder.encode(images)
 
     def reset_encoder_cache(self) -> None:
         """Drop all encoded images (vLLM calls this when it resets its encoder cache manager)."""
@@ -146,25 +150,36 @@ class SpyreModelRunner:
         self._pending = PendingSample(scheduler_output, self.prefilled, logits)
         return None
 
-    def _sample(
+    def _sample_step(
         self, pending: PendingSample, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput:
         inputs = pending.batch.inputs
-        # The sampler works in fp32 and in place; some logits processors of vLLM need fp32 before.
-        logits = pending.logits.float()
-        if grammar_output is not None:
-            apply_grammar_bitmask(pending.scheduler_output, grammar_output, inputs, logits)
-        sampled = self.sampler(logits=logits, sampling_metadata=inputs.sampling_metadata)
-        token_ids = sampled.sampled_token_ids.tolist()
+        sampled, logprobs = torch.empty(len(pending.batch), 1, dtype=torch.int64), None
+        if self.ranks.is_first:
+            sampled, logprobs = self._sample(pending, grammar_output)
+        token_ids = self.ranks.broadcast(sampled).tolist()
         for request, new in zip(pending.batch.members, token_ids, strict=True):
             request.output_token_ids += new
         output = ModelRunnerOutput(
             req_ids=list(inputs.req_ids),
             req_id_to_index=dict(inputs.req_id_to_index),
             sampled_token_ids=token_ids,
-            logprobs=sampled.logprobs_tensors.tolists() if sampled.logprobs_tensors else None,
+            logprobs=logprobs,  # vLLM takes the first rank's output
         )
         return output if pending.batch is self.decodes else self._end_prefill(output)
+
+    def _sample(
+        self, pending: PendingSample, grammar_output: GrammarOutput | None
+    ) -> tuple[torch.Tensor, LogprobsLists | None]:
+        """Token ids, int64 ``(len(batch), 1)``, and log probabilities where they are asked for."""
+        inputs = pending.batch.inputs
+        # The sampler works in fp32 and in place; some logits processors of vLLM need fp32 before.
+        logits = pending.logits.float()
+        if grammar_output is not None:
+            apply_grammar_bitmask(pending.scheduler_output, grammar_output, inputs, logits)
+        sampled = self.sampler(logits=logits, sampling_metadata=inputs.sampling_metadata)
+        logprobs = sampled.logprobs_tensors
+        return sampled.sampled_token_ids.long(), logprobs.tolists() if logprobs else None
 
     def _end_prefill(self, output: ModelRunnerOutput) -> SpyreModelRunnerOutput:
         """The output of a prompt's last chunk, with its embedding or the reason of its failure."""

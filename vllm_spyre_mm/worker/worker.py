@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worker of one rank: device, model, KV cache, warmup; vLLM's executor calls it."""
 
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -35,6 +36,7 @@ from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.upstream.processes import is_engine_process
 from vllm_spyre_mm.worker.encoding import ImageEncodingError
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
+from vllm_spyre_mm.worker.ranks import Ranks
 from vllm_spyre_mm.worker.unsupported_operations import RefusingWorker
 from vllm_spyre_mm.worker.warmup import warm_up
 
@@ -165,6 +167,17 @@ class SpyreWorker(RefusingWorker):
 
         return get_tp_group().device_group
 
+    def _ranks(self) -> Ranks:
+        """What the runner shares pictures and tokens over."""
+        world_size = self.parallel_config.world_size
+        if world_size == 1:
+            return Ranks()
+        from vllm.distributed import get_tp_group
+
+        # Each rank has its share of the threads (vLLM sets it, unless the user has).
+        threads = min(world_size * torch.get_num_threads(), len(os.sched_getaffinity(0)))
+        return Ranks(get_tp_group().cpu_group, threads)
+
     def get_kv_cache_spec(self) -> "dict[str, KVCacheSpec]":
         return kv_cache_spec(
             self.kv_options,
@@ -200,6 +213,7 @@ class SpyreWorker(RefusingWorker):
             self.model,
             self.geometry,
             return_mm_embedding=self.settings.enable_return_mm_embedding and self.rank == 0,
+            ranks=self._ranks(),
         )
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
@@ -216,18 +230,12 @@ class SpyreWorker(RefusingWorker):
     # -- steps --------------------------------------------------------------------------------
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
-        """Run one step; a request whose images cannot be encoded fails alone.
-
-        Raises:
-            ImageEncodingError: the failure may be of one rank of several; the others may wait for
-                it inside the encoder, so the engine has to end.
-        """
+        """Run one step; a request whose images cannot be encoded fails alone, on every rank."""
         try:
             return self.model_runner.execute_model(scheduler_output)
         except ImageEncodingError as error:
-            if self.parallel_config.world_size > 1 and not error.on_every_rank:
-                raise
-            logger.exception("A request fails because its images could not be encoded")
+            if self.rank == 0:
+                logger.exception("A request fails because its images could not be encoded")
             return self.model_runner.failed_encoding(scheduler_output, error)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:

@@ -3,9 +3,9 @@
 
 Importable as ``torch_sendnn`` where a test puts its folder on the path. Like the original it reads
 its environment when it is imported, and registers the ``torch.compile`` backend ``sendnn``. Graphs
-are checked when they are made (:mod:`.graphs`), with the environment (:mod:`.variables`), and every run is (:mod:`.conformance`); the KV cache
-lives on a device of its own (:mod:`.device`), whose runtime takes the process's signals
-(:mod:`.runtime`).
+are checked when they are made (:mod:`.graphs`), with the environment (:mod:`.variables`), and every
+run is (:mod:`.conformance`); the KV cache lives on a device of its own (:mod:`.device`), whose
+runtime takes the process's signals (:mod:`.runtime`).
 
 The original is closed. The rules are what is publicly known of it, and each names where from:
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first rank works for two, which are processes that talk through Gloo."""
+
+import sys
+from collections.abc import Callable
+from multiprocessing.queues import Queue
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+from torch.serialization import (
+    LoadEndianness,
+    get_default_load_endianness,
+    set_default_load_endianness,
+)
+
+from tests.worker.test_encoding import image
+from vllm_spyre_mm.worker.encoding import ImageEncoder, ImageEncodingError
+from vllm_spyre_mm.worker.ranks import Ranks
+from vllm_spyre_mm.worker.worker import _read_little_endian, register_default_group
+
+SECONDS = 120
+
+
+def in_two_ranks(folder: Path, task: Callable[[Ranks], Any]) -> list[Any]:
+    """What a task gives in each of two ranks."""
+    context = multiprocessing.get_context("spawn")
+    results: Queue[tuple[int, Any]] = context.Queue()
+    store = f"file://{folder}/store"
+    ranks = [context.Process(target=_run, args=(rank, store, task, results)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        return [result for _, result in sorted(results.get(timeout=SECONDS) for _ in ranks)]
+    finally:
+        for process in ranks:
+            process.join(SECONDS)
+            process.kill()
+
+
+def _run(
+    rank: int, store: str, task: Callable[[Ranks], Any], results: "Queue[tuple[int, Any]]"
+) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    with torch.inference_mode():
+        results.put((rank, task(Ranks(distributed.new_group(backend="gloo"), num_threads=3))))
+    distributed.destroy_process_group()
+
+
+def _values(ranks: Ranks) -> list[list[float]]:
+    number = 7 if ranks.is_first else 8
+    dtypes = (torch.int64, torch.int32, torch.float32, torch.float16, torch.bfloat16, torch.int8)
+    values = [ranks.broadcast(torch.full((2, 1), number, dtype=dtype)) for dtype in dtypes]
+    said = ranks.broadcast_object({"number": 9} if ranks.is_first else None)
+    return [*(each.flatten().tolist() for each in values), [said["number"]]]
+
+
+def test_what_the_first_rank_has_the_others_get(tmp_path: Path) -> None:
+    first, second = in_two_ranks(tmp_path, _values)
+    assert first == second == [[7, 7]] * 6 + [[9]]
+
+
+def _sum_in_default_group(ranks: Ranks) -> list[Any]:
+    world = register_default_group()
+    one = torch.ones(1)
+    summed = torch.ops._c10d_functional.all_reduce(one, "sum", "default")
+    total = torch.ops._c10d_functional.wait_tensor(summed)
+    return [world.size(), total.item()]
+
+
+def test_the_group_of_all_ranks_has_the_name_that_the_card_asks_for(tmp_path: Path) -> None:
+    assert in_two_ranks(tmp_path, _sum_in_default_group) == [[2, 2.0]] * 2
+
+
+def _encode(ranks: Ranks) -> list[Any]:
+    """A step whose pictures are encoded, one whose encoder raises or gives NaN, and one more."""
+    calls: list[int] = []
+
+    def encode(mm_kwargs: Any) -> list[torch.Tensor]:
+        calls.append(torch.get_num_threads())
+        if len(calls) == 2:
+            raise MemoryError("no")
+        value = torch.nan if len(calls) == 3 else len(calls)
+        return [torch.full((4, len(each)), value).bfloat16().t() for each in mm_kwargs["pixels"]]
+
+    model: Any = SimpleNamespace(encode=encode)
+    encoder = ImageEncoder(model, ranks, torch.bfloat16, torch.bfloat16)
+    results: list[Any] = []
+    for _ in range(4):
+        try:
+            encoded = encoder.encode({0: image(3, "pixels"), 1: image(2, "pixels")})
+            results.append([(each.tolist(), str(each.dtype)) for each in encoded])
+        except ImageEncodingError as error:
+            results.append(str(error))
+    return [results, calls, torch.get_num_threads()]
+
+
+def test_pictures_are_encoded_once_with_the_threads_of_all(tmp_path: Path) -> None:
+    """And one that cannot be encoded fails on both ranks, which go on together."""
+    (first, threads, after), (second, none, _) = in_two_ranks(tmp_path, _encode)
+    assert first == second
+    encoded, raised, nan, again = first
+    assert [(len(rows), dtype) for rows, dtype in encoded] == [
+        (3, "torch.bfloat16"),
+        (2, "torch.bfloat16"),
+    ]
+    assert raised == "images 1, 2 of the request could not be encoded: MemoryError: no"
+    assert "image 1 of the request was encoded to features with NaN" in nan
+    assert again[0][0] == [[4.0] * 4] * 3
+    assert (threads, none, after) == ([3] * 4, [], 1)
+
+
+@pytest.mark.parametrize("num_threads", [None, 3])
+def test_one_rank_needs_nobody(num_threads: int | None) -> None:
+    ranks = Ranks(num_threads=num_threads)
+    assert ranks.is_first
+    assert ranks.broadcast(torch.ones(2)).tolist() == [1, 1]
+    assert ranks.broadcast_object("said") == "said"
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_a_big_endian_host_reads_files_as_the_others_write_them(
+    order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: what PyTorch is told where the host's order is another one."""
+    monkeypatch.setattr(sys, "byteorder", order)
+    try:
+        _read_little_endian()
+        expected = LoadEndianness.LITTLE if order == "big" else None
+        assert get_default_load_endianness() == expected
+    finally:
+        set_default_load_endianness(None)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranks of a tensor-parallel model, the first of which does work of the host for all.
+
+Pictures are encoded and tokens are sampled once, not by each rank for itself: the ranks share the
+host, and what is drawn at random has to be the same for all of them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The ranks of a model, as one of them sees them.
+
+    What the first rank sends, each other one has to ask for at the same place. They wait without
+    taking time of the CPU.
+
+    Attributes:
+        group: of Gloo, over which the host's tensors go; None for a model of one rank.
+        num_threads: threads that all ranks together may run on the host, None for as many as there
+            are.
+    """
+
+    group: ProcessGroup | None = None
+    num_threads: int | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that works for all."""
+        return self.group is None or self.group.rank() == 0
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first rank's values, written into what the others give.
+
+        Args:
+            tensor: contiguous, of the same shape and dtype on each rank.
+        """
+        if self.group is not None:
+            source = distributed.get_global_rank(self.group, 0)
+            # As bytes: Gloo does not know every dtype.
+            distributed.broadcast(tensor.view(torch.uint8), source, self.group)
+        return tensor
+
+    def broadcast_object(self, value: Any = None) -> Any:
+        """The first rank's value, which is pickled; the others give none."""
+        if self.group is None:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(
+            values, distributed.get_global_rank(self.group, 0), self.group
+        )
+        return values[0]
