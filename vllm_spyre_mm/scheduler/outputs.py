@@ -45,6 +45,16 @@ class SpyreModelRunnerOutput(ModelRunnerOutput):
     mm_embedding_infos: dict[str, MMEmbeddingInfo] = field(default_factory=dict)
     failed_encoding: FailedEncoding | None = None
 
+    @classmethod
+    def of_failure(cls, failed: FailedEncoding) -> "SpyreModelRunnerOutput":
+        """The output of a step whose one request fails."""
+        return cls(
+            req_ids=[failed.req_id],
+            req_id_to_index={failed.req_id: 0},
+            sampled_token_ids=[[]],
+            failed_encoding=failed,
+        )
+
 
 @dataclass
 class SpyreSchedulerStats(SchedulerStats):

@@ -14,7 +14,7 @@ from vllm.v1.structured_output.utils import apply_grammar_bitmask
 from vllm_spyre_mm.config import SpyreSettings, decoder_dtype_of
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.model import SpyreModel
-from vllm_spyre_mm.multimodal.embedding import EmbeddingOverflowError, MMEmbeddingInfo, assemble
+from vllm_spyre_mm.multimodal.embedding import EmbeddingOverflowError, assemble
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
 from vllm_spyre_mm.multimodal.merge import first_feature, mask_feature_tokens, plan_merge
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
@@ -186,8 +186,9 @@ class SpyreModelRunner:
         (request,) = self.prefilled.members
         self.prefilled.discard([request.req_id])  # it decodes from the next step on
         if request.embedding_fault is not None:
-            return _failed_embedding(request.req_id, request.embedding_fault)
-        embeddings, infos = _take_embedding(request)
+            failed = FailedEncoding(request.req_id, request.embedding_fault, [], [])
+            return SpyreModelRunnerOutput.of_failure(failed)  # its images and blocks are valid
+        embeddings, infos = request.take_embedding()
         return SpyreModelRunnerOutput(
             **vars(output), mm_embeddings=embeddings, mm_embedding_infos=infos
         )
@@ -220,16 +221,13 @@ class SpyreModelRunner:
         request = self.requests[req_id]
         items = scheduler_output.scheduled_encoder_inputs[req_id]
         unfilled = request.num_computed_tokens // self.geometry.block_size
-        return SpyreModelRunnerOutput(
-            req_ids=[req_id],
-            req_id_to_index={req_id: 0},
-            sampled_token_ids=[[]],
-            failed_encoding=FailedEncoding(
+        return SpyreModelRunnerOutput.of_failure(
+            FailedEncoding(
                 req_id=req_id,
                 reason=str(error),
                 identifiers=[request.mm_features[item].identifier for item in items],
                 block_ids=request.blocks[unfilled:],
-            ),
+            )
         )
 
     def _prefill(self, request: WorkerRequest, num_new: int) -> torch.Tensor:
@@ -288,24 +286,3 @@ class SpyreModelRunner:
         """Run the decode batch; returns logits ``(batch, vocab_size)``."""
         inputs = self.inputs.decode_inputs(self.decodes.decode_rows(), self.spyre_model.embed)
         return self.inputs.decode_logits(self.spyre_model.forward(inputs), len(self.decodes))
-
-
-def _failed_embedding(req_id: str, reason: str) -> SpyreModelRunnerOutput:
-    """The output of a prefill whose embedding cannot be returned; images and blocks are valid."""
-    return SpyreModelRunnerOutput(
-        req_ids=[req_id],
-        req_id_to_index={req_id: 0},
-        sampled_token_ids=[[]],
-        failed_encoding=FailedEncoding(req_id, reason, identifiers=[], block_ids=[]),
-    )
-
-
-def _take_embedding(
-    request: WorkerRequest,
-) -> tuple[dict[str, torch.Tensor], dict[str, MMEmbeddingInfo]]:
-    """Remove the embedding from the request and return it, if there is one."""
-    embedding, info = request.mm_embedding, request.mm_embedding_info
-    request.mm_embedding = request.mm_embedding_info = None
-    if embedding is None or info is None:
-        return {}, {}
-    return {request.req_id: embedding}, {request.req_id: info}

@@ -64,6 +64,14 @@ class WorkerRequest(CachedRequestState):
             choice=choice_of(params, settings),
         )
 
+    def take_embedding(self) -> tuple[dict[str, torch.Tensor], dict[str, MMEmbeddingInfo]]:
+        """Hand the embedding over, by request id, if there is one; the request drops it."""
+        embedding, info = self.mm_embedding, self.mm_embedding_info
+        self.mm_embedding = self.mm_embedding_info = None
+        if embedding is None or info is None:
+            return {}, {}
+        return {self.req_id: embedding}, {self.req_id: info}
+
     @property
     def blocks(self) -> list[int]:
         """Block ids of the one KV cache group, in prompt order."""
