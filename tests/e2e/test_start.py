@@ -183,7 +183,12 @@ def test_a_vllm_without_the_plugin_finds_nothing_to_run_on(
     )
     assert finished.returncode == 1
     assert finished.stderr.splitlines()[-1].startswith("RuntimeError: Failed to infer device type")
-    assert "LOADED vllm_spyre_mm vllm_spyre_mm.compat" in finished.stdout.splitlines()
+    (loaded,) = (line for line in finished.stdout.splitlines() if line.startswith("LOADED"))
+    assert set(loaded.split()[1:]) == {
+        "vllm_spyre_mm",
+        "vllm_spyre_mm.compat",
+        "vllm_spyre_mm.environment",
+    }
 
 
 def test_the_length_that_fits_is_taken(demo_checkpoint: Path) -> None:
