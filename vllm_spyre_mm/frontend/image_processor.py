@@ -29,7 +29,7 @@ from vllm_spyre_mm.frontend.image_validation import (
 )
 from vllm_spyre_mm.frontend.mixed_chat import unwrapped
 from vllm_spyre_mm.frontend.mixed_images import MixedImageItems, Mixture, mixture_of
-from vllm_spyre_mm.upstream.contract import require_attributes, require_parameters
+from vllm_spyre_mm.upstream.contract import require_attributes, require_methods
 from vllm_spyre_mm.upstream.marks import is_extended, mark
 from vllm_spyre_mm.vllm_fixes import array_pictures
 
@@ -166,17 +166,16 @@ def check_bases(info: type = BaseProcessingInfo, processor: type = BaseMultiModa
     Raises:
         UnsupportedVllmError: one is missing, or its parameters have other names.
     """
-    require_attributes(info, ("parse_mm_data", "validate_num_items"))
-    require_parameters(info.parse_mm_data, ("mm_data", "validate"))  # type: ignore[attr-defined]
-    expected = {
-        "apply": ("inputs", "timing_ctx"),
-        "_cached_apply_hf_processor": ("inputs", "timing_ctx"),
-        "_matched_updates_from_result": ("mm_prompt_updates", "match_result"),
-        "_recompute_cached_prompt_update": ("cached_update", "new_item_idx"),
-    }
-    require_attributes(processor, expected)
-    for name, parameters in expected.items():
-        require_parameters(getattr(processor, name), parameters)
+    require_methods(info, {"parse_mm_data": ("mm_data", "validate"), "validate_num_items": ()})
+    require_methods(
+        processor,
+        {
+            "apply": ("inputs", "timing_ctx"),
+            "_cached_apply_hf_processor": ("inputs", "timing_ctx"),
+            "_matched_updates_from_result": ("mm_prompt_updates", "match_result"),
+            "_recompute_cached_prompt_update": ("cached_update", "new_item_idx"),
+        },
+    )
 
 
 def register_processor_of(model_cls: Any) -> None:

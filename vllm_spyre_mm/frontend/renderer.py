@@ -23,7 +23,7 @@ from vllm_spyre_mm.frontend.mixed_chat import (
     read_once,
     with_loaded,
 )
-from vllm_spyre_mm.upstream.contract import require_attributes, require_parameters
+from vllm_spyre_mm.upstream.contract import require_methods
 from vllm_spyre_mm.vllm_fixes import chat_parts, sender_cache
 
 
@@ -33,14 +33,14 @@ def check_base(base: type = HfRenderer) -> None:
     Raises:
         UnsupportedVllmError: a method is missing, or its parameters have other names.
     """
-    expected = {
-        "render_chat_async": ("conversations",),
-        "render_messages": ("messages", "params"),
-        "render_messages_async": ("messages", "params"),
-    }
-    require_attributes(base, expected)
-    for name, parameters in expected.items():
-        require_parameters(getattr(base, name), parameters)
+    require_methods(
+        base,
+        {
+            "render_chat_async": ("conversations",),
+            "render_messages": ("messages", "params"),
+            "render_messages_async": ("messages", "params"),
+        },
+    )
 
 
 class ImageRenderer(HfRenderer):

@@ -3,7 +3,7 @@
 
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from packaging.requirements import Requirement
@@ -108,6 +108,17 @@ def require_parameters(function: Callable[..., Any], names: Iterable[str]) -> No
     parameters = inspect.signature(function).parameters
     for name in names:
         require(name in parameters, f"{function.__qualname__} has no parameter {name!r}")
+
+
+def require_methods(owner: type, expected: Mapping[str, Iterable[str]]) -> None:
+    """Check that ``owner`` has the methods ``expected``, with these parameters at least.
+
+    Raises:
+        UnsupportedVllmError: a method is missing, or one of its parameters.
+    """
+    require_attributes(owner, expected)
+    for name, parameters in expected.items():
+        require_parameters(getattr(owner, name), parameters)
 
 
 def require_assigned(function: Callable[..., Any], names: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ another; the classes that are extended by :mod:`vllm_spyre_mm.vllm_fixes.media_c
 from types import ModuleType
 
 from vllm_spyre_mm.log import get_logger
-from vllm_spyre_mm.upstream.contract import require_attributes, require_parameters
+from vllm_spyre_mm.upstream.contract import require_attributes, require_methods
 from vllm_spyre_mm.upstream.module_loading import when_loaded
 from vllm_spyre_mm.vllm_fixes.fault import Fault
 
@@ -35,11 +35,17 @@ def install() -> None:
 def _register_connector(module: ModuleType) -> None:
     require_attributes(module, ("MEDIA_CONNECTOR_REGISTRY", "MediaConnector"))
     connector, registry = module.MediaConnector, module.MEDIA_CONNECTOR_REGISTRY
-    require_parameters(connector.__init__, ("connection", "allowed_media_domains"))
-    for name in ("load_from_url", "load_from_url_async"):
-        require_parameters(getattr(connector, name), ("url", "media_io", "fetch_timeout"))
-    for name in ("fetch_image_embedding", "fetch_image_embedding_async"):
-        require_parameters(getattr(connector, name), ("data",))
+    loading = ("url", "media_io", "fetch_timeout")
+    require_methods(
+        connector,
+        {
+            "__init__": ("connection", "allowed_media_domains"),
+            "load_from_url": loading,
+            "load_from_url_async": loading,
+            "fetch_image_embedding": ("data",),
+            "fetch_image_embedding_async": ("data",),
+        },
+    )
     check_bases()
 
     from vllm_spyre_mm.vllm_fixes.media_connector import CheckedMediaConnector
@@ -61,10 +67,11 @@ def check_bases() -> None:
     from vllm.multimodal.media import image
 
     require_attributes(connections, ("HTTPConnection", "global_http_connection"))
-    for name in ("get_response", "get_async_response"):
-        require_attributes(connections.HTTPConnection, (name,))
-        require_parameters(getattr(connections.HTTPConnection, name), ("url", "allow_redirects"))
+    asking = ("url", "allow_redirects")
+    require_methods(
+        connections.HTTPConnection, {"get_response": asking, "get_async_response": asking}
+    )
     require_attributes(image, ("ImageMediaIO", "ImageEmbeddingMediaIO"))
     for media_io in (image.ImageMediaIO, image.ImageEmbeddingMediaIO):
-        require_parameters(media_io.load_bytes, ("data",))
+        require_methods(media_io, {"load_bytes": ("data",)})
     require_attributes(image.ImageMediaIO, ("_convert_image_mode",))
