@@ -29,6 +29,10 @@ THREAD_COUNTS = (
 """Threads of the card's compiler, which reads the first alone, and of what it calls."""
 
 
+HDMA_BYTES = {"FLEX_HDMA_P2PSIZE": 256 << 20, "FLEX_HDMA_COLLSIZE": 32 << 20}
+"""Sizes of transfers between cards with which four of them are known to run."""
+
+
 def keep_device_extensions_unloaded() -> None:
     """Keep PyTorch from loading ``torch_nnpa`` by itself, unless the user wants it.
 
@@ -184,8 +188,8 @@ def export_rank_environment(*, rank: int, world_size: int, num_threads: int) -> 
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "12355")
     if world_size >= 4:  # collectives of four ranks exceed the defaults
-        os.environ.setdefault("FLEX_HDMA_P2PSIZE", str(256 << 20))
-        os.environ.setdefault("FLEX_HDMA_COLLSIZE", str(32 << 20))
+        for name, size in HDMA_BYTES.items():
+            os.environ.setdefault(name, str(size))
 
 
 def card_batch_tkv_limit() -> int | None:

@@ -6,15 +6,10 @@ from collections.abc import Iterator
 
 from vllm_spyre_mm.doctor.card import CardHost
 from vllm_spyre_mm.doctor.finding import Finding, Level
+from vllm_spyre_mm.environment import HDMA_BYTES, THREAD_COUNTS
 
 Fault = tuple[Level, str, str]
 """How bad it is, what was found, and what to do."""
-
-THREADS = ("DT_PARALLEL_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-"""Threads of a rank: of the compiler, and of what PyTorch and NumPy compute with."""
-
-HDMA_BYTES = {"FLEX_HDMA_P2PSIZE": 256 << 20, "FLEX_HDMA_COLLSIZE": 32 << 20}
-"""Sizes of transfers between cards with which four of them are known to run."""
 
 FROM_FLAGS = {
     "VLLM_DT_CHUNK_LEN": "--max-num-batched-tokens",
@@ -80,7 +75,7 @@ def _faults_of_limits(host: CardHost) -> Iterator[Fault]:
 
 def _faults_of_threads(host: CardHost) -> Iterator[Fault]:
     share = max(1, int(host.cores / host.num_ranks))
-    for name in THREADS:
+    for name in THREAD_COUNTS:
         given = host.variables.get(name)
         if given is None:
             continue

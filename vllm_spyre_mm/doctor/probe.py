@@ -104,11 +104,16 @@ def card() -> dict[str, Any]:
     """Imports the card's compiler as a worker does: after its variables are set."""
     import torch  # noqa: F401 - imports what registers itself as a device's backend
 
+    from vllm_spyre_mm import config
     from vllm_spyre_mm.environment import export_card_environment, process_environment
 
     early = "torch_sendnn" in sys.modules
-    limits = {"chunk_size": 512, "context_len": 8192, "max_num_seqs": 16, "max_batch_tkv": 131072}
-    export_card_environment(**limits)
+    export_card_environment(
+        chunk_size=config.CARD_CHUNK_SIZE,
+        context_len=config.DEFAULT_MAX_MODEL_LEN,
+        max_num_seqs=config.DEFAULT_MAX_NUM_SEQS,
+        max_batch_tkv=config.CARD_MAX_BATCH_TKV,
+    )
     prepared = _compiler_limits(process_environment())
     import torch_sendnn
 
