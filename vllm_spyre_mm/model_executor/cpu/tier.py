@@ -16,6 +16,7 @@ import torch
 from vllm_spyre_mm.config import CPU_TIERS, CpuTier
 from vllm_spyre_mm.environment import cpu_tier_limit
 from vllm_spyre_mm.model_executor.cpu.torch_internals import (
+    has_onednn,
     inductor_settings,
     takes_architecture,
     why_not_compiled,
@@ -104,11 +105,6 @@ def computes_in_bf16() -> bool:
     if is_x86():
         return has_tier("avx512")
     return has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def has_onednn() -> bool:
-    """Whether PyTorch was built with oneDNN; without it the operators of ``mkldnn`` are missing."""
-    return torch.backends.mkldnn.is_available()
 
 
 def compiler_settings() -> AbstractContextManager[None]:

@@ -47,11 +47,15 @@ def _has(module: str, name: str) -> bool:
         return False
 
 
+def has_onednn() -> bool:
+    """Whether PyTorch was built with oneDNN; without it the operators of ``mkldnn`` are missing."""
+    return torch.backends.mkldnn.is_available()
+
+
 def packs_linears() -> bool:
     """Whether PyTorch was built with oneDNN, and has its linear layer of a rearranged weight."""
     names = ("_linear_pointwise", "_reorder_linear_weight")
-    available = torch.backends.mkldnn.is_available()
-    return available and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return has_onednn() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def takes_architecture() -> bool:
