@@ -19,6 +19,7 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.exits import check_end
 from vllm_spyre_mm.vllm_fixes.shutdown_errors import INTERRUPTED
@@ -166,3 +167,15 @@ def chat(client: openai.OpenAI, question: str, *urls: str, **more: Any) -> str:
         **more,
     )
     return response.choices[0].message.content
+
+
+def metrics(server: str) -> dict[str, float]:
+    """The platform's metrics of a server, by name; no key is asked for them."""
+    with urllib.request.urlopen(f"{server}/metrics", timeout=60) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    return {
+        sample.name.removeprefix("vllm:spyre_"): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name.startswith("vllm:spyre_") and not sample.name.endswith("_created")
+    }

@@ -20,11 +20,10 @@ import openai
 import psutil
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.engines import relative_error
 from tests.e2e.exits import check_end
-from tests.e2e.serving import START_SECONDS, Served, data_url, png, starting_server
+from tests.e2e.serving import START_SECONDS, Served, data_url, metrics, png, starting_server
 from tests.e2e.test_server import picture
 from tests.reference import Reference
 from vllm_spyre_mm.payload import decode_mm_embedding
@@ -189,31 +188,21 @@ def test_each_api_server_returns_embeddings(server: Keyed, demo_reference: Refer
     assert relative_error(decode_mm_embedding(answer["mm_embedding"]), expected) < 1e-4
 
 
-def metrics(server: Keyed) -> dict[str, float]:
-    """The platform's, by name, for which no key is asked."""
-    with urllib.request.urlopen(f"{server.served.address}/metrics", timeout=60) as response:
-        families = text_string_to_metric_families(response.read().decode())
-    return {
-        sample.name.removeprefix("vllm:spyre_"): sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name.startswith("vllm:spyre_") and not sample.name.endswith("_created")
-    }
-
-
 def grown(server: Keyed, before: dict[str, float], returned: int) -> dict[str, float]:
     """What metrics count since then, once so many embeddings were returned: a step's statistics
     come after its output."""
     deadline = time.monotonic() + 60
     while True:
-        found = {name: value - before[name] for name, value in metrics(server).items()}
+        found = {
+            name: value - before[name] for name, value in metrics(server.served.address).items()
+        }
         if found["mm_embeddings_returned_total"] >= returned:
             return found
         assert time.monotonic() < deadline, found
 
 
 def test_metrics_count_the_requests_of_all_api_servers(server: Keyed) -> None:
-    before = metrics(server)
+    before = metrics(server.served.address)
     streams = server.spread(200, about(20))
     for stream in streams:
         stream.end()
@@ -234,7 +223,7 @@ def test_metrics_count_the_requests_of_all_api_servers(server: Keyed) -> None:
 def test_without_the_key_there_is_no_embedding(
     server: Keyed, path: str, body: Any, key: str | None
 ) -> None:
-    before = metrics(server)
+    before = metrics(server.served.address)
     assert server.ask(path, body, key) == (401, {"error": "Unauthorized"})
     status, answer = server.ask(path, body)
     assert status == 200

@@ -13,9 +13,8 @@ from typing import Any
 import openai
 import torch
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.serving import data_url, png
+from tests.e2e.serving import data_url, metrics, png
 from tests.reference import Reference
 from vllm_spyre_mm.demo import pictures
 from vllm_spyre_mm.payload import decode_mm_embedding
@@ -57,18 +56,6 @@ def embeds_part(payload: Any) -> Any:
     buffer = io.BytesIO()
     torch.save(decode_mm_embedding(payload), buffer)
     return {"type": "image_embeds", "image_embeds": b64encode(buffer.getvalue()).decode()}
-
-
-def metrics(server: str) -> dict[str, float]:
-    """The platform's, by name."""
-    with urllib.request.urlopen(f"{server}/metrics", timeout=60) as response:
-        families = text_string_to_metric_families(response.read().decode())
-    return {
-        sample.name.removeprefix("vllm:spyre_"): sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name.startswith("vllm:spyre_") and not sample.name.endswith("_created")
-    }
 
 
 def held_bytes(server: str, *, wanted: bool) -> float:

@@ -3,7 +3,8 @@
 
 import openai
 
-from tests.e2e.server_embeddings.requests import ask, drawn, held_bytes, messages, metrics
+from tests.e2e.server_embeddings.requests import ask, drawn, held_bytes, messages
+from tests.e2e.serving import metrics
 
 
 def test_metrics_count_and_are_zero_when_nothing_runs(server: str, client: openai.OpenAI) -> None:

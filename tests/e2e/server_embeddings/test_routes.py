@@ -19,10 +19,9 @@ from tests.e2e.server_embeddings.requests import (
     drawn,
     held_bytes,
     messages,
-    metrics,
     post,
 )
-from tests.e2e.serving import data_url, png
+from tests.e2e.serving import data_url, metrics, png
 from vllm_spyre_mm.payload import decode_mm_embedding
 
 
