@@ -89,21 +89,29 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
         size_card_cache(vllm_config, mapping, settings)
     if is_new:
         _warn_of_releases(settings)
+    _log_summary(vllm_config, settings, mapping, logging.INFO if is_new else logging.DEBUG)
+
+
+def _log_summary(
+    vllm_config: "VllmConfig", settings: SpyreSettings, mapping: MMUtils, level: int
+) -> None:
+    """Log everything that was resolved, in one line."""
+    scheduler_config, cache_config = vllm_config.scheduler_config, vllm_config.cache_config
     logger.log(
-        logging.INFO if is_new else logging.DEBUG,
+        level,
         "Spyre platform: %s",
         settings_summary(
             settings,
             cpu_tier=cpu_tier(),
             compiled_for="nothing" if settings.backend == "eager" else compiled_for(),
             mapping=type(mapping).__name__,
-            dtype=dtype_name(dtype),
+            dtype=dtype_name(decoder_dtype_of(vllm_config)),
             chunk_size=scheduler_config.max_num_batched_tokens,
-            block_size=vllm_config.cache_config.block_size,
+            block_size=cache_config.block_size,
             max_num_seqs=scheduler_config.max_num_seqs,
-            max_model_len=model_config.max_model_len,
+            max_model_len=vllm_config.model_config.max_model_len,
             tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
-            prefix_caching=vllm_config.cache_config.enable_prefix_caching,
+            prefix_caching=cache_config.enable_prefix_caching,
             vllm_fixes=vllm_fixes_enabled(),
         ),
     )
