@@ -30,6 +30,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from tests import qwen_vl
 from tests.checkpoints import Layout, save_random_checkpoint, with_changes
 from vllm_spyre_mm.demo import checkpoint_path
 
@@ -200,6 +201,8 @@ def save_processor(path: Path, config: PretrainedConfig) -> None:
             images["image_grid_pinpoints"] = config.image_grid_pinpoints
             image_processor = LlavaNextImageProcessor(**images)
             LlavaNextProcessor(image_processor, tokenizer, **texts).save_pretrained(path)
+    elif config.model_type in qwen_vl.MODEL_TYPES:
+        qwen_vl.save_qwen_processor(path, config)
     else:
         tokenizer.save_pretrained(path)
 

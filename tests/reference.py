@@ -4,7 +4,7 @@
 What it computes is kept in a folder, by a hash of the checkpoint, the request and the software.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers.video_utils import VideoMetadata
 
 from tests import kept
 from tests.checkpoints import model_class
+from tests.videos import Video
 
 
 class Reference:
@@ -58,35 +60,69 @@ class Reference:
             return 1.0
         return getattr(text, "logits_scaling", 1.0)
 
-    def inputs(self, prompt: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """What the processor makes of a prompt and its images."""
-        if not images:
-            return self.processor(text=prompt, return_tensors="pt")
-        return self.processor(text=prompt, images=images, return_tensors="pt")
+    def inputs(
+        self, prompt: str, images: Sequence[Image.Image], videos: Sequence[Video] = ()
+    ) -> dict[str, torch.Tensor]:
+        """What the processor makes of a prompt, its images and its videos, of all their frames."""
+        given: dict[str, Any] = {"images": list(images)} if images else {}
+        if videos:
+            given["videos"] = [video.frames for video in videos]
+            given["video_metadata"] = [
+                VideoMetadata(
+                    total_num_frames=len(video.frames),
+                    fps=video.fps,
+                    frames_indices=list(range(len(video.frames))),
+                )
+                for video in videos
+            ]
+            given["do_sample_frames"] = False
+        return self.processor(text=prompt, return_tensors="pt", **given)
 
-    def _once(self, images: list[Image.Image], *key: str, make: Callable[[], Any]) -> Any:
+    def _once(
+        self,
+        images: Sequence[Image.Image],
+        videos: Sequence[Video],
+        *key: str,
+        make: Callable[[], Any],
+    ) -> Any:
         """What ``make`` computes for a request, now or in an earlier run."""
+        frames = (
+            part
+            for video in videos
+            for part in (kept.digest_of_images(video.images), str(video.fps))
+        )
         with torch.inference_mode():
-            return self.kept.get((kept.digest_of_images(images), *key), make)
+            return self.kept.get((kept.digest_of_images(images), *frames, *key), make)
 
-    def generate(self, prompt: str, images: list[Image.Image], max_tokens: int) -> list[int]:
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[Image.Image],
+        max_tokens: int,
+        videos: Sequence[Video] = (),
+    ) -> list[int]:
         """Greedy tokens, the end-of-sequence token included."""
 
         def make() -> list[int]:
-            inputs = self.inputs(prompt, images)
+            inputs = self.inputs(prompt, images, videos)
             tokens = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
             return tokens[0, inputs["input_ids"].shape[1] :].tolist()
 
-        return self._once(images, "generate", prompt, str(max_tokens), make=make)
+        return self._once(images, videos, "generate", prompt, str(max_tokens), make=make)
 
     def certain_tokens(
-        self, prompt: str, images: list[Image.Image], max_tokens: int, margin: float
+        self,
+        prompt: str,
+        images: Sequence[Image.Image],
+        max_tokens: int,
+        margin: float,
+        videos: Sequence[Video] = (),
     ) -> list[int]:
         """Greedy tokens before the first that leads by less than ``margin``, in logits."""
 
         def make() -> list[int]:
             generated = self.model.generate(
-                **self.inputs(prompt, images),
+                **self.inputs(prompt, images, videos),
                 max_new_tokens=max_tokens,
                 do_sample=False,
                 output_logits=True,
@@ -100,24 +136,45 @@ class Reference:
                 certain.append(int(logits[0].argmax()))
             return certain
 
-        return self._once(images, "certain", prompt, f"{max_tokens} {margin}", make=make)
+        key = ("certain", prompt, f"{max_tokens} {margin}")
+        return self._once(images, videos, *key, make=make)
 
-    def logits(self, prompt: str, images: list[Image.Image]) -> torch.Tensor:
+    def logits(
+        self, prompt: str, images: Sequence[Image.Image], videos: Sequence[Video] = ()
+    ) -> torch.Tensor:
         """Logits of the first generated token, ``(vocab_size,)``; see :attr:`logits_scaling`."""
 
         def make() -> torch.Tensor:
-            logits = self.model(**self.inputs(prompt, images)).logits[0, -1].float()
+            logits = self.model(**self.inputs(prompt, images, videos)).logits[0, -1].float()
             return logits / self.logits_scaling
 
-        return self._once(images, "logits", prompt, make=make)
+        return self._once(images, videos, "logits", prompt, make=make)
 
-    def features(self, prompt: str, images: list[Image.Image]) -> torch.Tensor:
-        """Features of all images in order, ``(num_features, hidden_size)``."""
+    def features(self, prompt: str, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Features of all images in order, ``(num_features, hidden_size * (1 + levels))``."""
 
         def make() -> torch.Tensor:
             inputs = self.inputs(prompt, images)
-            names = ("pixel_values", "image_sizes")
+            names = ("pixel_values", "image_sizes", "image_grid_thw")
             given = {name: inputs[name] for name in names if name in inputs}
-            return torch.cat(list(self.model.get_image_features(**given).pooler_output))
+            return _all_depths(self.model.get_image_features(**given))
 
-        return self._once(images, "features", prompt, make=make)
+        return self._once(images, (), "features", prompt, make=make)
+
+    def video_features(self, prompt: str, videos: Sequence[Video]) -> torch.Tensor:
+        """Features of all videos in order, ``(num_features, hidden_size * (1 + levels))``."""
+
+        def make() -> torch.Tensor:
+            inputs = self.inputs(prompt, (), videos)
+            names = ("pixel_values_videos", "video_grid_thw")
+            given = {name: inputs[name] for name in names}
+            return _all_depths(self.model.get_video_features(**given))
+
+        return self._once((), videos, "video_features", prompt, make=make)
+
+
+def _all_depths(output: Any) -> torch.Tensor:
+    """Features as columns: those of the input, then those of each deepstack level."""
+    levels = getattr(output, "deepstack_features", None) or []
+    depths = (torch.cat(list(items)) for items in (output.pooler_output, *levels))
+    return torch.cat(list(depths), dim=1)
