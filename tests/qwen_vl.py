@@ -54,13 +54,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-DECODER = {
+DECODER = {  # heads of 128, as the published ones and the card have
     "vocab_size": 520,
-    "hidden_size": 128,
+    "hidden_size": 256,
     "intermediate_size": 302,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-6,
     "bos_token_id": 0,
@@ -88,20 +88,20 @@ def _special_ids() -> dict[str, Any]:
 
 def qwen3_vl(**changes: Any) -> Qwen3VLConfig:
     """Deepstack from three of four layers; dotted names change the parts."""
-    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [12, 6, 6]}
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
     config = Qwen3VLConfig(
         vision_config={
             **TOWER,
             "hidden_size": 96,
             "intermediate_size": 203,
-            "out_hidden_size": 128,
+            "out_hidden_size": 256,
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1, 2],
             "hidden_act": "gelu_pytorch_tanh",
         },
         text_config={
             **DECODER,
-            "head_dim": 48,
+            "head_dim": 128,
             "rope_parameters": rope | {"mrope_interleaved": True},
         },
         **_special_ids(),
@@ -111,13 +111,13 @@ def qwen3_vl(**changes: Any) -> Qwen3VLConfig:
 
 def qwen2_5_vl(**changes: Any) -> Qwen2_5_VLConfig:
     """Windows of 4 x 4 patches but in one layer; dotted names change the parts."""
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 4, 4]}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     config = Qwen2_5_VLConfig(
         vision_config={
             **TOWER,
             "hidden_size": 96,
             "intermediate_size": 204,
-            "out_hidden_size": 128,
+            "out_hidden_size": 256,
             "window_size": 4 * PATCH,
             "fullatt_block_indexes": [2],
             "tokens_per_second": 2,
@@ -130,9 +130,9 @@ def qwen2_5_vl(**changes: Any) -> Qwen2_5_VLConfig:
 
 def qwen2_vl(**changes: Any) -> Qwen2VLConfig:
     """Dotted names change the parts."""
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 4, 4]}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     config = Qwen2VLConfig(
-        vision_config={**TOWER, "embed_dim": 96, "mlp_ratio": 2, "hidden_size": 128},
+        vision_config={**TOWER, "embed_dim": 96, "mlp_ratio": 2, "hidden_size": 256},
         text_config={**DECODER, "rope_parameters": rope},
         **_special_ids(),
     )
