@@ -19,7 +19,7 @@ from fms.utils.config import ModelConfig
 from torch import nn
 
 from vllm_spyre_mm.model_executor.models.decoders import Decoder
-from vllm_spyre_mm.model_executor.models.towers import Tower
+from vllm_spyre_mm.model_executor.models.towers import Encoder, Tower
 
 ARCHITECTURE = "spyre_mm_composition"
 """FMS's name of the architecture, by which its adapter is found."""
@@ -39,7 +39,7 @@ class CompositionConfig(ModelConfig):
         text_config: the decoder's FMS configuration.
         tower: the vision tower, None for a text model.
         vision_config: the tower's FMS configuration.
-        projector: makes the projector from this configuration.
+        projector: makes the projector from this configuration; None where the tower has one.
         vision_feature_layer: indices of the hidden states that make features, from the front.
         drop_class_token: leave out the tower's first position.
         projector_hidden_act: activation of the projector.
@@ -52,7 +52,7 @@ class CompositionConfig(ModelConfig):
 
     decoder: Decoder
     text_config: ModelConfig
-    tower: Tower | None = None
+    tower: Encoder | None = None
     vision_config: ModelConfig | None = None
     projector: Callable[["CompositionConfig"], nn.Module] | None = None
     vision_feature_layer: int | list[int] = -1
@@ -93,8 +93,8 @@ class Composition(nn.Module):
         width = base.embedding.embedding_dim
         base.embedding = TextEmbedding(base.embedding.num_embeddings, width)
         if config.tower is not None:
-            assert config.projector is not None, "a tower's features are projected"
             self.vision_tower: Any = config.tower.build(self.config.vision_config)
+        if config.projector is not None:
             self.multi_modal_projector: Any = config.projector(self.config)
         if config.newline:
             self.image_newline = nn.Parameter(torch.empty(width))
@@ -111,7 +111,7 @@ class Composition(nn.Module):
 
     def select_hidden_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The projector's input ``(tiles, patches, layers * hidden_size)``, from the tower."""
-        assert self.config.tower is not None, "a text model has no pictures"
+        assert isinstance(self.config.tower, Tower), "another encoder makes features itself"
         states = self.config.tower.hidden_states(self.vision_tower, pixel_values)
         layers = self.config.vision_feature_layer
         wanted = [layers] if isinstance(layers, int) else layers
@@ -167,7 +167,7 @@ def _adapt(input_sd: Mapping[str, Any], **kwargs: Any) -> Mapping[str, Any]:
         parts[part][rest] = tensor
     adapted: dict[str, Any] = {}
     for part, tensors in parts.items():
-        spec: Decoder | Tower | None = (
+        spec: Decoder | Encoder | None = (
             model_config.decoder if part == DECODER else model_config.tower
         )
         if part not in (DECODER, TOWER) or spec is None:

@@ -40,20 +40,33 @@ def _pixtral_states(tower: Any, pixel_values: torch.Tensor) -> Sequence[torch.Te
     return tower(pixel_values, sizes, output_hidden_states=True, attn_name=BIDIRECTIONAL)[1]
 
 
-@dataclass(frozen=True, slots=True)
-class Tower:
-    """A vision tower.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoder:
+    """A vision encoder as a part of a composition.
 
     Attributes:
         build: makes the module from its configuration.
+        adapter: FMS's architecture whose adapter reads the checkpoint.
+        prefix: prefix that the adapter expects before a tower's names.
+        blocks: the repeated blocks of a tower, and the prefix of their names in a checkpoint.
+    """
+
+    build: Callable[[Any], nn.Module]
+    adapter: str
+    prefix: str = ""
+    blocks: tuple[Callable[[Any], nn.ModuleList], str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tower(Encoder):
+    """A vision tower of whose hidden states a projector makes features.
+
+    Attributes:
         hidden_states: computes, from pixels ``(tiles, 3, height, width)``, the embeddings and the
             output of each layer, ``(tiles, positions, hidden_size)`` each; one after the other, so
             that only those in use take memory.
         config_class: its configuration, in FMS's style.
-        adapter: FMS's architecture whose adapter reads the checkpoint.
-        prefix: prefix that the adapter expects before a tower's names.
         inner: the part that Transformers 4 writes between ``vision_tower.`` and a tower's name.
-        blocks: the repeated blocks of a tower, and the prefix of their names in a checkpoint.
         unused: prefixes, below ``inner``, of names that have no part in the hidden states.
         class_token: whether the first position is a class token and not a patch.
         activations: the activations that it computes.
@@ -61,13 +74,9 @@ class Tower:
             Transformers configuration.
     """
 
-    build: Callable[[Any], nn.Module]
     hidden_states: Callable[[nn.Module, torch.Tensor], Iterable[torch.Tensor]]
     config_class: Callable[..., ModelConfig]
-    adapter: str
-    prefix: str
     inner: str
-    blocks: tuple[Callable[[Any], nn.ModuleList], str]
     unused: tuple[str, ...]
     class_token: bool
     activations: tuple[str, ...]
@@ -102,11 +111,10 @@ def _rope(vision: Any) -> dict[str, Any]:
 
 TOWERS: Mapping[str, Tower] = {
     "siglip_vision_model": Tower(
-        _siglip,
-        _siglip_states,
-        SiglipVisionConfig,
+        build=_siglip,
+        hidden_states=_siglip_states,
+        config_class=SiglipVisionConfig,
         adapter="siglip_vision",
-        prefix="",
         inner="vision_model.",
         blocks=(lambda tower: tower.base_model.encoder.layers, "encoder.layers."),
         unused=("head.", "post_layernorm.", "embeddings.position_ids"),
@@ -115,11 +123,10 @@ TOWERS: Mapping[str, Tower] = {
         own_fields=_layer_norm,
     ),
     "clip_vision_model": Tower(
-        CLIPVision,
-        _clip_states,
-        CLIPVisionConfig,
+        build=CLIPVision,
+        hidden_states=_clip_states,
+        config_class=CLIPVisionConfig,
         adapter=clip_vision.ARCHITECTURE,
-        prefix="",
         inner="vision_model.",
         blocks=(lambda tower: tower.encoder.layers, "encoder.layers."),
         unused=("post_layernorm.", "embeddings.position_ids"),
@@ -128,9 +135,9 @@ TOWERS: Mapping[str, Tower] = {
         own_fields=_layer_norm,
     ),
     "pixtral": Tower(
-        PixtralVisionModel,
-        _pixtral_states,
-        PixtralVisionConfig,
+        build=PixtralVisionModel,
+        hidden_states=_pixtral_states,
+        config_class=PixtralVisionConfig,
         adapter="mistral3",
         prefix="vision_tower.",
         inner="",
