@@ -26,6 +26,7 @@ from transformers import (
     PixtralProcessor,
     PixtralVisionConfig,
     PretrainedConfig,
+    Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
 )
@@ -94,6 +95,10 @@ def ministral3(**changes: Any) -> Ministral3Config:
         "llama_4_scaling_beta": 0.1,
     }
     return Ministral3Config(**DECODER | {"rope_parameters": rope, "head_dim": 48} | changes)
+
+
+def qwen2(**changes: Any) -> Qwen2Config:
+    return Qwen2Config(**DECODER | changes)
 
 
 def qwen3(**changes: Any) -> Qwen3Config:

@@ -31,6 +31,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "Mistral 3, Ministral 3": architectures.mistral3(architectures.ministral3()),
     "Granite": architectures.granite(),
     "Llama": architectures.llama(),
+    "Qwen 2": architectures.qwen2(),
     "Qwen 3": architectures.qwen3(),
 }
 

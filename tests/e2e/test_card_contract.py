@@ -268,6 +268,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     ),
     "Llama": architectures.llama(num_attention_heads=1, num_key_value_heads=1),
     "Mistral": architectures.mistral(head_dim=128),
+    "Qwen 2": architectures.qwen2(num_attention_heads=1, num_key_value_heads=1),
     "Qwen 3": architectures.qwen3(head_dim=128),
 }
 

@@ -119,6 +119,7 @@ DECODERS = {
     "llama": architectures.llama(num_hidden_layers=1),
     "mistral": architectures.mistral(num_hidden_layers=1),
     "ministral3": architectures.ministral3(num_hidden_layers=1),
+    "qwen2": architectures.qwen2(num_hidden_layers=1),
     "qwen3": architectures.qwen3(num_hidden_layers=1),
 }
 

@@ -80,7 +80,11 @@ def test_tokens_that_are_drawn_are_the_same_on_both_ranks(llava_next_checkpoint:
 
 @pytest.mark.parametrize(
     "config",
-    [architectures.mistral3(architectures.ministral3()), architectures.qwen3()],
+    [
+        architectures.mistral3(architectures.ministral3()),
+        architectures.qwen2(),
+        architectures.qwen3(),
+    ],
     ids=lambda config: config.model_type,
 )
 def test_two_ranks_of_other_architectures(tmp_path: Path, config: PretrainedConfig) -> None:

@@ -35,6 +35,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "granite": architectures.granite(**SMALL),
     "llama": architectures.llama(**SMALL),
     "mistral": architectures.mistral(**SMALL),
+    "qwen2": architectures.qwen2(**SMALL),
     "qwen3": architectures.qwen3(**SMALL),
 }
 BOTH = [name for name, config in CONFIGS.items() if hasattr(config, "text_config")]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, Dinov2Config, PixtralVisionConfig, Qwen2Config
+from transformers import AutoConfig, Dinov2Config, PixtralVisionConfig, Qwen2MoeConfig
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -363,7 +363,7 @@ class MappingSuite(TextMappingSuite):
 REFUSED = {
     "vision_config.model_type 'dinov2'": {"vision_config": Dinov2Config()},
     "vision_config.model_type 'pixtral'": {"vision_config": PixtralVisionConfig()},
-    "text_config.model_type 'qwen2'": {"text_config": Qwen2Config()},
+    "text_config.model_type 'qwen2_moe'": {"text_config": Qwen2MoeConfig()},
     "projector_hidden_act": {"projector_hidden_act": "relu"},
     "rope_type 'dynamic'": {
         "text_config.rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}

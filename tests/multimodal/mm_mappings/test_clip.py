@@ -80,6 +80,7 @@ VARIANTS: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
         {},
     ),
     "a window longer than any prompt": (architectures.mistral(sliding_window=8192), {}),
+    "Qwen 2": (architectures.qwen2(), {}),
     "Qwen 3": (architectures.qwen3(), {}),
     "Qwen 3 with a tied head": (architectures.qwen3(tie_word_embeddings=True), {}),
     "Granite": (architectures.granite(), {}),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PixtralVisionConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoConfig, PixtralVisionConfig, PretrainedConfig, Qwen2MoeConfig
 
 from tests import architectures
 from tests.multimodal.mm_mappings.suite import FP32, MappingSuite, assert_close, picture
@@ -73,7 +73,7 @@ def test_what_a_configuration_may_vary_is_honoured(tmp_path: Path, variant: str)
 
 REFUSED: dict[str, dict[str, Any]] = {
     "vision_config.model_type 'pixtral'": {"vision_config": PixtralVisionConfig()},
-    "text_config.model_type 'qwen2'": {"text_config": Qwen2Config()},
+    "text_config.model_type 'qwen2_moe'": {"text_config": Qwen2MoeConfig()},
     "vision_feature_select_strategy is 'default'": {"vision_config": architectures.siglip()},
     "projector_hidden_act 'relu'": {"projector_hidden_act": "relu"},
     "vision_feature_layer 9": {"vision_feature_layer": 9},

@@ -4,7 +4,7 @@
 from typing import Any
 
 import pytest
-from transformers import PretrainedConfig, Qwen2Config, Qwen2VLConfig, Qwen3VLConfig
+from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen2VLConfig, Qwen3VLConfig
 
 from tests.checkpoints import llava_next_config
 from vllm_spyre_mm.multimodal.mm_mappings import (
@@ -27,7 +27,7 @@ class NoConfig:
 @pytest.mark.parametrize(
     ("config", "model_type"),
     [
-        (Qwen2Config(), "qwen2"),
+        (Qwen2MoeConfig(), "qwen2_moe"),
         (Qwen2VLConfig(), "qwen2_vl"),
         (Qwen3VLConfig(), "qwen3_vl"),
         (HomeMadeConfig(), "home_made"),

@@ -16,6 +16,7 @@ from transformers import (
     Mistral3Config,
     MistralConfig,
     PretrainedConfig,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -81,6 +82,14 @@ CONFIGS: dict[str, PretrainedConfig] = {
         num_key_value_heads=8,
         max_position_embeddings=131072,
         rope_parameters=LLAMA_3,
+    ),
+    "Qwen 2.5 3B": Qwen2Config(
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
     ),
     "Qwen 3 0.6B": Qwen3Config(
         hidden_size=1024,

@@ -65,6 +65,10 @@ class TestMinistral3(DecoderSuite):
     text = architectures.ministral3(head_dim=128)
 
 
+class TestQwen2(DecoderSuite):
+    text = architectures.qwen2(**NARROW)
+
+
 class TestQwen3(DecoderSuite):
     text = architectures.qwen3(head_dim=128)
 
@@ -103,6 +107,9 @@ REFUSED: dict[str, PretrainedConfig] = {
     ),
     "sliding_window 4096": architectures.mistral(sliding_window=4096),
     "head_dim 48": architectures.llama(head_dim=48),
+    "sliding_window 64": architectures.qwen2(
+        use_sliding_window=True, sliding_window=64, max_window_layers=1
+    ),
     "hidden_act 'gelu'": architectures.llama(hidden_act="gelu"),
     "attention_bias": architectures.granite(attention_bias=True),
     "num_attention_heads 4": architectures.mistral(num_key_value_heads=3),

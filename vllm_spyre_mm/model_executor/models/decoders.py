@@ -15,6 +15,7 @@ from fms.models.hf.config_utils import param_builders
 from fms.utils.config import ModelConfig
 from torch import nn
 
+from vllm_spyre_mm.model_executor.models.qwen2 import Qwen2
 from vllm_spyre_mm.model_executor.models.yarn import Ministral3Decoder
 
 
@@ -116,6 +117,12 @@ DECODERS: Mapping[str, Decoder] = {
         param_builders.build_ministral3_text_params,
         adapter="mistral",  # that of "ministral3" wants a vision tower
         rope_types=("yarn",),
+    ),
+    "qwen2": Decoder(
+        Qwen2,
+        mistral.MistralConfig,
+        param_builders.build_mistral_params,
+        adapter="mistral",
     ),
     "qwen3": Decoder(
         qwen3.Qwen3,

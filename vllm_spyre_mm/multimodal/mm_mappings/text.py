@@ -19,6 +19,7 @@ class TextDecoder(DecoderMapping):
         "transformers.LlamaConfig",
         "transformers.MistralConfig",
         "transformers.Ministral3Config",
+        "transformers.Qwen2Config",
         "transformers.Qwen3Config",
         "fms.GraniteConfig",
         "fms.LLaMAConfig",
@@ -26,7 +27,7 @@ class TextDecoder(DecoderMapping):
         "fms.Ministral3TextConfig",
         "fms.Qwen3Config",
     )
-    summary = "text models: Granite, Llama, Mistral, Ministral 3, Qwen 3"
+    summary = "text models: Granite, Llama, Mistral, Ministral 3, Qwen 2, Qwen 3"
 
     @classmethod
     def why_not(cls, hf_config: Any) -> str | None:
