@@ -13,13 +13,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
 import pytest
 from PIL import Image
 
-from tests.e2e.faulty.faulty_encoder import NAN, OUT_OF_MEMORY, RAISES, STALLED, STALLS
+from tests.e2e.faulty.faulty_encoder import (
+    ENGINE_LEAVES,
+    NAN,
+    OUT_OF_MEMORY,
+    RAISES,
+    STALLED,
+    STALLS,
+    STALLS_UNTIL_SIGTERM,
+)
 from tests.e2e.serving import Served, chat, data_url, png, starting_server
 from tests.e2e.test_server import answer, picture
 from tests.reference import Reference
@@ -27,6 +36,8 @@ from tests.reference import Reference
 FAULTY = Path(__file__).parent / "faulty"
 QUESTION = "What is in the picture?"
 BOUND_SECONDS = 60.0
+MAX_MODEL_LEN, ENDLESS = 8192, 6000
+"""Tokens; so many are more than an answer gets, in any test, until it is ended."""
 
 
 def shared_memory() -> set[str]:
@@ -70,13 +81,14 @@ class Asked:
 
     def load(self, count: int = 6) -> "list[Future[str]]":
         """Requests that go on until they are ended."""
-        body = {"ignore_eos": True, "max_tokens": 800}
+        body = {"ignore_eos": True, "max_tokens": ENDLESS}
         return [self.ask(good(seed), extra_body=body) for seed in range(count)]
 
-    def stall(self) -> None:
-        """Ask for a step that does not end, and wait until it is under way."""
-        self.ask(faulty(STALLS))
+    def stall(self, fault: int = STALLS) -> "Future[str]":
+        """Ask for a step that does not end by itself, and wait until it is under way."""
+        request = self.ask(faulty(fault))
         self.wait_for(lambda: STALLED in self.server.log.read_text())
+        return request
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + BOUND_SECONDS
@@ -119,12 +131,14 @@ class Servers:
 
     Attributes:
         faults: for what a server survives, and SIGTERM at the end.
+        leaving: lets its engine leave in order, as :data:`ENGINE_LEAVES` says.
         engine: for its engine's end.
         worker: of two ranks, for the end of one.
         whole: of two ranks, for its own end.
     """
 
     faults: Served
+    leaving: Served
     engine: Served
     worker: Served
     whole: Served
@@ -134,7 +148,8 @@ class Servers:
 def servers(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     folder = tmp_path_factory.mktemp("faults")
     two = ("--tensor-parallel-size", "2")
-    flags: dict[str, tuple[str, ...]] = {"faults": (), "engine": (), "worker": two, "whole": two}
+    flags: dict[str, tuple[str, ...]] = {name: () for name in ("faults", "leaving", "engine")}
+    flags |= {"worker": two, "whole": two}
     with contextlib.ExitStack() as stack:
         yield Servers(
             **{
@@ -142,9 +157,13 @@ def servers(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
                     starting_server(
                         demo_checkpoint,
                         folder / name,
+                        *("--max-model-len", str(MAX_MODEL_LEN)),
                         *more,
                         plugins=[FAULTY],
-                        environment={"OMP_NUM_THREADS": "1"},  # they share the machine
+                        environment={
+                            "OMP_NUM_THREADS": "1",  # they share the machine
+                            **({ENGINE_LEAVES: "1"} if name == "leaving" else {}),
+                        },
                     )
                 )
                 for name, more in flags.items()
@@ -193,30 +212,45 @@ def test_one_request_fails_and_the_others_do_not_notice(
     assert chat(server.client, QUESTION, good(beside)) == expected
 
 
-def test_a_stream_fails_with_a_sentence(server: Asked) -> None:
-    def read() -> str:
-        stream = server.client.chat.completions.create(
-            model="demo",
-            messages=[
-                {
-                    "role": "user",
-                    "content": [{"type": "image_url", "image_url": {"url": faulty(RAISES)}}],
-                }
-            ],
-            stream=True,
-        )
-        return "".join(str(event) for event in stream)
+def read_stream(server: Asked, url: str) -> str:
+    """All events of a stream about a picture, which goes on until it is ended."""
+    content: list[Any] = [{"type": "image_url", "image_url": {"url": url}}]
+    stream = server.client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": content}],
+        stream=True,
+        extra_body={"ignore_eos": True, "max_tokens": ENDLESS},
+    )
+    return "".join(str(event) for event in stream)
 
-    assert SENTENCES[RAISES] in failed(server.threads.submit(read))
+
+def test_a_stream_fails_with_a_sentence(server: Asked) -> None:
+    request = server.threads.submit(read_stream, server, faulty(RAISES))
+    assert SENTENCES[RAISES] in failed(request)
+
+
+SHUT_DOWN = "the server was shut down before this request was finished"
 
 
 def test_sigterm_under_load_answers_everybody(server: Asked) -> None:
-    under_way = server.load()
-    server.ask(good(9), extra_body={"max_tokens": 1}).result(BOUND_SECONDS)  # behind the others
+    """Those under way and those behind a step that does not end: nothing is answered but so."""
+    under_way = server.load(3)
+    under_way += [server.stall(), *server.load(3)]
     server.server.process.send_signal(signal.SIGTERM)
     for request in under_way:
-        assert "the server was shut down before this request was finished" in failed(request)
+        assert SHUT_DOWN in failed(request)
     server.ends(0, "shutting down FastAPI HTTP server")
+
+
+def test_an_engine_that_leaves_before_it_is_killed_gives_no_half_answers(servers: Servers) -> None:
+    """It sends what its requests have so far; whether the server gets that is a race otherwise."""
+    with asked(servers.leaving) as server:
+        under_way = [*server.load(3), server.threads.submit(read_stream, server, good(8))]
+        under_way += [server.stall(STALLS_UNTIL_SIGTERM), *server.load(3)]
+        server.server.process.send_signal(signal.SIGTERM)
+        for request in under_way:
+            assert SHUT_DOWN in failed(request)
+        server.ends(0, "aborting in-flight requests count=")
 
 
 # -- faults of a process --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
 from vllm.renderers import ChatParams, renderer_from_config
 from vllm.renderers.hf import HfRenderer
@@ -23,6 +23,7 @@ from vllm_spyre_mm.frontend import renderer_registration
 from vllm_spyre_mm.frontend.renderer import ImageRenderer, check_base
 from vllm_spyre_mm.upstream.contract import UnsupportedVllmError
 from vllm_spyre_mm.vllm_fixes.sender_cache import SenderCache
+from vllm_spyre_mm.vllm_fixes.shutdown_errors import SHUT_DOWN
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 NAMED = IMAGE | {"uuid": "mine"}
@@ -123,6 +124,26 @@ def test_faulty_fields_of_an_embedding_are_refused(renderer: ImageRenderer) -> N
         asyncio.run(renderer.render_chat_async([[user(part)]], ChatParams()))
 
 
+def test_a_renderer_of_a_server_that_ends_tells_clients_to_go_elsewhere(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those whose picture waits for its turn, or whose prompt is not a chat."""
+
+    def ask(made: ImageRenderer) -> None:
+        with pytest.raises(Exception, match=sentence) as raised:
+            asyncio.run(made.render_chat_async([[user(picture("red"))]], ChatParams()))
+        assert isinstance(raised.value, GracefulHTTPError) is ends
+        with pytest.raises(type(raised.value), match=sentence):
+            asyncio.run(made.render_cmpl_async([{"prompt": "Hello"}]))
+
+    for fixes in ("1", "0"):
+        ends, sentence = fixes == "1", SHUT_DOWN if fixes == "1" else "cannot schedule new futures"
+        monkeypatch.setenv("SPYRE_MM_VLLM_FIXES", fixes)
+        made = renderer_from_config(config)
+        made.shutdown()
+        ask(made)
+
+
 def registry(registered: Any) -> Any:
     module: Any = ModuleType("vllm.renderers.registry")
     module.RENDERER_REGISTRY = SimpleNamespace(renderers={"hf": registered})
@@ -147,7 +168,7 @@ def test_a_renderer_that_would_not_call_what_is_overridden_is_refused() -> None:
     """Without it clients would share their images, and nothing said so."""
 
     class Renderer:
-        render_messages = render_messages_async = None
+        render_messages = render_messages_async = render_cmpl_async = shutdown = None
 
         async def render_chat_async(self, chats: Any) -> None:
             """A vLLM that calls its parameter otherwise."""

@@ -42,6 +42,9 @@ TARGETS = {
     ("vllm_fixes.shutdown_errors", "_extend_async_llm", "vllm.v1.engine.async_llm"): [
         "AsyncLLM.shutdown"
     ],
+    ("vllm_fixes.shutdown_errors", "_extend_engine", "vllm.v1.engine.core"): [
+        "EngineCoreProc._send_abort_outputs_to_client"
+    ],
     (
         "vllm_fixes.shutdown_errors",
         "_extend_entry",

@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import inspect
+import queue
 import signal
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -13,13 +14,16 @@ import pytest
 import zmq
 from vllm.entrypoints.launchers.api_server import entry
 from vllm.exceptions import GracefulHTTPError
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.network_utils import zmq_socket_ctx
-from vllm.v1.engine import async_llm
+from vllm.v1.engine import FinishReason, async_llm, core
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 from vllm_spyre_mm.upstream.contract import UnsupportedVllmError
 from vllm_spyre_mm.vllm_fixes import shutdown_errors
+from vllm_spyre_mm.vllm_fixes.shutdown_errors import SHUT_DOWN
 
 
 class Engine:
@@ -113,6 +117,72 @@ def test_an_engine_of_this_process_is_told_at_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(shutdown_errors, "time", clock)
     shutdown_errors._ending_requests(Engine.shutdown)(engine, timeout=60)
     assert clock.seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [("RUNNING", None), ("REQUESTED", SHUT_DOWN), ("SHUTTING_DOWN", SHUT_DOWN)],
+)
+def test_an_engine_says_why_it_ends_its_requests(state: str, reason: str | None) -> None:
+    """Unless they end for another reason, such as a pause that somebody asked for."""
+    engine: Any = core.EngineCoreProc.__new__(core.EngineCoreProc)
+    engine.shutdown_state = core.EngineShutdownState[state]
+    engine.output_queue = queue.Queue()
+    original = inspect.unwrap(core.EngineCoreProc._send_abort_outputs_to_client)
+    shutdown_errors._giving_the_reason(original, core)(engine, ["a", "b"], 3)
+    client, ended = engine.output_queue.get_nowait()
+    assert client == 3
+    assert set(ended.finished_requests) == {"a", "b"}
+    assert [each.request_id for each in ended.outputs] == ["a", "b"]
+    assert {each.finish_reason for each in ended.outputs} == {FinishReason.ABORT}
+    assert {each.stop_reason for each in ended.outputs} == {reason}
+
+
+def completion(finish_reason: str | None, stop_reason: str | None) -> CompletionOutput:
+    return CompletionOutput(
+        0, "so far", [], None, None, finish_reason=finish_reason, stop_reason=stop_reason
+    )
+
+
+def test_half_an_answer_is_an_error() -> None:
+    """Also where another answer to the same prompt is whole."""
+    finished, cut = completion("stop", None), completion("abort", SHUT_DOWN)
+    output = RequestOutput("a", "prompt", [1], None, [finished, cut], True)
+    with pytest.raises(GracefulHTTPError, match=r"^the server was shut down before") as raised:
+        shutdown_errors.raise_if_shut_down(output)
+    assert raised.value.http_status == 503
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "stop_reason"), [(None, None), ("abort", None), ("stop", SHUT_DOWN)]
+)
+def test_other_answers_are_none(finish_reason: str | None, stop_reason: str | None) -> None:
+    """Nor is one whose client ended it, or where a stop string reads like the sentence."""
+    whole = completion(finish_reason, stop_reason)
+    shutdown_errors.raise_if_shut_down(RequestOutput("a", "prompt", [1], None, [whole], False))
+
+
+@pytest.mark.parametrize(
+    ("died", "error", "expected"),
+    [
+        (False, EngineDeadError(), GracefulHTTPError),
+        (True, EngineDeadError(), EngineDeadError),  # it was not the server's end
+        (False, KeyError(), KeyError),
+        (None, EngineDeadError(), EngineDeadError),  # nobody told it anything
+    ],
+)
+def test_an_engine_that_is_gone_was_told_to_go_or_died(
+    died: bool | None, error: Exception, expected: type[Exception]
+) -> None:
+    engine: Any = Engine()
+    if died is not None:
+        engine.errored = died
+        shutdown_errors._ending_requests(Engine.shutdown)(engine, timeout=0)
+    with (
+        pytest.raises(expected),
+        shutdown_errors.shutdown_answered(engine, EngineDeadError),
+    ):
+        raise error
 
 
 def test_an_engine_that_nobody_asked_ends() -> None:

@@ -23,6 +23,7 @@ from vllm_spyre_mm.upstream.contract import require_attributes, require_paramete
 from vllm_spyre_mm.upstream.marks import extending, is_extended
 from vllm_spyre_mm.upstream.module_loading import when_loaded
 from vllm_spyre_mm.vllm_fixes.request_errors import raise_reason
+from vllm_spyre_mm.vllm_fixes.shutdown_errors import raise_if_shut_down, shutdown_answered
 
 REPLACED = (
     "vllm.v1.engine.async_llm.AsyncLLM.__init__",
@@ -80,6 +81,8 @@ def _refuse_embeddings(vllm_config: Any) -> None:
 
 
 def _serving(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., Any]:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
     @extending(original, __name__)
     def generate(
         self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
@@ -91,8 +94,11 @@ def _serving(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[...
 
         async def outputs() -> AsyncGenerator[Any, None]:
             generated = original(self, prompt, sampling_params, *args, **kwargs)
-            async with contextlib.aclosing(generated):
+            async with contextlib.AsyncExitStack() as stack:
+                stack.enter_context(shutdown_answered(self, EngineDeadError))
+                await stack.enter_async_context(contextlib.aclosing(generated))
                 async for output in generated:
+                    raise_if_shut_down(output)
                     raise_reason(output)
                     if exchange is not None:
                         exchange.note(output.outputs, first)

@@ -4,8 +4,10 @@
 It is registered for tokenizers of Hugging Face, without which no processor of images works.
 
 Leans on: ``render_chat_async`` renders every chat that comes over HTTP, and takes the messages as
-dicts; ``render_messages`` and ``render_messages_async`` render one conversation; the renderer of an
-engine makes, when it is made, the cache of processed images that its requests share.
+dicts, and ``render_cmpl_async`` every other prompt; ``render_messages`` and
+``render_messages_async`` render one conversation; the renderer of an engine makes, when it is made,
+the cache of processed images that its requests share; ``shutdown`` is called when a server is told
+to end, before its engine is.
 """
 
 import asyncio
@@ -24,7 +26,7 @@ from vllm_spyre_mm.frontend.mixed_chat import (
     with_loaded,
 )
 from vllm_spyre_mm.upstream.contract import require_methods
-from vllm_spyre_mm.vllm_fixes import chat_parts, sender_cache
+from vllm_spyre_mm.vllm_fixes import chat_parts, sender_cache, shutdown_errors
 
 
 def check_base(base: type = HfRenderer) -> None:
@@ -37,6 +39,8 @@ def check_base(base: type = HfRenderer) -> None:
         base,
         {
             "render_chat_async": ("conversations",),
+            "render_cmpl_async": ("prompts",),
+            "shutdown": (),
             "render_messages": ("messages", "params"),
             "render_messages_async": ("messages", "params"),
         },
@@ -60,11 +64,22 @@ class ImageRenderer(HfRenderer):
 
         Raises:
             VLLMValidationError: an image is named and not sent, or an embedding has faulty fields.
+            GracefulHTTPError: the server was told to end (HTTP 503).
         """
         conversations = [[read_once(message) for message in chat] for chat in conversations]
         if chat_parts.FAULT.applies():
             conversations = [self._isolated(chat) for chat in conversations]
-        return await super().render_chat_async(conversations, *args, **kwargs)
+        with shutdown_errors.shutdown_answered(self, RuntimeError):
+            return await super().render_chat_async(conversations, *args, **kwargs)
+
+    async def render_cmpl_async(self, prompts: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        with shutdown_errors.shutdown_answered(self, RuntimeError):
+            return await super().render_cmpl_async(prompts, *args, **kwargs)
+
+    def shutdown(self) -> None:
+        """End its threads: a request that needs one from now on is refused (HTTP 503)."""
+        self.told_to_end = shutdown_errors.FAULT.applies()
+        super().shutdown()
 
     def _isolated(self, chat: list[Any]) -> list[Any]:
         for message in chat:

@@ -5,18 +5,23 @@ Leans on: ``AsyncLLM.shutdown`` is called, in any thread, when a server gets SIG
 once more, in the task that serves, when it is left. It ends the engine, unless another process
 started it: ``engine_core.resources.engine_manager`` is then ``None``. ``AsyncLLM.check_admission``
 is asked before a request is taken, and what it raises is the answer.
-``OutputProcessor.propagate_error`` gives an exception to every request that waits. ``run_server``
-turns SIGTERM into ``KeyboardInterrupt`` until the server listens, and calls ``run_server_worker``
-by the name of their module.
+``OutputProcessor.propagate_error`` gives an exception to every request that waits.
+``AsyncLLM.generate`` raises ``EngineDeadError`` once the engine is gone, for whatever reason, and a
+renderer, which is closed first, ``RuntimeError`` where it would start work in a thread. An engine
+that is told to end, by its server or by a signal to all processes, sends its requests' last outputs
+with ``EngineCoreProc._send_abort_outputs_to_client``; its ``shutdown_state`` is then no longer
+``RUNNING``. ``run_server`` turns SIGTERM into ``KeyboardInterrupt`` until the server listens, and
+calls ``run_server_worker`` by the name of their module.
 """
 
+import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from http import HTTPStatus
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_spyre_mm.upstream.contract import (
     require_assigned,
@@ -27,15 +32,20 @@ from vllm_spyre_mm.upstream.marks import extending, is_extended
 from vllm_spyre_mm.upstream.module_loading import when_loaded
 from vllm_spyre_mm.vllm_fixes.fault import Fault
 
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+
 FAULT = Fault(
-    "vLLM's server forgets the requests that are under way when it is told to end, unless "
-    "--shutdown-timeout is long enough for all of them, and with several API servers whatever it "
-    "says; answers requests that come during that time with HTTP 500; exits with status 0 when its "
-    "engine died; and loses a SIGTERM that comes while the engine starts.",
+    "vLLM's server forgets the requests that are under way when it is told to end, or answers them "
+    "with HTTP 200 and the text so far, unless --shutdown-timeout is long enough for all of them, "
+    "and with several API servers whatever it says; answers requests that come during that time "
+    "with HTTP 500; exits with status 0 when its engine died; and loses a SIGTERM that comes while "
+    "the engine starts.",
     seen_in="0.32.0",
 )
 REPLACED = (
     "vllm.v1.engine.async_llm.AsyncLLM.shutdown",
+    "vllm.v1.engine.core.EngineCoreProc._send_abort_outputs_to_client",
     "vllm.entrypoints.launchers.api_server.entry.run_server_worker",
 )
 
@@ -55,7 +65,8 @@ engine_died: ContextVar[bool] = ContextVar("engine_died", default=False)
 
 
 def install() -> None:
-    """Extend vLLM's asynchronous engine and its server as soon as they exist."""
+    """Extend vLLM's engine, its client and its server as soon as they exist."""
+    when_loaded("vllm.v1.engine.core", _extend_engine)
     when_loaded("vllm.v1.engine.async_llm", _extend_async_llm)
     when_loaded("vllm.entrypoints.launchers.api_server.entry", _extend_entry)
 
@@ -72,15 +83,15 @@ def _extend_async_llm(module: ModuleType) -> None:
 
 
 def _ending_requests(original: Callable[..., None]) -> Callable[..., None]:
-    from vllm.exceptions import GracefulHTTPError
-
     @extending(original, __name__)
     def shutdown(self: Any, timeout: float | None = None) -> None:
         is_first = not getattr(self, "shut_down", False)  # it is called again at the end
         self.shut_down = True
         if is_first:
             # Not where the engine's start failed: there is nothing that could have died yet.
-            engine_died.set(hasattr(self, "engine_core") and self.errored)
+            died = hasattr(self, "engine_core") and self.errored
+            engine_died.set(died)
+            self.told_to_end = not died
         self.check_admission = _refuse
         if is_first and timeout and self.engine_core.resources.engine_manager is None:
             _wait_for_requests(self, timeout)
@@ -88,8 +99,8 @@ def _ending_requests(original: Callable[..., None]) -> Callable[..., None]:
         handler = getattr(self, "output_handler", None)
         if handler is None or handler.get_loop().is_closed():
             return  # nobody waits: no request ever came, or whoever asked is gone
-        error = GracefulHTTPError(SHUT_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
-        handler.get_loop().call_soon_threadsafe(self.output_processor.propagate_error, error)
+        give_error = self.output_processor.propagate_error
+        handler.get_loop().call_soon_threadsafe(give_error, _error())
 
     return shutdown
 
@@ -100,9 +111,78 @@ def _refuse(*_: Any, **__: Any) -> None:
     Raises:
         GracefulHTTPError: always (HTTP 503).
     """
+    raise _error()
+
+
+def _error() -> Exception:
+    """HTTP 503, or an event in a stream."""
     from vllm.exceptions import GracefulHTTPError
 
-    raise GracefulHTTPError(SHUT_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
+    return GracefulHTTPError(SHUT_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+@contextlib.contextmanager
+def shutdown_answered(owner: Any, error: type[Exception]) -> Iterator[None]:
+    """In which a request is handled: what is gone because it was told to end did not fail.
+
+    Args:
+        owner: an engine or a renderer; ``told_to_end`` is true when its server ends.
+        error: what is raised by it when it is gone.
+
+    Raises:
+        GracefulHTTPError: it ended before the request did (HTTP 503).
+    """
+    try:
+        yield
+    except error:
+        if getattr(owner, "told_to_end", False):
+            raise _error() from None
+        raise
+
+
+def raise_if_shut_down(output: "RequestOutput") -> None:
+    """Raise an error instead of an output that the engine's end cut short.
+
+    Raises:
+        GracefulHTTPError: in place of the text so far (HTTP 503).
+    """
+    for completion in output.outputs:
+        if completion.finish_reason == "abort" and completion.stop_reason == SHUT_DOWN:
+            raise _error()
+
+
+def _extend_engine(module: ModuleType) -> None:
+    require_attributes(
+        module,
+        ("EngineCoreProc", "EngineShutdownState", "EngineCoreOutput", "EngineCoreOutputs"),
+    )
+    engine: Any = module.EngineCoreProc
+    original = engine._send_abort_outputs_to_client
+    if is_extended(original, __name__):
+        return
+    require_parameters(original, ("req_ids", "client_index"))
+    require_assigned(engine.__init__, ("shutdown_state", "output_queue"))
+    engine._send_abort_outputs_to_client = _giving_the_reason(original, module)
+
+
+def _giving_the_reason(original: Callable[..., None], core: Any) -> Callable[..., None]:
+    """The last outputs of requests that the engine's end cuts short say so as ``stop_reason``."""
+    from vllm.v1.engine import FinishReason
+
+    @extending(original, __name__)
+    def _send_abort_outputs_to_client(self: Any, req_ids: list[str], client_index: int) -> None:
+        if self.shutdown_state == core.EngineShutdownState.RUNNING:
+            return original(self, req_ids, client_index)  # whoever ended them asked for it
+        outputs = [
+            core.EngineCoreOutput(
+                req_id, [], finish_reason=FinishReason.ABORT, stop_reason=SHUT_DOWN
+            )
+            for req_id in req_ids
+        ]
+        ended = core.EngineCoreOutputs(finished_requests=set(req_ids), outputs=outputs)
+        self.output_queue.put_nowait((client_index, ended))
+
+    return _send_abort_outputs_to_client
 
 
 def _wait_for_requests(engine: Any, timeout: float) -> None:

@@ -5,24 +5,39 @@ With this folder on ``PYTHONPATH`` every process of vLLM loads it. A picture of 
 is one of :data:`FAULTS` has the encoder do that; every other picture is encoded as always.
 """
 
+import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any
 
 import torch
 
-RAISES, NAN, OUT_OF_MEMORY, STALLS = FAULTS = range(1, 5)
+RAISES, NAN, OUT_OF_MEMORY, STALLS, STALLS_UNTIL_SIGTERM = FAULTS = range(1, 6)
 STALLED = "the faulty encoder stalls in process"
-"""Printed with the process's id before the encoder waits until it is killed."""
+"""Printed with the process's id before the encoder waits, for good or for SIGTERM."""
+ENGINE_LEAVES = "FAULTY_ENGINE_LEAVES"
+"""Variable of the environment: whether a server waits for the engine that it has told to end, as if
+the machine did not let it go on to kill that before."""
+SECONDS = 600
 
 
 def register() -> None:
-    """Wrap the encoder where it is loaded, or will be."""
+    """Wrap the encoder where it is loaded, or will be, and how a server ends its engine."""
     from vllm_spyre_mm.upstream.module_loading import when_loaded
 
     when_loaded("vllm_spyre_mm.model_executor.model", _make_faulty)
+    if os.environ.get(ENGINE_LEAVES) and multiprocessing.parent_process() is None:
+        BaseProcess.terminate = _terminate_and_wait  # type: ignore[method-assign]
+
+
+def _terminate_and_wait(self: BaseProcess) -> None:
+    assert self.pid is not None
+    os.kill(self.pid, signal.SIGTERM)
+    self.join(SECONDS)
 
 
 def _make_faulty(module: ModuleType) -> None:
@@ -37,7 +52,10 @@ def _make_faulty(module: ModuleType) -> None:
             torch.empty(1 << 60, dtype=torch.uint8)
         if STALLS in faults:
             print(STALLED, os.getpid(), flush=True)
-            time.sleep(600)
+            time.sleep(SECONDS)
+        if STALLS_UNTIL_SIGTERM in faults:
+            print(STALLED, os.getpid(), flush=True)
+            _wait_for_sigterm()
         features = original(self, mm_kwargs)
         return [
             each * float("nan") if fault == NAN else each
@@ -45,6 +63,20 @@ def _make_faulty(module: ModuleType) -> None:
         ]
 
     model.encode = encode
+
+
+def _wait_for_sigterm() -> None:
+    told = []
+    handler: Any = signal.getsignal(signal.SIGTERM)
+
+    def note(*details: Any) -> None:
+        told.append(True)
+        handler(*details)
+
+    signal.signal(signal.SIGTERM, note)
+    while not told:
+        time.sleep(0.01)
+    signal.signal(signal.SIGTERM, handler)
 
 
 def _fault(pixel_values: torch.Tensor) -> int | None:
