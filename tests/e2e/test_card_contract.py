@@ -107,6 +107,8 @@ OF_FOUR = COMPLETE | {
         ({"VLLM_DT_CHUNK_LEN": "640"}, "no programs for 3072 tokens in chunks of 640"),
         ({"VLLM_DT_MAX_BATCH_SIZE": "1"}, "a batch of 1 is less than 2"),
         ({"COMPILATION_MODE": "offline"}, "COMPILATION_MODE is offline, not offline_decoder"),
+        ({"FLEX_OVERWRITE_NMB_FRAME": "1"}, None),
+        ({"FLEX_OVERWRITE_NMB_FRAME": "false"}, "FLEX_OVERWRITE_NMB_FRAME is false, not true"),
         ({"WORLD_SIZE": "1"}, "WORLD_SIZE is 1, not 4"),
         ({"RANK": None}, "RANK is not set"),
         ({"FLEX_HDMA_COLLSIZE": None}, "FLEX_HDMA_COLLSIZE is not set"),

@@ -15,6 +15,7 @@ from vllm_spyre_mm.model_executor.backend import WarmupPass, WarmupWork
 from vllm_spyre_mm.model_executor.card import backend, compile, inputs
 from vllm_spyre_mm.model_executor.card.backend import CardBackend
 from vllm_spyre_mm.model_executor.card.compile import CardDecoder, DecoderStep
+from vllm_spyre_mm.model_executor.card.kv_blocks import CardCache
 
 ENGINE: dict[str, Any] = {
     "dtype": "auto",
@@ -22,7 +23,7 @@ ENGINE: dict[str, Any] = {
     "max_num_batched_tokens": 128,
     "max_model_len": 512,
     "max_num_seqs": 4,
-    "kv_cache_memory_bytes": 16 << 20,
+    "kv_cache_memory_bytes": 65 * (64 * 2 * 2 * 128 * 4 * 2),  # no multiple of the batch of blocks
 }
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -70,6 +71,10 @@ def host_in_warmup_mode(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CardBackend, "warmup_passes", passes)
 
 
+def any_number_of_blocks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CardCache, "multiple", 1)
+
+
 HABITS: dict[str, tuple[Patch, str]] = {
     "options": (no_options, "the options are None, not {'sendnn.dynamic': True}"),
     "no_grad": (inference_mode, "l_embeds_ was made in inference mode"),
@@ -79,6 +84,7 @@ HABITS: dict[str, tuple[Patch, str]] = {
         kept_cache,
         "a KV cache was handed over again that a step had returned another for",
     ),
+    "blocks": (any_number_of_blocks, "blocks is no multiple of the batch of 4"),
     "a warmup of the host's own": (
         host_in_warmup_mode,
         "graphs of another compiler were made in warmup mode",

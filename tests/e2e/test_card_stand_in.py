@@ -2,6 +2,9 @@
 """The stand-in for the card's compiler notices each breach of the contract, and nothing else."""
 
 import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,12 +63,23 @@ def test_a_shape_that_the_graph_does_not_stand_for_is_found(package: Any) -> Non
     limits = package.Limits(CHUNK, MAX_CONTEXT, MAX_ROWS, BATCH_TKV)
     compiled = decode_step()
     cache = "l_inputs_past_key_value_states_0_0_"
-    larger = {**compiled, cache: torch.zeros(13, 64, 1, 128, dtype=torch.float16)}
+    larger = {**compiled, cache: torch.zeros(16, 64, 1, 128, dtype=torch.float16)}
     (fault,) = package.faults_of_run(compiled, larger, limits)
-    assert fault == f"{cache} has shape (13, 64, 1, 128), compiled was (12, 64, 1, 128)"
+    assert fault == f"{cache} has shape (16, 64, 1, 128), compiled was (12, 64, 1, 128)"
     table = "l_inputs_block_table_"
     narrow = {**compiled, table: compiled[table].int()}
     assert any("is torch.int32" in each for each in package.faults_of_run(compiled, narrow, limits))
+
+
+def test_a_cache_that_is_no_multiple_of_the_batch_is_found(package: Any) -> None:
+    """As 15 and 18 blocks are at a batch of 3, and 16 are not."""
+    for blocks, expected in ((15, []), (16, ["a KV cache of 16 blocks is no multiple"]), (18, [])):
+        limits = package.Limits(CHUNK, MAX_CONTEXT, 3, BATCH_TKV)
+        cache = torch.zeros(blocks, 64, 1, 128, dtype=torch.float16)
+        names = [name for name in decode_step() if "past_key_value" in name]
+        step = {**decode_step(), **{name: cache.clone() for name in names}}
+        faults = package.faults_of_run(step, step, limits)
+        assert [fault.removesuffix(" of the batch of 3") for fault in faults] == expected
 
 
 def test_a_tensor_of_inference_mode_is_found(faults_of: Callable[[Step], list[str]]) -> None:
@@ -217,6 +231,38 @@ def test_the_runtime_takes_signals_behind_pythons_back(package: Any) -> None:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.getsignal(each))
         assert each not in package.runtime.taken_signals()
+
+
+def test_a_call_holds_up_other_threads_and_takes_no_time_of_the_cpu(package: Any) -> None:
+    """And one that deploys a program takes the signals again."""
+    runtime, turns, done = package.runtime, [0], threading.Event()
+
+    def take_turns() -> None:
+        while not done.is_set():
+            turns[0] += 1
+
+    for each in runtime.SIGNALS:
+        signal.signal(each, signal.getsignal(each))
+    other = threading.Thread(target=take_turns)
+    other.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.5)  # seconds for which nothing but a call gives Python's lock away
+    try:
+        time.sleep(0)  # from here on the other thread waits as long
+        before, cpu, clock = turns[0], time.thread_time(), time.monotonic()
+        runtime.call_device(deploys=False)
+        after, cpu, clock = turns[0], time.thread_time() - cpu, time.monotonic() - clock
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        other.join()
+    assert after == before
+    assert cpu < runtime.CALL_SECONDS / 2 < clock
+    assert not runtime.taken_signals()
+    runtime.call_device(deploys=True)
+    assert runtime.taken_signals() == list(runtime.SIGNALS)
+    for each in runtime.SIGNALS:
+        signal.signal(each, signal.getsignal(each))
 
 
 def test_another_compiler_in_warmup_mode_is_found(package: Any, tmp_path: Path) -> None:

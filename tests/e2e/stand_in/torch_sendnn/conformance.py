@@ -43,7 +43,7 @@ def faults_of_run(
     inputs = inputs_of(named)
     step = {name: tensors[0] for name, tensors in inputs.items()}
     faults = [*_faults_of_tensors(named), *_faults_of_shapes(symbolic, named)]
-    faults += _faults_of_limits(step, limits)
+    faults += [*_faults_of_limits(step, limits), *_faults_of_blocks(step, limits)]
     faults += _faults_of_rows(step)
     return faults
 
@@ -101,6 +101,14 @@ def _faults_of_limits(step: Mapping[str, torch.Tensor], limits: Limits) -> Itera
     # Always a whole chunk, although its length is a symbol: S v1/worker/spyre_model_runner.py:1101.
     if queries not in (1, limits.chunk):
         yield f"a step of {queries} tokens is neither a chunk of {limits.chunk} nor a decode"
+
+
+def _faults_of_blocks(step: Mapping[str, torch.Tensor], limits: Limits) -> Iterator[str]:
+    """The KV cache's blocks are a multiple of the batch: S ``platform.py:156-218``. At a batch of 3
+    a card failed with 16 of them, and ran with 15 and with 18 (PR#453, PR#454)."""
+    blocks = len(step["past_key_value"])
+    if blocks % limits.batch:
+        yield f"a KV cache of {blocks} blocks is no multiple of the batch of {limits.batch}"
 
 
 @dataclass(frozen=True)

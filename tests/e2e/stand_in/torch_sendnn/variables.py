@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the environment has to say when the card's software is imported: it is read once.
 
-S is sendnn-inference 2.6.3; PR# are numbers in that project's repository.
+Where rules are from: see the package.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,6 +23,10 @@ def faults_of_environment(environment: Mapping[str, str], world_size: int) -> li
     for name, value in wanted.items():
         if environment.get(name) != value:
             faults.append(f"{name} is {environment.get(name)}, not {value}")
+    # S platform.py:405 sets true, A 1; false is for other models than decoders.
+    frame = environment.get("FLEX_OVERWRITE_NMB_FRAME", "true")
+    if frame.lower() not in ("true", "1"):
+        faults.append(f"FLEX_OVERWRITE_NMB_FRAME is {frame}, not true")
     # PR#291: the compiler ignores OMP_NUM_THREADS, and takes every core for each rank.
     required = ["DT_PARALLEL_THREADS", "RANK"] if world_size > 1 else []
     if world_size >= 4:  # PR#638
