@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import VllmConfig
-from vllm.multimodal.inputs import PlaceholderRange
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    PlaceholderRange,
+)
 from vllm.v1.request import RequestStatus
 
 from tests.scheduler.simulation import Simulation, make_request, make_scheduler, run
@@ -159,3 +164,17 @@ def test_an_image_is_counted_where_its_first_feature_is(vllm_config: VllmConfig)
     assert simulation.kinds[0] == ("prefill", "a", 0, 128)
     assert counts[:2] == [(0, 0), (1, 0)]
     assert sum(hits for _, hits in counts) == 0
+
+
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_given_features_are_neither_runs_nor_hits(vllm_config: VllmConfig, modality: str) -> None:
+    scheduler = bounded(vllm_config, 1 << 30)
+    counts = note_counts(scheduler)
+    for name in "ab":
+        request = make_request(name, 128, images={"x": (5, 50)}, fill=ord(name))
+        (feature,) = request.mm_features
+        rows = MultiModalFieldElem(data=torch.ones(50, 4), field=MultiModalBatchedField())
+        feature.modality = modality
+        feature.data = MultiModalKwargsItem({f"{modality}_embeds": rows})
+        run(scheduler, request)
+    assert set(counts) == {(0, 0)}

@@ -54,22 +54,32 @@ def test_content_as_the_server_validates_it():
     [
         {"type": "image_url", "image_url": None, "uuid": "another's"},
         {"type": "image_embeds", "image_embeds": None, "uuid": "another's"},
+        {"type": "video_url", "video_url": None, "uuid": "another's"},
+        {"type": "video_embeds", "video_embeds": None, "uuid": "another's"},
         {"uuid": "another's"},
     ],
 )
-def test_an_image_that_is_only_named_is_refused(part: dict[str, Any]):
-    with pytest.raises(VLLMValidationError, match="send the image") as error:
+def test_what_is_only_named_is_refused(part: dict[str, Any]):
+    with pytest.raises(VLLMValidationError, match="send it") as error:
         without_uuids(user(TEXT, part))
     assert error.value.parameter == "uuid"
 
 
+@pytest.mark.parametrize("field", ["video_url", "video_embeds"])
+def test_the_name_of_a_video_is_taken_from_it(field: str):
+    message = user({"type": field, field: "AAAA", "uuid": "mine"})
+    assert without_uuids(message) == user({"type": field, field: "AAAA"})
+
+
+@pytest.mark.parametrize("kind", ["image_embeds", "video_embeds"])
 @pytest.mark.parametrize("value", [None, 5, {"deep": "AAAA"}, True])
-def test_an_embedding_of_fields_that_are_none_is_refused(value: Any):
+def test_an_embedding_of_fields_that_are_none_is_refused(value: Any, kind: str):
     """vLLM fails at it with an AttributeError, HTTP 500."""
 
-    part = {"type": "image_embeds", "image_embeds": {"y": [1, 2], "z": "AAAA", "x": value}}
-    with pytest.raises(VLLMValidationError, match="'x' of an embedding must be base64 text"):
+    part = {"type": kind, kind: {"y": [1, 2], "z": "AAAA", "x": value}}
+    with pytest.raises(VLLMValidationError, match="'x' of an embedding must be base64") as error:
         check_message(user(TEXT, part))
+    assert error.value.parameter == kind
 
 
 @pytest.mark.parametrize("embedding", [None, "AAAA", {}, {"y": [1, 2], "z": "AAAA"}])

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
 
 
+NO_TOKEN = -1
+
+
 def validate_params(params: "SamplingParams | PoolingParams") -> None:
     """Refuse sampling parameters that the platform cannot honour.
 
@@ -64,7 +67,7 @@ def prepare_embedding(request: "EngineCoreRequest", vllm_config: "VllmConfig") -
     if choice is None or params is None:
         return
     features = request.mm_features or []
-    if choice.needs_layout and any("image_embeds" in (each.data or {}) for each in features):
+    if choice.needs_layout and _has_unknown_places(features, vllm_config.model_config):
         raise VLLMValidationError(
             "return_mm_embedding chooses by place, and an image that is given as an embedding "
             "has none",
@@ -79,6 +82,21 @@ def prepare_embedding(request: "EngineCoreRequest", vllm_config: "VllmConfig") -
                 parameter=EXTRA_ARG,
             )
         request.cache_salt = uuid.uuid4().hex
+
+
+def _has_unknown_places(
+    features: "Sequence[MultiModalFeatureSpec]", model_config: "ModelConfig"
+) -> bool:
+    """Whether an item is given as features of which nobody says what they stand for."""
+    from vllm_spyre_mm.multimodal.given_features import given_features
+    from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+
+    mapping = get_mm_mapping(model_config.hf_config)
+    return any(
+        mapping.feature_layout(feature.data or {}) is None
+        for feature in features
+        if given_features(feature) is not None
+    )
 
 
 def _check_embedding_size(
@@ -107,9 +125,9 @@ def _check_embedding_size(
 def validate_engine_request(request: "EngineCoreRequest", model_config: "ModelConfig") -> None:
     """Refuse a request with tokens that the decoder cannot be given.
 
-    An image token outside of every placeholder (typed into the text, or one ``<image>`` tag too
-    many) has no features to stand for; the model has never seen its bare embedding. A token that
-    the tokenizer knows and the model does not has no embedding at all.
+    An image or video token outside of every placeholder (typed into the text, or one ``<image>``
+    tag too many) has no features to stand for; the model has never seen its bare embedding. A token
+    that the tokenizer knows and the model does not has no embedding at all.
 
     Args:
         request: with placeholders expanded by vLLM's processor.
@@ -136,20 +154,18 @@ def validate_engine_request(request: "EngineCoreRequest", model_config: "ModelCo
             f"for which the model's embedding of {num_rows} rows has none: leave it out"
         )
     _forget_tokens_without_row(request.sampling_params, num_rows)
-    image_token_id = mapping.image_token_id
-    if image_token_id is None:
-        return  # every token of a text model is text
-    stray = np.asarray(request.prompt_token_ids) == image_token_id
+    text = np.array(request.prompt_token_ids)
     for feature in request.mm_features or ():
         place = feature.mm_position
-        stray[place.offset : place.offset + place.length] = False
-    num_stray = int(stray.sum())
-    if num_stray:
-        raise VLLMValidationError(
-            f"the prompt has {num_stray} image token(s) (id {image_token_id}) that belong to no "
-            f"image, the first at position {int(stray.argmax())}: give as many images as the "
-            "prompt has image tags"
-        )
+        text[place.offset : place.offset + place.length] = NO_TOKEN
+    for modality, token_id in mapping.feature_token_ids.items():
+        stray = text == token_id
+        if stray.any():
+            raise VLLMValidationError(
+                f"the prompt has {int(stray.sum())} {modality} token(s) (id {token_id}) that "
+                f"belong to no {modality}, the first at position {int(stray.argmax())}: give as "
+                f"many {modality}s as the prompt has {modality} tags"
+            )
 
 
 def _forget_tokens_without_row(params: "SamplingParams | None", num_rows: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from vllm_spyre_mm.multimodal.embedding import choice_of
+from vllm_spyre_mm.multimodal.given_features import given_features
 from vllm_spyre_mm.multimodal.merge import first_feature
 from vllm_spyre_mm.scheduler.outputs import SpyreSchedulerStats
 
@@ -109,7 +110,7 @@ class EmbeddingBudget:
         collects = admitted and request.request_id in self._held and not request.num_output_tokens
         for index, feature in enumerate(request.mm_features or ()):
             position = feature.mm_position
-            if "image_embeds" in (feature.data or {}):
+            if given_features(feature) is not None:
                 continue
             if index in scheduled:
                 self._encoder_runs += 1

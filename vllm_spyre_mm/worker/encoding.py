@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encodes the images of a step; a failure is the failure of one request.
+"""Encodes the images and videos of a step; a failure is the failure of one request.
 
-The scheduler gives a prefill a step of its own, so the images of a step belong to one request. If
+The scheduler gives a prefill a step of its own, so the items of a step belong to one request. If
 the encoder raises, runs out of memory or returns NaN, that request fails; the engine and the other
 requests go on.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_features
+from vllm_spyre_mm.multimodal.given_features import given_features
 from vllm_spyre_mm.worker.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -97,8 +98,8 @@ def encode_images(
 
     Args:
         model: with the vision encoder.
-        images: of one request, by their index among all of its images; those given as embeddings
-            are only converted.
+        images: items of one request, by their index among all of them, videos included; those
+            given as embeddings are only converted.
         dtype: of the encoder and of the result.
         decoder_dtype: dtype that the features are converted to when they are merged.
 
@@ -116,25 +117,36 @@ def encode_images(
         try:
             check_features(features, feature.mm_position.get_num_embeds(), decoder_dtype)
         except FeatureError as error:
-            raise ImageEncodingError(f"{_named([index])} was encoded to {error}") from error
+            named = _named({index: feature})
+            raise ImageEncodingError(f"{named} was encoded to {error}") from error
     return encoded
 
 
-def _named(indices: Iterable[int]) -> str:
-    """Images in words, by their place in the request, counted from 1."""
-    numbers = [str(index + 1) for index in indices]
-    return f"image{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} of the request"
+def _named(items: "Mapping[int, MultiModalFeatureSpec]") -> str:
+    """Items in words, by their place among all of the request's, counted from 1."""
+    numbers: dict[str, list[str]] = {}
+    for index, feature in items.items():
+        numbers.setdefault(feature.modality, []).append(str(index + 1))
+    kinds = (
+        f"{modality}{'s' if len(of) > 1 else ''} {', '.join(of)}"
+        for modality, of in numbers.items()
+    )
+    return f"{' and '.join(kinds)} of the request"
 
 
 def _encode(
     model: SpyreModel, features: "Sequence[MultiModalFeatureSpec]", dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    mm_kwargs: list[tuple[str, Any]] = [(feature.modality, feature.data) for feature in features]
-    encoded: list[torch.Tensor] = []
-    for _, _, batch in group_and_batch_mm_kwargs(mm_kwargs):
-        given: Any = batch.get("image_embeds")
-        if given is not None:
-            encoded.extend(each.to(dtype) for each in given)
-        else:
-            encoded.extend(model.encode(batch))
-    return encoded
+    made = [given_features(feature) for feature in features]
+    mm_kwargs: list[tuple[str, Any]] = [
+        (feature.modality, feature.data)
+        for feature, given in zip(features, made, strict=True)
+        if given is None
+    ]
+    encoded = [
+        rows for _, _, batch in group_and_batch_mm_kwargs(mm_kwargs) for rows in model.encode(batch)
+    ]
+    places = [place for place, given in enumerate(made) if given is None]
+    for place, rows in zip(places, encoded, strict=True):
+        made[place] = rows
+    return [rows.to(dtype) for rows in made if rows is not None]

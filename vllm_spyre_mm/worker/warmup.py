@@ -70,7 +70,10 @@ def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
 
 
 def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[WarmupRequest]:
-    """Text alone, then a picture of each size that the mapping names."""
+    """Text alone, then a picture of each size that the mapping names.
+
+    A video takes the graphs of a picture: a picture is shown also where only videos may be.
+    """
     model_config = vllm_config.model_config
     longest = max(1, min(2 * runner.geometry.chunk_size, model_config.max_model_len - 4))
     mapping = runner.spyre_model.mapping
@@ -78,7 +81,8 @@ def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[W
     image_token_id = mapping.image_token_id
     if image_token_id is None:
         return
-    if not model_config.get_multimodal_config().get_limit_per_prompt("image"):
+    limit = model_config.get_multimodal_config().get_limit_per_prompt
+    if not any(limit(modality) for modality in mapping.modalities):
         return
     from PIL import Image
 
@@ -116,7 +120,7 @@ def made_up_tokens(mapping: MMUtils, length: int) -> list[int]:
     config = mapping.text_config
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     given = [getattr(config, name, None) for name in names]
-    special = {0, mapping.image_token_id}.union(
+    special = {0, *mapping.feature_token_ids.values()}.union(
         *(each if isinstance(each, list) else [each] for each in given)
     )
     words = [token_id for token_id in range(config.vocab_size) if token_id not in special]

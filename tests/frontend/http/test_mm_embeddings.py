@@ -56,7 +56,10 @@ JSON = st.recursive(
     max_leaves=8,
 )
 PART = st.fixed_dictionaries(
-    {"type": st.sampled_from(["image_url", "input_image", "image_embeds", "text"]) | JSON},
+    {
+        "type": st.sampled_from(["image_url", "input_image", "image_embeds", "video_url", "text"])
+        | JSON
+    },
     optional={
         "image_url": st.fixed_dictionaries({"url": st.text() | JSON}) | JSON,
         "image_embeds": st.text() | JSON,

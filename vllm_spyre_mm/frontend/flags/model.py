@@ -110,6 +110,11 @@ MULTIMODAL = Decisions(
             "image processing on a device (mm_processor_kwargs): it runs on the host",
             _on_the_host,
         ),
+        Refused(
+            "video_pruning_rate",
+            "pruning of video tokens (--video-pruning-rate)",
+            lambda value, _: not value,
+        ),
         Refused("mm_encoder_only", "a vision tower alone (--mm-encoder-only)", unset),
         Refused(
             "mm_encoder_tp_mode",
@@ -142,7 +147,7 @@ MULTIMODAL = Decisions(
         "images are normalised by their processor": ("mm_device_do_normalize",),
         "a tower in fp8 is refused": ("mm_encoder_fp8_scale_save_margin",),
         "memory is not profiled": ("skip_mm_profiling",),
-        "there is no video": words("video_pruning_rate video_pruning_method"),
+        "pruning of video tokens is refused": ("video_pruning_method",),
         "tensors stay on the host": ("mm_ipc_gpu_memory_gb",),
     },
     derived=("allow_missing_mm_embeddings",),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``POST /v1/mm_embeddings``: embeddings of images, without a question and without an answer.
+"""``POST /v1/mm_embeddings``: embeddings of images and videos, without a question or an answer.
 
-The decoder's part of a chat is left out: the images are a chat's, and its answer is not shown.
+The decoder's part of a chat is left out: the items are a chat's, and its answer is not shown.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ router = APIRouter()
 
 
 class MMEmbeddingsRequest(BaseModel):
-    """Images, and what is wanted of their embeddings.
+    """Images and videos, and what is wanted of their embeddings.
 
     Attributes:
         model: the served name; the server's own when it is left out.
-        input: content parts of the kinds that a chat message has for images.
+        input: content parts of the kinds that a chat message has for images and videos.
         return_mm_embedding: as in a chat request; ``generate`` is false whatever it says.
         encoding_format: ``base64`` or ``float``.
     """
@@ -38,21 +38,26 @@ class MMEmbeddingsRequest(BaseModel):
 @router.post("/v1/mm_embeddings")
 @with_cancellation  # a client that goes away takes its request with it
 async def create_mm_embeddings(body: MMEmbeddingsRequest, raw_request: Request) -> JSONResponse:
-    """Encode images; the decoder does not run.
+    """Encode images and videos; the decoder does not run.
 
     Raises:
-        VLLMValidationError: an input is no image, or the choice is not what it may be (HTTP 400).
+        VLLMValidationError: an input is neither, or the choice is not what it may be (HTTP 400).
     """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
     from vllm.exceptions import VLLMValidationError
 
     others = sorted(
-        {str(part.get("type")) for part in body.input if "image" not in str(part.get("type"))}
+        {
+            str(part.get("type"))
+            for part in body.input
+            if not any(modality in str(part.get("type")) for modality in ("image", "video"))
+        }
     )
     if others:
         raise VLLMValidationError(
-            f"input takes images alone, not {', '.join(others)}: ask /v1/chat/completions",
+            f"input takes images and videos alone, not {', '.join(others)}: ask "
+            "/v1/chat/completions",
             parameter="input",
         )
     exchange = EXCHANGE.get()

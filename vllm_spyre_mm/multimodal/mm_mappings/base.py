@@ -63,6 +63,19 @@ class MMUtils(ABC):
     def image_token_id(self) -> int | None:
         """Token id that stands for one image feature in a prompt; None if the model takes none."""
 
+    @property
+    def feature_token_ids(self) -> Mapping[str, int]:
+        """The token id that stands for one feature in a prompt, for each modality that is taken.
+
+        Modalities have vLLM's names: ``image``, ``video``.
+        """
+        return {} if self.image_token_id is None else {"image": self.image_token_id}
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """vLLM's names of the modalities that the model takes beside text."""
+        return tuple(self.feature_token_ids)
+
     @abstractmethod
     def kv_cache_options(self, for_card: bool = False) -> KVCacheOptions:
         """Shape of the KV cache; see :meth:`load_overrides` for ``for_card``.
