@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import edit_config, edit_tensors
 from tests.doctor.findings import only
 from vllm_spyre_mm import host_memory
-from vllm_spyre_mm.doctor import model
+from vllm_spyre_mm.doctor import examine, model
 from vllm_spyre_mm.host_memory import HostMemory
 
 
@@ -103,3 +103,12 @@ def test_a_model_that_does_not_fit(checkpoint: Path, monkeypatch: pytest.MonkeyP
     finding = only(model.weights(checkpoint))
     assert finding.level == "error"
     assert "of 0.8 GiB free" in finding.says
+
+
+def test_random_weights_need_no_files(checkpoint: Path) -> None:
+    stored = only(model.weights(checkpoint)).says
+    (checkpoint / "model.safetensors").unlink()
+    found = {each.check: each for each in examine(checkpoint, dummy_weights=True)}
+    assert "files" not in found
+    assert found["weights"].level == "ok"
+    assert found["weights"].says.split(";")[0] == stored.split(",")[0] + ", made up at random"

@@ -311,7 +311,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "attention backend": ({"attention_backend": "FLASH_ATTN"}, "--attention-backend"),
     "offloaded weights": ({"cpu_offload_gb": 1}, "--cpu-offload-gb"),
     "KV offloading": ({"kv_offloading_size": 1.0}, "KV offloading|KV transfer"),
-    "dummy weights": ({"load_format": "dummy"}, "load-format='dummy'"),
+    "pickled weights": ({"load_format": "pt"}, "load-format='pt'"),
     "worker class": ({"worker_cls": "some.Worker"}, "a worker of your own"),
     "Ray": ({"distributed_executor_backend": "ray"}, "'ray'|[Rr]ay"),
     "profiler": (

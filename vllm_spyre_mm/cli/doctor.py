@@ -18,6 +18,12 @@ INDENT = 22
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("model", nargs="?", type=Path, help="folder of a checkpoint to check too")
+    parser.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="dummy: a start with random weights, for which their files need not be there",
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON array of the findings")
 
 
@@ -26,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     from vllm_spyre_mm.doctor import examine
 
     findings = []
-    for finding in examine(arguments.model):
+    dummy = arguments.load_format == "dummy"
+    for finding in examine(arguments.model, dummy_weights=dummy):
         findings.append(finding)
         if not arguments.json:
             print(_lines(finding), flush=True)

@@ -21,13 +21,16 @@ Check = tuple[str, Callable[[], Iterator[Finding]]]
 """A check's name, and the function that yields its findings."""
 
 
-def examine(model: Path | None = None, card_host: "CardHost | None" = None) -> Iterator[Finding]:
+def examine(
+    model: Path | None = None, card_host: "CardHost | None" = None, *, dummy_weights: bool = False
+) -> Iterator[Finding]:
     """Run every check: first the installation, then a card's host, then the model.
 
     Args:
         model: folder of a checkpoint.
         card_host: what is looked at for a card, instead of this process's. The checks of a card
             run where anything of its software is found.
+        dummy_weights: the model's weights are made up (``--load-format dummy``).
 
     Yields:
         At least one finding of each check, as soon as it is known.
@@ -56,12 +59,12 @@ def examine(model: Path | None = None, card_host: "CardHost | None" = None) -> I
         return
     findings = list(_guarded("model", partial(of_model.configuration, model)))
     yield from findings
-    if model.is_dir():
+    if model.is_dir() and not dummy_weights:
         yield from _guarded("files", partial(of_model.files, model))
     if any(finding.level == "error" for finding in findings):
         return  # what it needs is not known
     yield from _guarded("processor", partial(of_model.processor, model))
-    yield from _guarded("weights", partial(of_model.weights, model))
+    yield from _guarded("weights", partial(of_model.weights, model, dummy=dummy_weights))
 
 
 def examine_card(host: "CardHost") -> Iterator[Finding]:

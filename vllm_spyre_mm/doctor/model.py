@@ -4,6 +4,7 @@
 Only headers are read, no weights: what a start would refuse after minutes is found in seconds.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,21 +87,30 @@ def files(folder: Path) -> Iterator[Finding]:
         yield Finding("files", "ok", f"{len(stored)} files of weights, {size} GiB")
 
 
-def weights(folder: Path) -> Iterator[Finding]:
-    """Whether the tensors are exactly those of the model, and fit into memory."""
+def weights(folder: Path, *, dummy: bool = False) -> Iterator[Finding]:
+    """Whether the tensors are exactly those of the model, and fit into memory.
+
+    Args:
+        folder: of the checkpoint.
+        dummy: the weights are made up, and no file of them is looked at.
+    """
     import torch
     from vllm.config import CacheConfig
 
     from vllm_spyre_mm.config import DEFAULT_MAX_MODEL_LEN
     from vllm_spyre_mm.host_memory import host_memory
     from vllm_spyre_mm.model_executor.checkpoint import CheckpointError
+    from vllm_spyre_mm.model_executor.dummy_weights import dummy_shapes
     from vllm_spyre_mm.model_executor.kv_cache import ACTIVATION_RESERVE
     from vllm_spyre_mm.model_executor.loader import LoadOptions, check_checkpoint
 
     mapping = _mapping(folder)
     dtype = torch.bfloat16 if probe("host")["bf16"] else torch.float32
     try:
-        elements = check_checkpoint(mapping, folder, LoadOptions(dtype, dtype))
+        if dummy:
+            elements = sum(map(math.prod, dummy_shapes(mapping.load_overrides()).values()))
+        else:
+            elements = check_checkpoint(mapping, folder, LoadOptions(dtype, dtype))
     except CheckpointError as error:
         yield Finding("weights", "error", str(error), FETCH)
         return
@@ -109,8 +119,9 @@ def weights(folder: Path) -> Iterator[Finding]:
     sequence_bytes = options.token_bytes(dtype) * length
     needed = elements * dtype.itemsize + sequence_bytes + ACTIVATION_RESERVE
     free = host_memory().free(CacheConfig.gpu_memory_utilization)
+    origin = "made up at random" if dummy else "every one accounted for"
     said = (
-        f"{elements / 1e6:.0f} M elements, every one accounted for; {gib(needed)} GiB for the "
+        f"{elements / 1e6:.0f} M elements, {origin}; {gib(needed)} GiB for the "
         f"model, one sequence of {length} tokens and activations, of {gib(free)} GiB free"
     )
     if needed > free:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -86,13 +86,14 @@ def load_model(mapping: ModelSpec, checkpoint: Path, options: LoadOptions) -> Fm
     overrides, encoder, decoder = _checked_tensors(
         mapping.load_overrides(options.for_card), files, options
     )
-    model = _build(overrides, options.decoder_dtype, options.group)
+    model = build_model(overrides, options.decoder_dtype, options.group)
     if options.encoder_only:
         for name, _ in list(model.named_children()):
             if name not in overrides.encoder_modules:
                 setattr(model, name, NoDecoder())
     for part, dtype in ((encoder, options.encoder_dtype), (decoder, options.decoder_dtype)):
-        _fill(model, overrides.architecture, part, dtype, options.group)
+        reads = {name: tensor.read for name, tensor in part.items()}
+        fill_model(model, overrides.architecture, reads, dtype, options.group)
     model.post_init()  # ties the head and computes the RoPE tables, now that there is storage
     check_initialised(files, model)
     return model.eval().requires_grad_(False)
@@ -131,18 +132,19 @@ def _checked_tensors(
     }
     if not options.encoder_only:
         overrides = _settle_head(files, tensors, overrides, options.decoder_dtype)
-    encoder, decoder = _split(tensors, overrides.encoder_modules)
+    encoder, decoder = split_parts(tensors, overrides.encoder_modules)
     if options.encoder_only:
         decoder = {}
     _check(files, overrides, options, {**encoder, **decoder})
     return overrides, encoder, decoder
 
 
-def _build(overrides: LoadOverrides, dtype: torch.dtype, group: ProcessGroup | None) -> FmsModel:
+def build_model(
+    overrides: LoadOverrides, dtype: torch.dtype, group: ProcessGroup | None
+) -> FmsModel:
     """Build the model on the meta device.
 
-    FMS's ``get_model`` would initialise it at random first, which fails for its SigLIP
-    (``reset_parameters`` recurses without end).
+    FMS's ``get_model`` would initialise it first, which recurses without end for its SigLIP.
     """
     from fms.distributed.strategy import NoOpStrategy, TensorParallelStrategy
 
@@ -198,7 +200,7 @@ def _settle_head(
     return overrides
 
 
-def _split(
+def split_parts(
     tensors: Mapping[str, T], encoder_modules: tuple[str, ...]
 ) -> tuple[dict[str, T], dict[str, T]]:
     """Separate the encoder's tensors from the decoder's: each part has its dtype, and FMS's adapter
@@ -222,7 +224,7 @@ def _check(
 
     # Separate projections have names of their own, so that an error names the missing one.
     config = dataclasses.replace(overrides.config, fused_weights=False)
-    whole = _build(dataclasses.replace(overrides, config=config), options.decoder_dtype, None)
+    whole = build_model(dataclasses.replace(overrides, config=config), options.decoder_dtype, None)
     adapted: dict[str, torch.Tensor] = {}
     for group in _layers(tensors):
         with torch.device("meta"):
@@ -239,16 +241,20 @@ def _check(
                 ) from error
     expected = whole.state_dict()
     if overrides.head.tied:
-        (head,) = get_adapted(
-            overrides.architecture,
-            SOURCE,
-            {overrides.head.name: torch.empty(0)},
-            {"model_config": whole.config},
-        )
-        del expected[head]
+        del expected[head_parameter(overrides, whole)]
     if options.encoder_only:
-        expected, _ = _split(expected, overrides.encoder_modules)
+        expected, _ = split_parts(expected, overrides.encoder_modules)
     check_complete(files, adapted, expected)
+
+
+def head_parameter(overrides: LoadOverrides, model: FmsModel) -> str:
+    """FMS's name for the weight of the LM head."""
+    from fms.utils.serialization import get_adapted
+
+    stored = {overrides.head.name: torch.empty(0)}
+    config = {"model_config": model.config}
+    (name,) = get_adapted(overrides.architecture, SOURCE, stored, config)
+    return name
 
 
 def _layers(tensors: Mapping[str, StoredTensor]) -> list[list[str]]:
@@ -261,24 +267,33 @@ def _layers(tensors: Mapping[str, StoredTensor]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _fill(
+def fill_model(
     model: FmsModel,
     architecture: str,
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, Callable[[], torch.Tensor]],
     dtype: torch.dtype,
     group: ProcessGroup | None,
+    source: str = SOURCE,
 ) -> None:
-    """Copy tensors into the model, layer by layer, so that few are in memory twice."""
+    """Read tensors into the model, layer by layer, so that few are in memory twice.
+
+    Args:
+        model: on the meta device.
+        architecture: FMS's name for it.
+        tensors: what reads each of them, by the name that ``source`` has for it.
+        dtype: of the parameters.
+        group: for tensor parallelism, None without.
+        source: FMS's name for the layout of the tensors.
+    """
     from fms.utils.serialization import LazySafetensorsDict, load_state_dict_into_model
 
     lazy = LazySafetensorsDict()
-    for name, tensor in tensors.items():
-        lazy[name] = tensor.read  # read when FMS comes to it
+    lazy.update(tensors)  # read when FMS comes to each
     load_state_dict_into_model(
         model=model,
         state_dict=lazy,
         architecture=architecture,
-        source=SOURCE,
+        source=source,
         dtype=dtype,
         distributed_strategy="tp" if group is not None else None,
         rank=group.rank() if group is not None else 0,

@@ -24,6 +24,7 @@ from vllm_spyre_mm.model_executor.backend import StepSizes
 from vllm_spyre_mm.model_executor.backends import make_backend
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
 from vllm_spyre_mm.model_executor.cpu.memory import mmap_threshold
+from vllm_spyre_mm.model_executor.dummy_weights import load_dummy_model
 from vllm_spyre_mm.model_executor.kv_cache import (
     allocate_kv_cache,
     kv_cache_bytes,
@@ -134,17 +135,17 @@ class SpyreWorker(RefusingWorker):
         ensure_model_parallel_initialized(self.parallel_config.tensor_parallel_size, 1)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        """Load the checkpoint.
+        """Load the checkpoint, or make random weights up.
+
+        Args:
+            load_dummy_weights: make them up, as ``load_format=dummy`` asks for too.
 
         Raises:
             CheckpointError: the checkpoint does not hold exactly the model's tensors.
         """
-        if load_dummy_weights:
-            raise ValueError(
-                "load_format='dummy' is not supported on Spyre: weights are always read"
-            )
         started = time.perf_counter()
-        checkpoint = find_checkpoint(self.model_config, self.load_config)
+        dummy = load_dummy_weights or self.load_config.load_format == "dummy"
+        checkpoint = None if dummy else find_checkpoint(self.model_config, self.load_config)
         options = LoadOptions(
             decoder_dtype=self.decoder_dtype,
             encoder_dtype=getattr(torch, self.settings.encoder_dtype),
@@ -153,9 +154,15 @@ class SpyreWorker(RefusingWorker):
         )
         # Not in a process that is somebody's own: its weights take more memory for that.
         with mmap_threshold() if is_engine_process() else nullcontext():
-            fms_model = load_model(self.mapping, checkpoint, options)
+            if checkpoint is None:
+                fms_model = load_dummy_model(self.mapping, options, self.model_config.seed)
+            else:
+                fms_model = load_model(self.mapping, checkpoint, options)
             self.model = SpyreModel(fms_model, self.mapping, self.backend)
-        logger.info("Loaded %s in %.1f s", checkpoint, time.perf_counter() - started)
+        if checkpoint is None:
+            logger.warning("The weights are random (load_format=dummy): answers mean nothing")
+        what = checkpoint or "random weights"
+        logger.info("Loaded %s in %.1f s", what, time.perf_counter() - started)
 
     def _tensor_parallel_group(self) -> ProcessGroup | None:
         """What the decoder's collectives run over."""

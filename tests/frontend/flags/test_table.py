@@ -87,7 +87,7 @@ VALUES: dict[str, Any] = {
     "distributed_executor_backend": "ray",
     "ec_manager_config.encoder_cache_manager_cls": "a.B",
     "enable_chunked_prefill": False,
-    "load_format": "dummy",
+    "load_format": "pt",
     "long_prefill_token_threshold": 64,
     "max_num_scheduled_tokens": 64,
     "mm_encoder_tp_mode": "data",

@@ -186,8 +186,8 @@ LOAD = Decisions(
     refused=(
         Refused(
             "load_format",
-            "load-format={value!r}: weights are read from safetensors, leave --load-format out",
-            only("auto", "hf", "safetensors"),
+            "load-format={value!r}: weights are read from safetensors, or random with 'dummy'",
+            only("auto", "hf", "safetensors", "dummy"),
         ),
         Refused(
             "safetensors_load_strategy",
