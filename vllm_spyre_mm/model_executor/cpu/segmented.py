@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention within segments of a sequence: pictures, frames or windows one after the other.
+
+Queries and keys are rotated first (RoPE of neighbouring pairs).
+"""
+
+import functools
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+
+def attend_segments(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rope_table: torch.Tensor,
+    segments: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of every position of a segment to every other, without a mask over all of them.
+
+    Args:
+        query: ``(1, positions, heads, head_dim)``.
+        keys: likewise.
+        values: likewise.
+        rope_table: fp32 ``(positions, head_dim)``, cosine and sine of each pair of a head.
+        segments: int32 ``(segments + 1,)``, bounds of the segments, from 0 to ``positions``.
+        scale: factor of the scores.
+
+    Returns:
+        Shaped like ``query``, contiguous.
+    """
+    # In eager mode the C++ kernel must not be needed.
+    if torch.compiler.is_compiling():
+        return torch.ops.spyre_mm.segmented_attention(
+            query, keys, values, rope_table, segments, scale
+        )
+    return _attend_with_sdpa(query, keys, values, rope_table, segments, scale)
+
+
+def _attend_with_sdpa(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rope_table: torch.Tensor,
+    segments: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """With PyTorch's attention, one call for neighbours of the same length."""
+    query, keys = _rotate(query, rope_table), _rotate(keys, rope_table)
+    result = torch.empty(query.shape, dtype=query.dtype)
+    first = 0
+    for length, group in itertools.groupby(segments.diff().tolist()):
+        last = first + length * len(list(group))
+        q, k, v = (
+            part[0, first:last].unflatten(0, (-1, length)).transpose(1, 2)
+            for part in (query, keys, values)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        result[0, first:last] = attended.transpose(1, 2).flatten(0, 1)
+        first = last
+    return result
+
+
+def _rotate(x: torch.Tensor, rope_table: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs of ``(1, positions, heads, head_dim)``, in fp32."""
+    cosines, sines = rope_table.view(len(rope_table), 1, -1, 2).unbind(-1)
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = (first * cosines - second * sines, second * cosines + first * sines)
+    return torch.stack(pairs, dim=-1).flatten(-2).to(x.dtype)
+
+
+@functools.cache
+def _define_op() -> torch.library.Library:
+    """Define the operator; it lives as long as the returned library, which the cache keeps."""
+    library = torch.library.Library("spyre_mm", "FRAGMENT")
+    library.define(
+        "segmented_attention(Tensor query, Tensor keys, Tensor values, Tensor rope_table, "
+        "Tensor segments, float scale) -> Tensor"
+    )
+    library.impl("segmented_attention", segmented_attention, "CPU")
+    library.impl("segmented_attention", lambda query, *_: query.new_empty(query.shape), "Meta")
+    return library
+
+
+def segmented_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rope_table: torch.Tensor,
+    segments: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Implements the operator."""
+    return _attend_with_sdpa(query, keys, values, rope_table, segments, scale)
+
+
+_define_op()
