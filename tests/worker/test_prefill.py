@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chunk's layout is what a loop over its tokens would lay out, with padding and without."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ class Case:
     blocks: list[int]
     start: int
     end: int
+    positions: np.ndarray | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -49,6 +51,7 @@ class Case:
             num_tokens=self.num_tokens,
             blocks=self.blocks,
             feature_index=self.feature_index,
+            positions=self.positions,
             geometry=self.geometry,
             padded=padded,
         )
@@ -110,6 +113,17 @@ def test_a_padded_chunk_is_what_a_loop_lays_out(case: Case):
     ]:
         assert tensor.shape == (1, case.geometry.chunk_size)
         assert tensor[0].int().tolist() == [row[name] for row in rows.values()]
+
+
+@given(cases(), st.booleans())
+@PROPERTY
+def test_positions_on_three_axes_lie_where_those_on_one_do(case: Case, padded: bool):
+    plain = case.lay_out(padded)
+    positions = np.arange(case.start, case.end) + np.array([[100], [200], [300]])
+    chunk = replace(case, positions=positions).lay_out(padded)
+    expected = torch.where(plain.is_padding, 0, plain.position_ids + positions[:, :1] - case.start)
+    assert torch.equal(chunk.position_ids, expected)
+    assert str(chunk.position_ids.dtype) == "torch.int64"
 
 
 @given(cases())

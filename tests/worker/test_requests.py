@@ -37,6 +37,10 @@ def state_of(**changes: Any) -> WorkerRequest:
     return WorkerRequest.from_new(new_request(**changes), SpyreSettings())
 
 
+def one_axis(token_ids: list[int], mm_features: Any) -> None:
+    """A model's positions that are the indices of the tokens."""
+
+
 def cached(
     num_computed: dict[str, int],
     new_blocks: dict[str, list[int]] | None = None,
@@ -115,12 +119,56 @@ def test_without_a_seed_or_at_random_there_is_no_generator(params: SamplingParam
     assert drawn(params) is None
 
 
+# -- positions on three axes -----------------------------------------------------------------------
+
+
+def with_axes(token_ids: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
+    """A prompt of four with two tokens that are side by side."""
+    assert token_ids == [10, 11, 12, 13]
+    assert len(mm_features) == 1
+    return torch.tensor([[0, 1, 1, 2], [0, 1, 1, 2], [0, 1, 2, 2]]), -1
+
+
+@pytest.fixture
+def with_picture() -> WorkerRequest:
+    table = RequestTable(SpyreSettings(), with_axes)
+    table.add([new_request("a", mm_features=[object()])])
+    return table["a"]
+
+
+def test_positions_of_a_prompt_run_on_behind_it(with_picture: WorkerRequest):
+    """As after a preemption, when generated tokens are prefilled."""
+    with_picture.output_token_ids.extend([20, 21])
+    expected = [[0, 1, 1, 2, 3, 4], [0, 1, 1, 2, 3, 4], [0, 1, 2, 2, 3, 4]]
+    for start in range(6):
+        for end in range(start + 1, 7):
+            positions: Any = with_picture.positions(start, end)
+            assert str(positions.dtype) == "int64"
+            assert positions.tolist() == [axis[start:end] for axis in expected]
+
+
+def test_a_decode_is_at_its_index_and_the_distance(with_picture: WorkerRequest):
+    with_picture.num_computed_tokens = 4
+    assert with_picture.next_position == 3
+
+
+@pytest.mark.parametrize(
+    ("find", "features"), [(one_axis, [object()]), (with_axes, [])], ids=["model", "text"]
+)
+def test_positions_of_one_axis_are_the_indices(find: Any, features: list[Any]):
+    """A model has no others, or a prompt has no pictures."""
+    table = RequestTable(SpyreSettings(), find)
+    table.add([new_request("a", mm_features=features, num_computed_tokens=3)])
+    assert table["a"].positions(0, 4) is None
+    assert table["a"].next_position == 3
+
+
 # -- the table -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def table() -> RequestTable:
-    table = RequestTable(SpyreSettings())
+    table = RequestTable(SpyreSettings(), one_axis)
     table.add([new_request("a"), new_request("b", block_ids=([7],))])
     return table
 
@@ -173,7 +221,7 @@ def test_resuming_starts_the_prefill_again_in_new_blocks(table: RequestTable):
 def test_resuming_keeps_the_generator_where_it_was():
     """The answer of a seeded request does not depend on whether it was preempted."""
     params = SamplingParams(temperature=1.0, seed=7)
-    table = RequestTable(SpyreSettings())
+    table = RequestTable(SpyreSettings(), one_axis)
     table.add([new_request("a", sampling_params=params), new_request("b", sampling_params=params)])
     for req_id in "ab":
         torch.rand(3, generator=table[req_id].generator)

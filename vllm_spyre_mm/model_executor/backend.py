@@ -75,9 +75,12 @@ class StepInputs(ABC):
 
     Attributes:
         padded: whether chunks include their padding.
+        rotate: makes what the decoder takes in place of positions, of int64 ``(axes, tokens)``:
+            ``(1, tokens, ...)``; None if it takes positions. Set by the backend.
     """
 
     padded: bool
+    rotate: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @abstractmethod
     def chunk_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:

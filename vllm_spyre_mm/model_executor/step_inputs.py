@@ -14,7 +14,8 @@ class PrefillChunk:
 
     Attributes:
         token_ids: int64 ``(1, length)``, 0 on padding.
-        position_ids: int64 ``(1, length)`` in real tokens, 0 on padding.
+        position_ids: int64 ``(1, length)`` in real tokens, 0 on padding; ``(3, length)`` for a
+            prompt with positions on three axes.
         feature_index: int64 ``(1, length)``; see ``multimodal.merge``.
         is_padding: bool ``(1, length)``.
         slot_mapping: int64 ``(1, length)``: the cache row of each token; padding before the
@@ -43,6 +44,7 @@ class DecodeRows:
     Attributes:
         token_ids: the last token of each request.
         num_computed: tokens of each that are in the KV cache.
+        positions: of each token; on all axes, if there are three.
         blocks: the block ids of each, from the left.
         block_rows: the same as int32 ``(num_rows, blocks)``, vLLM's own array; rows beyond the
             batch hold stale values.
@@ -50,6 +52,7 @@ class DecodeRows:
 
     token_ids: list[int]
     num_computed: list[int]
+    positions: list[int]
     blocks: list[list[int]]
     block_rows: np.ndarray
 
@@ -63,7 +66,8 @@ class DecoderInputs:
 
     Attributes:
         embeds: ``(batch, length, hidden_size)``, the decoder's dtype.
-        position_ids: int64 ``(batch, length)``: positions in real tokens, 0 on padding.
+        position_ids: int64 ``(batch, length)``: positions in real tokens, 0 on padding; for a
+            decoder with ``models.mrope.StepRope`` what that takes in their place.
         attention: keyword arguments of the attention op: ``slot_mapping`` int64
             ``(batch, length)``; for the card ``block_table`` int64 ``(batch, blocks)`` and
             ``current_tkv_mask`` and ``left_padded_prompt_mask`` int64 ``(batch,)``; for the CPU

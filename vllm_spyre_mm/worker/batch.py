@@ -106,6 +106,7 @@ class SamplingBatch:
         return DecodeRows(
             token_ids=[request.output_token_ids[-1] for request in self.members],
             num_computed=[request.num_computed_tokens for request in self.members],
+            positions=[request.next_position for request in self.members],
             blocks=[request.blocks for request in self.members],
             block_rows=self.inputs.block_table[0].get_numpy_array(),
         )

@@ -76,7 +76,7 @@ class SpyreModelRunner:
         self.geometry = geometry
         self.return_mm_embedding = return_mm_embedding
         settings = SpyreSettings.from_vllm_config(vllm_config)
-        self.requests = RequestTable(settings)
+        self.requests = RequestTable(settings, model.mapping.positions)
         encoder_dtype: torch.dtype = getattr(torch, settings.encoder_dtype)
         self.encoder = ImageEncoder(model, ranks, encoder_dtype, decoder_dtype_of(vllm_config))
         self.encoder_cache = EncoderCache()
@@ -241,6 +241,7 @@ class SpyreModelRunner:
             num_tokens=num_tokens,
             blocks=request.blocks,
             feature_index=feature_index,
+            positions=request.positions(start, end),
             geometry=self.geometry,
             padded=self.inputs.padded,
         )

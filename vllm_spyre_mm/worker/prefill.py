@@ -16,6 +16,7 @@ def prefill_chunk(
     num_tokens: int,
     blocks: list[int],
     feature_index: np.ndarray,
+    positions: np.ndarray | None = None,
     geometry: Geometry,
     padded: bool,
 ) -> PrefillChunk:
@@ -27,6 +28,7 @@ def prefill_chunk(
         num_tokens: length of the whole prompt.
         blocks: the request's blocks, enough for the chunk.
         feature_index: int64 ``(len(token_ids),)``, from ``plan_merge``.
+        positions: int64 ``(3, len(token_ids))`` on three axes; None: the tokens' indices.
         geometry: block and chunk sizes.
         padded: include the padding, as the card's static graph requires. On a CPU the chunk is its
             real tokens alone.
@@ -42,20 +44,24 @@ def prefill_chunk(
     block_ids = np.asarray(blocks[: geometry.num_blocks(len(own) + start)], dtype=np.int64)
     size = geometry.block_size
     slots = block_ids[own // size] * size + own % size
-    positions = np.arange(start, start + len(token_ids))
+    if positions is None:
+        positions = np.arange(start, start + len(token_ids))[None]
     left_blocks = left // size
 
+    def padded_rows(values: np.ndarray, fill: int) -> torch.Tensor:
+        rows = np.full((len(values), before + len(token_ids) + after), fill, dtype=np.int64)
+        rows[:, before : before + values.shape[1]] = values
+        return torch.from_numpy(rows)
+
     def padded_row(values: np.ndarray | list[int], fill: int) -> torch.Tensor:
-        row = np.full(before + len(token_ids) + after, fill, dtype=np.int64)
-        row[before : before + len(values)] = values
-        return torch.from_numpy(row).unsqueeze(0)
+        return padded_rows(np.asarray(values)[None], fill)
 
     slot_mapping = padded_row(slots, 0)
     if before:
         slot_mapping[0, :before] = torch.arange(before) % size  # block 0
     return PrefillChunk(
         token_ids=padded_row(token_ids, 0),
-        position_ids=padded_row(positions, 0),
+        position_ids=padded_rows(positions, 0),
         feature_index=padded_row(feature_index, TEXT),
         is_padding=padded_row(np.zeros(len(token_ids)), 1).bool(),
         slot_mapping=slot_mapping,

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The request that the worker keeps of each request."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
@@ -12,10 +14,22 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, MMEmbeddingInfo, choice_of
 
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+FindPositions = Callable[
+    [list[int], "Sequence[MultiModalFeatureSpec]"], tuple[torch.Tensor, int] | None
+]
+"""Positions of a prompt on three axes; see ``MMUtils.positions``."""
+
 
 @dataclass
 class WorkerRequest(CachedRequestState):
     """A request as the worker knows it: vLLM's cached request, its prefill and its embedding.
+
+    vLLM's ``mrope_positions`` and ``mrope_position_delta`` are set when the request is added, if
+    its prompt has positions on three axes: int64 ``(3, num_prompt_tokens)``, and what is added to a
+    later token's index, on every axis.
 
     Attributes:
         prefilled: whether the whole prompt is in the KV cache; set by the runner after the last
@@ -86,16 +100,35 @@ class WorkerRequest(CachedRequestState):
             *self.output_token_ids[max(0, start - num_prompt) : max(0, end - num_prompt)],
         ]
 
+    def positions(self, start: int, end: int) -> np.ndarray | None:
+        """Positions of the tokens ``[start, end)``, generated ones included.
+
+        Returns:
+            int64 ``(3, end - start)``; None if they are the tokens' indices.
+        """
+        if self.mrope_positions is None or self.mrope_position_delta is None:
+            return None
+        prompt = self.mrope_positions[:, start:end].numpy()
+        later = np.arange(max(start, self.num_prompt_tokens), end) + self.mrope_position_delta
+        return np.concatenate([prompt, np.broadcast_to(later, (len(prompt), len(later)))], axis=1)
+
+    @property
+    def next_position(self) -> int:
+        """Position of the token that a decode is given, on every axis."""
+        return self.num_computed_tokens + (self.mrope_position_delta or 0)
+
 
 class RequestTable:
     """The requests that the worker knows, kept up to date from the scheduler's messages.
 
     Args:
         settings: of the engine.
+        find_positions: of the model's mapping.
     """
 
-    def __init__(self, settings: SpyreSettings) -> None:
+    def __init__(self, settings: SpyreSettings, find_positions: FindPositions) -> None:
         self._settings = settings
+        self._find_positions = find_positions
         self._requests: dict[str, WorkerRequest] = {}
 
     def __getitem__(self, req_id: str) -> WorkerRequest:
@@ -112,7 +145,12 @@ class RequestTable:
     def add(self, new: Iterable[NewRequestData]) -> None:
         """Add requests that are scheduled for the first time."""
         for data in new:
-            self._requests[data.req_id] = WorkerRequest.from_new(data, self._settings)
+            request = WorkerRequest.from_new(data, self._settings)
+            if data.mm_features and data.prompt_token_ids is not None:
+                found = self._find_positions(data.prompt_token_ids, data.mm_features)
+                if found is not None:
+                    request.mrope_positions, request.mrope_position_delta = found
+            self._requests[data.req_id] = request
 
     def update(self, cached: CachedRequestData) -> None:
         """Update blocks and progress of requests that are scheduled again."""

@@ -156,7 +156,9 @@ def _run_graphs(runner: SpyreModelRunner, title: str) -> None:
         model.forward(inputs.chunk_inputs(chunk, model.embed(chunk.token_ids)))
         progress.update()
         progress.set_postfix_str("decode")
-        rows = DecodeRows([token_id], [len(prompt)], [[1]], np.array([[1]], dtype=np.int32))
+        rows = DecodeRows(
+            [token_id], [len(prompt)], [len(prompt)], [[1]], np.array([[1]], dtype=np.int32)
+        )
         model.forward(inputs.decode_inputs(rows, model.embed))
         progress.update()
 

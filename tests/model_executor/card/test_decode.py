@@ -18,13 +18,15 @@ class Case:
     """Running requests: tokens in the cache, the last token, and the blocks of each.
 
     Args:
-        num_computed: tokens of each request that are in the cache.
+        num_computed: tokens of each request that are in the cache. The positions are others, as
+            those behind a picture may be.
         blocks: the block ids of each; some may be there for later tokens.
         block_size: tokens in a block.
     """
 
     def __init__(self, num_computed: list[int], blocks: list[list[int]], block_size: int) -> None:
         self.num_computed = num_computed
+        self.positions = [n - 3 * row for row, n in enumerate(num_computed)]
         self.blocks = blocks
         self.block_size = block_size
         self.token_ids = [11 + 5 * row for row in range(len(num_computed))]
@@ -35,6 +37,7 @@ class Case:
         return card_decode(
             token_ids=np.array(self.token_ids, dtype=np.int32),
             num_computed=np.array(self.num_computed, dtype=np.int32),
+            positions=np.array(self.positions, dtype=np.int64),
             block_rows=np.array(rows, dtype=np.int32),
             block_size=self.block_size,
         )
@@ -59,7 +62,7 @@ def test_every_row_is_what_a_loop_lays_out(case: Case):
         own = case.blocks[row][: counts[row]]
         padding_blocks = max(counts) - counts[row]
         assert batch.token_ids[row].tolist() == [case.token_ids[row]]
-        assert batch.position_ids[row].tolist() == [num_computed]
+        assert batch.position_ids[row].tolist() == [case.positions[row]]
         assert batch.slot_mapping[row].tolist() == [own[-1] * size + num_computed % size]
         assert batch.block_table[row].tolist() == [0] * padding_blocks + own
         assert batch.left_padding[row] == padding_blocks * size

@@ -100,6 +100,30 @@ def test_a_step_is_the_same(name: str, dtype: torch.dtype):
         assert torch.equal(step[cache], other[cache])
 
 
+def with_own_table(step: dict[str, Any]) -> dict[str, Any]:
+    """The same with a row of the table for each token in place of its position."""
+    return {**step, "position_ids": None, "table": step["table"][step["position_ids"]]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_steps_own_table_is_the_same(name: str, dtype: torch.dtype):
+    step, other, third = (make_step(**STEPS[name], dtype=dtype) for _ in range(3))
+    attended = OPS.rope_store_attend(*with_own_table(step).values())
+    assert torch.equal(attended, OPS.rope_store_attend(*other.values()))
+    assert torch.equal(attended, one_after_the_other(with_own_table(third)))
+    for cache in ("key_cache", "value_cache"):
+        assert torch.equal(step[cache], other[cache])
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_table_with_too_few_rows_is_refused(name: str):
+    step = with_own_table(make_step(**STEPS[name]))
+    step["table"] = step["table"][:, :-1].contiguous()
+    with pytest.raises(IndexError, match=r"1 (tokens|positions) are beyond"):
+        OPS.rope_store_attend(*step.values())
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -121,7 +145,9 @@ def test_a_token_that_has_no_place_is_refused(name: str, value: int):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_the_operator_is_what_its_schema_says(name: str):
-    torch.library.opcheck(OPS.rope_store_attend.default, (*make_step(**STEPS[name]).values(),))
+    step = make_step(**STEPS[name])
+    torch.library.opcheck(OPS.rope_store_attend.default, (*step.values(),))
+    torch.library.opcheck(OPS.rope_store_attend.default, (*with_own_table(step).values(),))
 
 
 # -- the graph -------------------------------------------------------------------------------------

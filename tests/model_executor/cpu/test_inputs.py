@@ -31,7 +31,13 @@ def make_steps(least_tokens: int = 2) -> CpuInputs:
 def decode(steps: CpuInputs, num_computed: list[int], rows: np.ndarray) -> CpuDecode:
     batch = len(num_computed)
     token_ids = [*range(100, 100 + batch)]
-    return steps.decode(DecodeRows(token_ids, num_computed, rows[:batch].tolist(), rows))
+    positions = positions_of(num_computed)
+    return steps.decode(DecodeRows(token_ids, num_computed, positions, rows[:batch].tolist(), rows))
+
+
+def positions_of(num_computed: list[int]) -> list[int]:
+    """Others than the indices of the tokens, as those behind a picture may be."""
+    return [each + 7 * row for row, each in enumerate(num_computed)]
 
 
 batches = st.lists(st.integers(0, MAX_BLOCKS * BLOCK_SIZE - 1), min_size=1, max_size=MAX_ROWS)
@@ -51,7 +57,7 @@ def test_a_decode_is_one_token_of_each_request(
         step = decode(steps, num_computed, rows)
         batch, missing = len(num_computed), max(0, least_tokens - len(num_computed))
         assert step.token_ids.tolist() == [[*range(100, 100 + batch), *[0] * missing]]
-        assert step.position_ids.tolist() == [[*num_computed, *[0] * missing]]
+        assert step.position_ids.tolist() == [[*positions_of(num_computed), *[0] * missing]]
         slots = [
             int(rows[row, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
             for row, position in enumerate(num_computed)
@@ -105,6 +111,14 @@ def test_chunks_and_decodes_have_the_same_shapes_and_strides():
     for tensor in (step.token_ids, step.position_ids, step.attention["slot_mapping"]):
         assert tensor.shape == like_a_chunk.shape
         assert tensor.stride() == like_a_chunk.stride()
+
+
+def test_a_decoder_takes_what_its_positions_are_turned_into():
+    steps, rows = make_steps(), block_rows()
+    steps.rotate = lambda positions: positions.float()[..., None] / 2
+    decodes = DecodeRows([8, 9], [3, 6], [30, 6], rows[:2].tolist(), rows)
+    inputs = steps.decode_inputs(decodes, lambda ids: torch.zeros(*ids.shape, 4))
+    assert inputs.position_ids.tolist() == [[[15.0], [3.0]]]
 
 
 def test_one_row_is_enough_for_one_sequence():

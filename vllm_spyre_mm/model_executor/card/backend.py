@@ -14,6 +14,7 @@ from vllm_spyre_mm.model_executor.card.compile import CardDecoder, keep_signal_h
 from vllm_spyre_mm.model_executor.card.inputs import CardInputs
 from vllm_spyre_mm.model_executor.cpu.encoder import compile_encoder, place_encoder
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
+from vllm_spyre_mm.model_executor.models.mrope import step_rope_of
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides, ModelSpec
 from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs
 
@@ -54,6 +55,8 @@ class CardBackend(Backend):
         import fms.utils.spyre.paged  # noqa: F401 - registers the algorithm
 
         place_encoder(model, overrides, compiled=True)
+        if (rope := step_rope_of(overrides.decoder_blocks(model))) is not None:
+            self.inputs.rotate = rope.rotations
         self._run = model
 
     def compile(self, model: FmsModel, overrides: LoadOverrides) -> None:

@@ -13,7 +13,7 @@ class CardDecode:
 
     Attributes:
         token_ids: int64 ``(batch, 1)``.
-        position_ids: int64 ``(batch, 1)`` in real tokens.
+        position_ids: int64 ``(batch, 1)``.
         slot_mapping: int64 ``(batch, 1)``: the cache row of each token.
         block_table: int64 ``(batch, blocks)``, padded with block 0 *before* each shorter row.
         current_tkv: int64 ``(batch,)``: end of each row in padded positions.
@@ -32,6 +32,7 @@ def card_decode(
     *,
     token_ids: np.ndarray,
     num_computed: np.ndarray,
+    positions: np.ndarray,
     block_rows: np.ndarray,
     block_size: int,
 ) -> CardDecode:
@@ -40,6 +41,7 @@ def card_decode(
     Args:
         token_ids: int ``(batch,)``, the last token of each request.
         num_computed: int ``(batch,)``, tokens of each that are in the KV cache.
+        positions: int ``(batch,)``, of the tokens.
         block_rows: int ``(batch, width)``, the block ids of each, from the left.
         block_size: tokens in a block.
     """
@@ -57,7 +59,7 @@ def card_decode(
 
     return CardDecode(
         token_ids=tensor(token_ids)[:, None],
-        position_ids=tensor(num_computed)[:, None],
+        position_ids=tensor(positions)[:, None],
         slot_mapping=tensor(slots)[:, None],
         block_table=tensor(block_table),
         current_tkv=tensor(padding + num_computed + 1),

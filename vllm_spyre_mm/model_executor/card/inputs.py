@@ -39,10 +39,14 @@ class CardInputs(StepInputs):
             "current_tkv_mask": card_input(chunk.current_tkv),
             "left_padded_prompt_mask": card_input(chunk.left_padding),
         }
-        position_ids = self._by_token(chunk.position_ids)
+        position_ids = chunk.position_ids
+        if self.rotate is not None:
+            position_ids = self.rotate(position_ids)
         # The chunk may end with padding inside its last block: logits are computed for that block.
         last_n_tokens = self.block_size
-        return DecoderInputs(self._by_token(embeds), position_ids, attention, last_n_tokens)
+        return DecoderInputs(
+            self._by_token(embeds), self._by_token(position_ids), attention, last_n_tokens
+        )
 
     def _by_token(self, tensor: torch.Tensor) -> torch.Tensor:
         """An input of a chunk, ``(1, tokens, ...)``."""
@@ -58,6 +62,7 @@ class CardInputs(StepInputs):
         batch = card_decode(
             token_ids=np.array(rows.token_ids),
             num_computed=np.array(rows.num_computed),
+            positions=np.array(rows.positions),
             block_rows=rows.block_rows[: len(rows.token_ids)],
             block_size=self.block_size,
         )
@@ -68,7 +73,11 @@ class CardInputs(StepInputs):
             "current_tkv_mask": card_input(batch.current_tkv, dynamic=(0,)),
             "left_padded_prompt_mask": card_input(batch.left_padding, dynamic=(0,)),
         }
-        position_ids = card_input(batch.position_ids, dynamic=(0,), static=(1,))
+        position_ids = batch.position_ids
+        if self.rotate is not None:
+            position_ids = self.rotate(position_ids.T).transpose(0, 1)
+        static = (*range(1, position_ids.ndim),)
+        position_ids = card_input(position_ids, dynamic=(0,), static=static)
         return DecoderInputs(embeds, position_ids, attention, last_n_tokens=1)
 
     def decode_logits(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:

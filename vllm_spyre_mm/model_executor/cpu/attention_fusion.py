@@ -64,7 +64,7 @@ def _define_op() -> torch.library.Library:
     library = torch.library.Library("spyre_mm", "FRAGMENT")
     library.define(
         "rope_store_attend(Tensor query, Tensor keys, Tensor values, Tensor(a!) key_cache, "
-        "Tensor(b!) value_cache, Tensor position_ids, Tensor table, Tensor slot_mapping, "
+        "Tensor(b!) value_cache, Tensor? position_ids, Tensor table, Tensor slot_mapping, "
         "Tensor kv_blocks, Tensor kv_lengths, Tensor query_lengths, float scale) -> Tensor"
     )
     library.impl("rope_store_attend", rope_store_attend, "CPU")
@@ -78,7 +78,7 @@ def rope_store_attend(
     values: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
     table: torch.Tensor,
     slot_mapping: torch.Tensor,
     kv_blocks: torch.Tensor,

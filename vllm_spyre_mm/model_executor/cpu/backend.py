@@ -21,9 +21,10 @@ from vllm_spyre_mm.model_executor.cpu.compile import (
 from vllm_spyre_mm.model_executor.cpu.encoder import compile_encoder, place_encoder
 from vllm_spyre_mm.model_executor.cpu.inputs import CpuInputs
 from vllm_spyre_mm.model_executor.cpu.kernels.registry import ModelShape, loaders
-from vllm_spyre_mm.model_executor.cpu.kernels.rope import replace_rope
+from vllm_spyre_mm.model_executor.cpu.kernels.rope import replace_rope, takes_columns
 from vllm_spyre_mm.model_executor.cpu.linear import replace_linears
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
+from vllm_spyre_mm.model_executor.models.mrope import step_rope_of
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides, ModelSpec
 from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs
 
@@ -61,6 +62,9 @@ class CpuBackend(Backend):
         register_cpu_attention()
         place_encoder(model, overrides, compiled=self.compiled)
         replace_linears(model, compiled=self.compiled)
+        if (rope := step_rope_of(overrides.decoder_blocks(model))) is not None:
+            kernel = self.compiled and takes_columns(rope)
+            self.inputs.rotate = rope.columns if kernel else rope.rotations
         self._run = model
 
     def compile(self, model: FmsModel, overrides: LoadOverrides) -> None:

@@ -80,7 +80,7 @@ class CpuInputs(StepInputs):
         }
         return DecoderInputs(
             F.pad(embeds, (0, 0, *pad)),
-            F.pad(chunk.position_ids, pad),
+            self._rotated(F.pad(chunk.position_ids, pad)),
             attention,
             last_n_tokens=1 + missing,
         )
@@ -93,8 +93,15 @@ class CpuInputs(StepInputs):
         """Inputs of a decode: one token of each request, all in one row."""
         step = self.decode(rows)
         return DecoderInputs(
-            embed(step.token_ids), step.position_ids, step.attention, last_n_tokens=0
+            embed(step.token_ids),
+            self._rotated(step.position_ids),
+            step.attention,
+            last_n_tokens=0,
         )
+
+    def _rotated(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """What the decoder takes of int64 ``(axes, tokens)``."""
+        return position_ids if self.rotate is None else self.rotate(position_ids)
 
     def decode_logits(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Logits of the requests, which are before the padding."""
@@ -117,13 +124,13 @@ class CpuInputs(StepInputs):
             self._query_lengths[:] = 1
             self._num_laid_out = batch
         ids, positions, slots, kv_lengths = self._memory
-        requests = zip(rows.token_ids, rows.num_computed, rows.blocks, strict=True)
-        for row, (token_id, position, blocks) in enumerate(requests):
-            column, offset = divmod(position, self.block_size)
+        requests = zip(rows.token_ids, rows.num_computed, rows.positions, rows.blocks, strict=True)
+        for row, (token_id, num_computed, position, blocks) in enumerate(requests):
+            column, offset = divmod(num_computed, self.block_size)
             ids[row] = token_id
             positions[row] = position
             slots[row] = blocks[column] * self.block_size + offset
-            kv_lengths[row] = position + 1
+            kv_lengths[row] = num_computed + 1
         if batch not in self._decodes:
             self._decodes[batch] = self._make_decode(max(batch, self.least_tokens))
         return self._decodes[batch]

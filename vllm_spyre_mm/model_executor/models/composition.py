@@ -19,6 +19,7 @@ from fms.utils.config import ModelConfig
 from torch import nn
 
 from vllm_spyre_mm.model_executor.models.decoders import Decoder
+from vllm_spyre_mm.model_executor.models.mrope import MRope, set_step_rope
 from vllm_spyre_mm.model_executor.models.towers import Encoder, Tower
 
 ARCHITECTURE = "spyre_mm_composition"
@@ -48,6 +49,7 @@ class CompositionConfig(ModelConfig):
         newline: whether a learnt feature ends each row of patches.
         image_grid_pinpoints: ``(height, width)`` of the grids of tiles.
         fused_weights: whether projections may be fused.
+        mrope: the axes of the decoder's positions; None for one axis.
     """
 
     decoder: Decoder
@@ -63,6 +65,7 @@ class CompositionConfig(ModelConfig):
     newline: bool = False
     image_grid_pinpoints: list[list[int]] = field(default_factory=list)
     fused_weights: bool = True
+    mrope: MRope | None = None
 
 
 class TextEmbedding(nn.Embedding):
@@ -92,6 +95,8 @@ class Composition(nn.Module):
         base: Any = self.language_model.base_model
         width = base.embedding.embedding_dim
         base.embedding = TextEmbedding(base.embedding.num_embeddings, width)
+        if config.mrope is not None:
+            set_step_rope(base, config.mrope)
         if config.tower is not None:
             self.vision_tower: Any = config.tower.build(self.config.vision_config)
         if config.projector is not None:

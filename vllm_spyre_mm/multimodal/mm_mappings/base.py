@@ -6,14 +6,17 @@ modify its arguments. The runner and the loader know no model by name.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from vllm_spyre_mm.model_executor.spec import FmsModel, KVCacheOptions, LoadOverrides
 from vllm_spyre_mm.multimodal.feature_layout import FeatureLayout
 from vllm_spyre_mm.multimodal.merge import merge_embeddings
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 
 class UnsupportedModelError(ValueError):
@@ -122,6 +125,22 @@ class MMUtils(ABC):
         Returns:
             The layout, or None for an image that was given as an embedding.
         """
+
+    def positions(
+        self, token_ids: list[int], mm_features: "Sequence[MultiModalFeatureSpec]"
+    ) -> tuple[torch.Tensor, int] | None:
+        """Positions of a prompt, for a decoder that has them on three axes.
+
+        Args:
+            token_ids: of the prompt, placeholders expanded.
+            mm_features: its items in prompt order, at least one: without any, all axes are the
+                tokens' indices.
+
+        Returns:
+            int64 ``(3, len(token_ids))``, and what is to be added to the index of a token behind
+            the prompt, for its position on every axis; None if positions have one axis.
+        """
+        return None
 
     def tile_grid(self, mm_kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
         """Rows and columns of the tiles of one image besides its base tile; None for no tiles.

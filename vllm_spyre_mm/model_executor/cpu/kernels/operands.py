@@ -40,9 +40,21 @@ class RopeAngles(NamedTuple):
     """Positions of a step's tokens, and RoPE's table.
 
     Attributes:
-        position_ids: int64 ``(1, tokens)``, contiguous.
-        table: fp32 ``(positions, head_dim / 2, 2)``, contiguous: cosines and sines.
+        position_ids: int64 ``(1, tokens)``, contiguous; None if the table is the step's own, with a
+            row for each token.
+        table: fp32 ``(..., positions, head_dim / 2, 2)``, contiguous: cosines and sines.
     """
 
-    position_ids: torch.Tensor
+    position_ids: torch.Tensor | None
     table: torch.Tensor
+
+    @property
+    def addresses(self) -> tuple[int | None, int]:
+        """Of both, for a kernel."""
+        given = self.position_ids
+        return None if given is None else given.data_ptr(), self.table.data_ptr()
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the table."""
+        return self.table.shape[-3]

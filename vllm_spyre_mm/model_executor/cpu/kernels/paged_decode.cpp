@@ -129,22 +129,23 @@ static void merge(const Partial* partials, int64_t spans, int head, Element* out
 struct NewTokens {
   const Element *query, *keys, *values;           // contiguous heads
   int64_t query_token, keys_token, values_token;  // strides
-  const int64_t *positions, *slots;               // slots: rows of the caches
+  const int64_t *positions, *slots;               // rows of angles, or null; rows of the caches
   const float* angles;                            // (num_positions, HEAD_DIM / 2, 2)
   int64_t num_positions, num_slots;
 
   // Number of tokens with an invalid position or slot.
   int64_t count_invalid(int64_t tokens) const {
     int64_t count = 0;
-    for (int64_t i = 0; i < tokens; ++i)
-      count += positions[i] < 0 || positions[i] >= num_positions || slots[i] < 0 ||
-               slots[i] >= num_slots;
+    for (int64_t i = 0; i < tokens; ++i) {
+      const int64_t row = angle_row(positions, i);
+      count += row < 0 || row >= num_positions || slots[i] < 0 || slots[i] >= num_slots;
+    }
     return count;
   }
   // Store a token's rotated query, and its rotated key and its value in the caches.
   void rotate_and_store(int64_t row, Element* rotated, Element* key_cache,
                         Element* value_cache) const {
-    const float* angle = angles + positions[row] * HEAD_DIM;
+    const float* angle = angles + angle_row(positions, row) * HEAD_DIM;
     rotate(query + row * query_token, rotated + row * HEADS * HEAD_DIM, angle, HEADS);
     rotate(keys + row * keys_token, key_cache + slots[row] * TOKEN, angle, KV_HEADS);
     std::memcpy(value_cache + slots[row] * TOKEN, values + row * values_token,

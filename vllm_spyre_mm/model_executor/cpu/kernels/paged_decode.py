@@ -85,6 +85,7 @@ def rope_store_decode(
     query, keys, values = map(with_contiguous_heads, (query, new.keys, new.values))
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     num_slots = num_blocks * block_size
+    position_ids, table = rope.addresses
     beyond = load_kernel(head_dim, heads // kv_heads, kv_heads, block_size, query.dtype)(
         *_addresses(query, kv, out),
         tokens,
@@ -92,18 +93,18 @@ def rope_store_decode(
         scale,
         keys.data_ptr(),
         values.data_ptr(),
-        rope.position_ids.data_ptr(),
+        position_ids,
         new.slots.data_ptr(),
-        rope.table.data_ptr(),
+        table,
         query.stride(1),
         keys.stride(1),
         values.stride(1),
-        len(rope.table),
+        rope.num_positions,
         num_slots,
     )
     if beyond:
         raise IndexError(
-            f"{beyond} tokens are beyond the model's {len(rope.table)} positions or the "
+            f"{beyond} tokens are beyond the model's {rope.num_positions} positions or the "
             f"{num_slots} slots of the cache"
         )
     return out

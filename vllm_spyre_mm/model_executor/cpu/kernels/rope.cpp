@@ -7,7 +7,7 @@
 
 // query and keys: (tokens, heads, HEAD_DIM), contiguous heads; out: the same, contiguous. table:
 // (num_positions, HEAD_DIM / 2, 2), cos and sin. Tokens whose position is not in the table are
-// skipped; their number is returned.
+// skipped; their number is returned. Without positions the table has a row for each token.
 extern "C" int64_t rope(const Element* query, const Element* keys, Element* query_out,
                         Element* keys_out, const int64_t* positions, const float* table,
                         int64_t tokens, int64_t heads, int64_t kv_heads, int64_t query_token,
@@ -15,11 +15,12 @@ extern "C" int64_t rope(const Element* query, const Element* keys, Element* quer
   int64_t beyond = 0;
 #pragma omp parallel for reduction(+ : beyond) if (tokens * heads > 64)
   for (int64_t token = 0; token < tokens; ++token) {
-    if (positions[token] < 0 || positions[token] >= num_positions) {
+    const int64_t row = angle_row(positions, token);
+    if (row < 0 || row >= num_positions) {
       ++beyond;
       continue;
     }
-    const float* angle = table + positions[token] * HEAD_DIM;
+    const float* angle = table + row * HEAD_DIM;
     rotate(query + token * query_token, query_out + token * heads * HEAD_DIM, angle, heads);
     rotate(keys + token * keys_token, keys_out + token * kv_heads * HEAD_DIM, angle, kv_heads);
   }

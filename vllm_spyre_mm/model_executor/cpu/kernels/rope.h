@@ -11,6 +11,11 @@
 using Element = std::conditional_t<BF16, uint16_t, float>;
 static_assert(HEAD_DIM % LANES == 0);
 
+// Row of a token in a table of angles; without positions each token has its own.
+static inline int64_t angle_row(const int64_t* positions, int64_t token) {
+  return positions ? positions[token] : token;
+}
+
 // angle: (HEAD_DIM / 2, 2), cos and sin of each pair; heads are contiguous.
 static inline void rotate(const Element* from, Element* to, const float* angle, int64_t heads) {
   for (int d = 0; d < HEAD_DIM; d += LANES) {

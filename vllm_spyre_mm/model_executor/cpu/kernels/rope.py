@@ -19,7 +19,9 @@ from vllm_spyre_mm.model_executor.cpu.kernels.kernel import (
     Kernel,
     with_contiguous_heads,
 )
+from vllm_spyre_mm.model_executor.cpu.kernels.operands import RopeAngles
 from vllm_spyre_mm.model_executor.cpu.memory import empty_result
+from vllm_spyre_mm.model_executor.models.mrope import StepRope
 
 LANES = 16
 """The kernel takes heads whose width is a multiple of this."""
@@ -57,24 +59,56 @@ class CpuRope(PositionEncoder):
         return torch.ops.spyre_mm.rope(q, k, position_ids, self.table)
 
 
+class CpuStepRope(PositionEncoder):
+    """:class:`StepRope` with the kernel: a step's table is given in place of its positions."""
+
+    def __init__(self) -> None:
+        define_rope()
+
+    def adjusted_qk(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        past_kv_state: Any = None,
+        use_cache: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Apply RoPE to ``(1, length, heads, head_dim)`` with ``StepRope.columns``."""
+        assert position_ids is not None, "cosines and sines are given"
+        return torch.ops.spyre_mm.rope(q, k, None, position_ids)
+
+
+def takes_columns(rope: StepRope) -> bool:
+    """Whether :class:`CpuStepRope` can take the place of a module."""
+    return rope.head_dim % LANES == 0
+
+
 def replace_rope(blocks: nn.ModuleList) -> None:
-    """Let a decoder's blocks share a :class:`CpuRope` where that computes the same, in place.
+    """Let a decoder's blocks share a module with the kernel where that computes the same, in place.
 
     The tables of replaced modules are freed.
     """
     attentions: list[Any] = [
-        part
-        for part in blocks.modules()
-        if type(getattr(part, "position_encoder", None)) is RotaryEmbedding
+        part for part in blocks.modules() if getattr(part, "position_encoder", None) is not None
     ]
     for original in {attention.position_encoder for attention in attentions}:
-        if original.rope_type == "yarn" or original.partial_rope != 1.0 or original.dim % LANES:
+        if (replacement := _replacement(original)) is None:
             continue
-        replacement = CpuRope(original)
         for attention in attentions:
             if attention.position_encoder is original:
                 attention.position_encoder = replacement
         original.cached_freqs.clear()
+
+
+def _replacement(original: PositionEncoder) -> PositionEncoder | None:
+    """The module with the kernel that computes the same, None if there is none."""
+    if isinstance(original, StepRope):
+        return CpuStepRope() if takes_columns(original) else None
+    if type(original) is not RotaryEmbedding or original.rope_type == "yarn":
+        return None
+    if original.partial_rope != 1.0 or original.dim % LANES:
+        return None
+    return CpuRope(original)
 
 
 @functools.cache
@@ -82,7 +116,7 @@ def define_rope() -> torch.library.Library:
     """Define the operator; it lives as long as the returned library, which the cache keeps."""
     library = torch.library.Library("spyre_mm", "FRAGMENT")
     library.define(
-        "rope(Tensor query, Tensor keys, Tensor position_ids, Tensor table) -> (Tensor, Tensor)"
+        "rope(Tensor query, Tensor keys, Tensor? position_ids, Tensor table) -> (Tensor, Tensor)"
     )
     library.impl("rope", rotate, "CPU")
     library.impl("rope", lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)), "Meta")
@@ -90,7 +124,7 @@ def define_rope() -> torch.library.Library:
 
 
 def rotate(
-    query: torch.Tensor, keys: torch.Tensor, position_ids: torch.Tensor, table: torch.Tensor
+    query: torch.Tensor, keys: torch.Tensor, position_ids: torch.Tensor | None, table: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Implements the operator ``rope``: apply RoPE to queries and keys.
 
@@ -98,6 +132,7 @@ def rotate(
         IndexError: a position is not in the table.
     """
     _, length, heads, head_dim = query.shape
+    angles = RopeAngles(position_ids, table)
     query, keys = with_contiguous_heads(query), with_contiguous_heads(keys)
     rotated_query, rotated_keys = (empty_result(part, part.shape) for part in (query, keys))
     beyond = load_kernel(head_dim, query.dtype)(
@@ -105,17 +140,16 @@ def rotate(
         keys.data_ptr(),
         rotated_query.data_ptr(),
         rotated_keys.data_ptr(),
-        position_ids.data_ptr(),
-        table.data_ptr(),
+        *angles.addresses,
         length,
         heads,
         keys.shape[2],
         query.stride(1),
         keys.stride(1),
-        len(table),
+        angles.num_positions,
     )
     if beyond:
-        raise IndexError(f"{beyond} positions are beyond the model's {len(table)}")
+        raise IndexError(f"{beyond} positions are beyond the model's {angles.num_positions}")
     return rotated_query, rotated_keys
 
 
