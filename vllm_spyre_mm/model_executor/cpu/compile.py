@@ -27,7 +27,8 @@ MAX_COMPILE_THREADS = 4
 def compile_encoder_blocks(blocks: nn.ModuleList) -> None:
     """Compile the repeated blocks of an encoder for the CPU, in place; one graph serves all.
 
-    The number of positions is dynamic, and so is that of tiles, if the first call has several.
+    The number of positions is dynamic; so are that of tiles, if the first call has several, and the
+    length of a vector.
     """
     from vllm_spyre_mm.model_executor.cpu.shared_graph import share_graph
 
@@ -54,7 +55,7 @@ def _mark_tokens_dynamic(inputs: dict[str, Any]) -> None:
 def _mark_positions_dynamic(inputs: dict[str, Any]) -> None:
     for tensor in inputs.values():
         if isinstance(tensor, torch.Tensor):
-            for dim, size in enumerate(tensor.shape[:-1]):
+            for dim, size in enumerate(tensor.shape[: max(1, tensor.dim() - 1)]):
                 if size > 1:
                     torch._dynamo.mark_dynamic(tensor, dim)
 

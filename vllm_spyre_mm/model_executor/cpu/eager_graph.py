@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from vllm_spyre_mm.model_executor.cpu import attention_fusion, bidirectional, linear_fusion
+from vllm_spyre_mm.model_executor.cpu import (
+    attention_fusion,
+    bidirectional,
+    linear_fusion,
+    segmented,
+)
 
 VIEWS = ("split", "view")
 """Methods of a tensor that compute nothing."""
@@ -51,4 +56,5 @@ def _implementations() -> Mapping[Any, Callable[..., Any]]:
         ops.bidirectional_attention: bidirectional.bidirectional_attention,
         ops.linear_in_block: linear_fusion.linear_in_block,
         ops.rope_store_attend: attention_fusion.rope_store_attend,
+        ops.segmented_attention: segmented.segmented_attention,
     }

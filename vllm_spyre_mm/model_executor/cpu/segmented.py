@@ -10,6 +10,8 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention
+
 
 def attend_segments(
     query: torch.Tensor,
@@ -93,7 +95,11 @@ def segmented_attention(
     segments: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Implements the operator."""
+    """Implements the operator: the C++ kernel where it supports such heads, else PyTorch's SDPA."""
+    if blocked_attention.supports(query.shape[-1], query.dtype):
+        return blocked_attention.attend_within_segments(
+            query, keys, values, rope_table, segments, scale
+        )
     return _attend_with_sdpa(query, keys, values, rope_table, segments, scale)
 
 

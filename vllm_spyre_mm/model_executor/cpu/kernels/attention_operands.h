@@ -39,11 +39,30 @@ static inline uint32_t first_bits(int64_t count) {
 struct AttentionProblem {
   const Element *query, *keys, *values;
   Element* out;
-  const int32_t* blocks;
+  const int32_t *blocks, *segments;
+  const float* angles;
   int64_t block_size, tokens, num_keys, kv_heads, group;
   int64_t query_batch, query_token, keys_batch, keys_token, values_batch, values_token;  // strides
   float scale;
 
+  // The problem of one member of the batch, or of one segment.
+  AttentionProblem member(int64_t index) const {
+    AttentionProblem one = *this;
+    int64_t first = index * tokens;
+    if (segments) {
+      first = segments[index];
+      one.tokens = one.num_keys = segments[index + 1] - first;
+      if (angles) one.angles += first * HEAD_DIM;
+    }
+    one.query += segments ? first * query_token : index * query_batch;
+    one.keys += segments ? first * keys_token : index * keys_batch;
+    one.values += segments ? first * values_token : index * values_batch;
+    one.out += first * kv_heads * group * HEAD_DIM;
+    return one;
+  }
+  const float* angles_of(int64_t token) const {
+    return angles ? angles + token * HEAD_DIM : nullptr;
+  }
   // Number of keys that a query row attends to: row r is query head r % group of token r / group.
   int64_t keys_seen(int64_t row) const {
     return blocks ? num_keys - tokens + row / group + 1 : num_keys;
@@ -64,18 +83,39 @@ static inline void prefetch(const Element* row) {
   for (int i = 0; i < HEAD_DIM; i += 64 / sizeof(Element)) __builtin_prefetch(row + i, WRITTEN);
   __builtin_prefetch(row + HEAD_DIM - 1, WRITTEN);
 }
-// The part of a row in tile d of an operand, padded with zeros; zeros for a null row.
-static inline __m512i load_part(const Element* row, int d) {
-  return _mm512_maskz_loadu_epi16(row ? first_bits(HEAD_DIM - d * TILE_DEPTH) : 0,
-                                  row + d * TILE_DEPTH);
+// Rotates 16 neighbouring pairs by their angles: cosine and sine of each, of which `held` are there.
+static inline __m512i rotate(__m512i pairs, const float* angles, uint32_t held) {
+  auto of_pairs = [](int first) {  // indices of every second number of two vectors
+    __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_add_epi32(index, _mm512_set1_epi32(first));
+  };
+  __m512 low = _mm512_maskz_loadu_ps(held, angles);
+  __m512 high = _mm512_maskz_loadu_ps(held >> LANES, angles + LANES);
+  __m512 cosines = _mm512_permutex2var_ps(low, of_pairs(0), high);
+  __m512 sines = _mm512_permutex2var_ps(low, of_pairs(1), high);
+  __m512 a = (__m512)_mm512_slli_epi32(pairs, 16);
+  __m512 b = (__m512)_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000));
+  __m512i rotated =
+      round_to_bf16(_mm512_fmadd_ps(b, cosines, _mm512_mul_ps(a, sines)),
+                    _mm512_fmsub_ps(a, cosines, _mm512_mul_ps(b, sines)));
+  __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  index = _mm512_or_si512(index, _mm512_slli_epi32(_mm512_add_epi32(index, _mm512_set1_epi32(16)),
+                                                   16));
+  return _mm512_permutexvar_epi16(index, rotated);  // the pairs side by side again
+}
+// The part of a row in tile d of an operand, padded with zeros; zeros for a null row. With angles
+// (of the row's token) it is rotated.
+static inline __m512i load_part(const Element* row, const float* angles, int d) {
+  uint32_t held = row ? first_bits(HEAD_DIM - d * TILE_DEPTH) : 0;
+  __m512i part = _mm512_maskz_loadu_epi16(held, row + d * TILE_DEPTH);
+  return angles && row ? rotate(part, angles + d * TILE_DEPTH, held) : part;
 }
 
 // Packs the keys [first, first + count) and their values as right operands, padded with zeros to a
 // pair of tiles.
-static void pack_keys_values(const AttentionProblem& of, int64_t batch, int64_t head,
-                             int64_t first, int64_t count, Scratch& to) {
-  const Element* keys = of.keys + batch * of.keys_batch + head * HEAD_DIM;
-  const Element* values = of.values + batch * of.values_batch + head * HEAD_DIM;
+static void pack_keys_values(const AttentionProblem& of, int64_t head, int64_t first,
+                             int64_t count, Scratch& to) {
+  const Element *keys = of.keys + head * HEAD_DIM, *values = of.values + head * HEAD_DIM;
   int64_t rows[SPAN];
   of.rows_of_keys(first, count, rows);
   for (int64_t n = 0; n < count; n += TILE_DEPTH) {
@@ -91,7 +131,10 @@ static void pack_keys_values(const AttentionProblem& of, int64_t batch, int64_t 
     for (int d = 0; d < DEPTH; ++d)
       for (int half = 0; half < 2; ++half) {
         Bits pairs[LANES];
-        for (int i = 0; i < LANES; ++i) pairs[i] = (Bits)load_part(key[half * LANES + i], d);
+        for (int i = 0; i < LANES; ++i) {
+          int own = half * LANES + i;
+          pairs[i] = (Bits)load_part(key[own], of.angles_of(first + n + own), d);
+        }
         transpose(pairs);
         for (int i = 0; i < LANES; ++i) store(to.keys[n / TILE_DEPTH][d][half].rows[i], pairs[i]);
       }

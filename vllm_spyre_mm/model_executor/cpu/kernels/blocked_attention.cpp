@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <memory>
+#include <vector>
 
 #include <omp.h>
 
@@ -111,9 +112,9 @@ struct Softmax {
 
 // A run: the query rows [first, last) of one KV head.
 struct Run {
-  const AttentionProblem& of;
+  const AttentionProblem of;
   Scratch& s;
-  int64_t batch, head, first, last;
+  int64_t head, first, last;
 
   // Calls visit(row of the block, token, offset of its head) for the rows [from, to) of a block.
   template <typename Visit>
@@ -127,13 +128,14 @@ struct Run {
   }
   void load_queries(int64_t block) const {
     each_row(block, [&](int r, int64_t token, int64_t offset) {
-      const Element* row = of.query + batch * of.query_batch + token * of.query_token + offset;
+      const Element* row = of.query + token * of.query_token + offset;
       for (int d = 0; d < DEPTH; ++d)
-        store(s.query[block][d][r / TILE_ROWS].rows[r % TILE_ROWS], load_part(row, d));
+        store(s.query[block][d][r / TILE_ROWS].rows[r % TILE_ROWS],
+              load_part(row, of.angles_of(token), d));
     });
   }
   Element* result(int64_t token, int64_t offset) const {
-    return of.out + (batch * of.tokens + token) * of.kv_heads * of.group * HEAD_DIM + offset;
+    return of.out + token * of.kv_heads * of.group * HEAD_DIM + offset;
   }
   void store_results(int64_t block) const {
     each_row(block, [&](int r, int64_t token, int64_t offset) {
@@ -226,7 +228,7 @@ struct Run {
     std::fill_n(s.maxima, blocks * ROWS, -INFINITY);
     load_queries(0);
     for (int64_t start = 0; start < end; start += SPAN) {
-      pack_keys_values(of, batch, head, start, std::min<int64_t>(SPAN, end - start), s);
+      pack_keys_values(of, head, start, std::min<int64_t>(SPAN, end - start), s);
       for (int64_t block = 0; block < blocks; ++block) {
         if (start == 0 && block + 1 < blocks) load_queries(block + 1);
         int64_t seen = of.keys_seen(std::min(last, first + (block + 1) * ROWS) - 1) - start;
@@ -238,27 +240,50 @@ struct Run {
   }
 };
 
+// Query rows of a KV head, of one member of the batch or one segment.
+struct Task {
+  int64_t member, head, first, last;
+};
+
+// At least two runs for each thread, of at most RUN rows.
+static std::vector<Task> cut_into_runs(const AttentionProblem& of, int64_t members) {
+  int64_t wanted = divide_up(2 * omp_get_max_threads(), members * of.kv_heads);
+  std::vector<Task> tasks;
+  for (int64_t member = 0; member < members; ++member) {
+    int64_t rows = of.member(member).tokens * of.group;
+    int64_t run = std::min<int64_t>(divide_up(divide_up(rows, wanted), ROWS) * ROWS, RUN);
+    // The last tokens of a prompt attend to the most keys: they come first.
+    for (int64_t last = rows; last > 0;) {
+      int64_t first = (last - 1) / run * run;
+      for (int64_t head = 0; head < of.kv_heads; ++head)
+        tasks.push_back({member, head, first, last});
+      last = first;
+    }
+  }
+  return tasks;
+}
+
 // query: (batch, tokens, kv_heads * group, HEAD_DIM), contiguous heads; out: the same, contiguous.
 // keys and values: (batch, num_keys, kv_heads, HEAD_DIM), contiguous heads. With blocks (of one
 // sequence) they are a paged cache, (blocks, block_size, kv_heads, HEAD_DIM), contiguous; then the
-// queries are the sequence's last tokens and attention is causal.
+// queries are the sequence's last tokens and attention is causal. With segments, which are the
+// bounds of `batch` segments, all tokens are in one row, and attention is within a segment. With
+// angles, (tokens, HEAD_DIM) of segments, queries and keys are rotated first.
 extern "C" void blocked_attention(const Element* query, const Element* keys, const Element* values,
-                                  Element* out, const int32_t* blocks, int64_t block_size,
-                                  int64_t batch, int64_t tokens, int64_t num_keys,
-                                  int64_t kv_heads, int64_t group, int64_t query_batch,
-                                  int64_t query_token, int64_t keys_batch, int64_t keys_token,
-                                  int64_t values_batch, int64_t values_token, float scale) {
-  AttentionProblem of{query,      keys,       values,       out,          blocks,      block_size,
-                      tokens,     num_keys,   kv_heads,     group,        query_batch, query_token,
-                      keys_batch, keys_token, values_batch, values_token, scale};
-  // At least two runs for each thread, of at most RUN rows.
-  int64_t rows = tokens * group, heads = batch * kv_heads;
-  int64_t splits = divide_up(2 * omp_get_max_threads(), heads);
-  int64_t run = std::min<int64_t>(divide_up(divide_up(rows, splits), ROWS) * ROWS, RUN);
-  splits = divide_up(rows, run);
+                                  Element* out, const int32_t* blocks, const int32_t* segments,
+                                  const float* angles, int64_t block_size, int64_t batch,
+                                  int64_t tokens, int64_t num_keys, int64_t kv_heads,
+                                  int64_t group, int64_t query_batch, int64_t query_token,
+                                  int64_t keys_batch, int64_t keys_token, int64_t values_batch,
+                                  int64_t values_token, float scale) {
+  AttentionProblem of{query,        keys,        values,     out,        blocks,
+                      segments,     angles,      block_size, tokens,     num_keys,
+                      kv_heads,     group,       query_batch, query_token, keys_batch,
+                      keys_token,   values_batch, values_token, scale};
+  const std::vector<Task> tasks = cut_into_runs(of, batch);
   // Adjacent heads share cache lines: without a paged cache, where all runs take the same time,
   // each thread processes a contiguous stretch of runs.
-  int64_t runs = heads * splits, stretches = blocks ? 1 : omp_get_max_threads();
+  int64_t runs = tasks.size(), stretches = blocks ? 1 : omp_get_max_threads();
   int64_t stretch = divide_up(runs, stretches);
 #pragma omp parallel
   {
@@ -268,10 +293,8 @@ extern "C" void blocked_attention(const Element* query, const Element* keys, con
     for (int64_t turn = 0; turn < stretches * stretch; ++turn) {
       int64_t i = turn % stretches * stretch + turn / stretches;
       if (i >= runs) continue;
-      // The last tokens of a prompt attend to the most keys: they come first.
-      int64_t first = (splits - 1 - i / heads) * run, head = i % heads;
-      Run{of, *scratch, head / kv_heads, head % kv_heads, first, std::min(rows, first + run)}
-          .attend();
+      const Task& task = tasks[i];
+      Run{of.member(task.member), *scratch, task.head, task.first, task.last}.attend();
     }
   }
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel for attention of many queries: of a vision tower, and of a prefill chunk.
+"""The kernel for attention of many queries: of vision towers, and of a prefill chunk.
 
 PyTorch's attention leaves a bf16 matrix unit idle: with SigLIP's 729 keys of 72 it reaches a sixth
 of a GEMM's speed. The kernel, a flash attention, pads heads and keys to whole tiles, packs them
@@ -22,7 +22,7 @@ KERNEL = Kernel(
     "blocked_attention",
     ("avx512", "avx512_bf16", "amx"),
     (torch.bfloat16,),
-    (*[POINTER] * 5, *[SIZE] * 12, FLOAT),
+    (*[POINTER] * 7, *[SIZE] * 12, FLOAT),
 )
 
 
@@ -46,7 +46,33 @@ def attend_bidirectionally(
         Shaped like ``query``, contiguous.
     """
     parts = [with_contiguous_heads(part) for part in (query, keys, values)]
-    return _run(parts, None, 0, keys.shape[1], scale)
+    return _run(parts, len(query), keys.shape[1], scale)
+
+
+def attend_within_segments(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rope_table: torch.Tensor,
+    segments: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of every position of a segment to every other, after RoPE of neighbouring pairs.
+
+    Args:
+        query: ``(1, positions, heads, head_dim)``, bf16.
+        keys: likewise.
+        values: likewise.
+        rope_table: fp32 ``(positions, head_dim)``, contiguous: cosine and sine of each pair.
+        segments: int32 ``(segments + 1,)``, contiguous: their bounds, from 0 to ``positions``.
+        scale: factor of the scores.
+
+    Returns:
+        Shaped like ``query``, contiguous.
+    """
+    parts = [with_contiguous_heads(part) for part in (query, keys, values)]
+    within = {"segments": segments.data_ptr(), "angles": rope_table.data_ptr()}
+    return _run(parts, len(segments) - 1, keys.shape[1], scale, **within)
 
 
 def attend_causally(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:
@@ -64,20 +90,31 @@ def attend_causally(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Ten
         with_contiguous_heads(query.unsqueeze(0)),
         *(cache.flatten(0, 1).unsqueeze(0) for cache in (kv.keys, kv.values)),
     ]
-    return _run(parts, kv.blocks.data_ptr(), kv.keys.shape[1], int(kv.lengths[0]), scale)[0]
+    paged = {"blocks": kv.blocks.data_ptr(), "block_size": kv.keys.shape[1]}
+    return _run(parts, 1, int(kv.lengths[0]), scale, **paged)[0]
 
 
 def _run(
-    parts: list[torch.Tensor], blocks: int | None, block_size: int, num_keys: int, scale: float
+    parts: list[torch.Tensor],
+    members: int,
+    num_keys: int,
+    scale: float,
+    *,
+    blocks: int | None = None,
+    block_size: int = 0,
+    segments: int | None = None,
+    angles: int | None = None,
 ) -> torch.Tensor:
+    """Call the kernel for the members of a batch, or the segments of a row."""
     query, keys, _ = parts
-    batch, tokens, heads, head_dim = query.shape
+    _, tokens, heads, head_dim = query.shape
     kv_heads = keys.shape[2]
     out = empty_result(query, query.shape)
     KERNEL.load(HEAD_DIM=head_dim)(
         *(part.data_ptr() for part in parts),
         out.data_ptr(),
-        *(blocks, block_size, batch, tokens, num_keys, kv_heads, heads // kv_heads),
+        *(blocks, segments, angles),
+        *(block_size, members, tokens, num_keys, kv_heads, heads // kv_heads),
         *(stride for part in parts for stride in part.stride()[:2]),
         scale,
     )
