@@ -18,7 +18,8 @@ logger = get_logger(__name__)
 FAULT = Fault(
     "vLLM answers HTTP 500 or 501, and closes the connection, for most of what its libraries raise "
     "for damaged media and for URLs that cannot be used; it serves a picture that ends early as "
-    "black; and it checks the domain of a URL, not where that redirects to.",
+    "black, and a video of which frames are missing; and it checks the domain of a URL, not where "
+    "that redirects to.",
     seen_in="0.32.0",
 )
 REPLACED = ()
@@ -42,8 +43,12 @@ def _register_connector(module: ModuleType) -> None:
             "__init__": ("connection", "allowed_media_domains"),
             "load_from_url": loading,
             "load_from_url_async": loading,
+            "fetch_video": ("video_url", "video_processor"),
+            "fetch_video_async": ("video_url", "video_processor"),
             "fetch_image_embedding": ("data",),
             "fetch_image_embedding_async": ("data",),
+            "fetch_video_embedding": ("data",),
+            "fetch_video_embedding_async": ("data",),
         },
     )
     check_bases()
@@ -64,7 +69,8 @@ def check_bases() -> None:
         UnsupportedVllmError: one of vLLM's classes is not as expected.
     """
     from vllm import connections
-    from vllm.multimodal.media import image
+    from vllm.multimodal.media import image, video
+    from vllm.multimodal.video import VideoLoader
 
     require_attributes(connections, ("HTTPConnection", "global_http_connection"))
     asking = ("url", "allow_redirects")
@@ -75,3 +81,19 @@ def check_bases() -> None:
     for media_io in (image.ImageMediaIO, image.ImageEmbeddingMediaIO):
         require_methods(media_io, {"load_bytes": ("data",)})
     require_attributes(image.ImageMediaIO, ("_convert_image_mode",))
+    require_attributes(video, ("VideoMediaIO",))
+    require_methods(
+        video.VideoMediaIO,
+        {
+            "__init__": ("image_io", "num_frames"),
+            "load_bytes": ("data",),
+            "load_base64": ("media_type", "data"),
+        },
+    )
+    require_methods(
+        VideoLoader,
+        {
+            "compute_frames_index_to_sample": ("source", "target"),
+            "read_frames": ("cap", "frame_idx"),
+        },
+    )

@@ -2,14 +2,13 @@
 """vLLM's connector of media, whose every failure is the client's, and which stays where it may.
 
 Leans on: ``MediaConnector`` loads every URL with ``load_from_url`` or ``load_from_url_async``, over
-its ``connection``, and every serialized embedding with ``fetch_image_embedding`` or
-``fetch_image_embedding_async``. ``ImageMediaIO.load_bytes`` decodes every picture. A ValueError is
-answered with HTTP 400, a VLLMUnprocessableEntityError with 422.
+its ``connection``, every serialized embedding with ``fetch_image_embedding`` or
+``fetch_video_embedding`` or their asynchronous forms, and makes what reads a video in
+``fetch_video`` or ``fetch_video_async``, of a request's options. ``ImageMediaIO.load_bytes``
+decodes every picture.
 """
 
 import asyncio
-import contextlib
-from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
@@ -17,17 +16,19 @@ import torch
 from PIL import Image
 from vllm import envs
 from vllm.connections import HTTPConnection, global_http_connection
-from vllm.exceptions import VLLMError, VLLMUnprocessableEntityError
 from vllm.multimodal.image import normalize_image, open_image
 from vllm.multimodal.media.base import MediaWithBytes
 from vllm.multimodal.media.connector import MediaConnector, global_thread_pool
 from vllm.multimodal.media.image import ImageEmbeddingMediaIO, ImageMediaIO
+from vllm.multimodal.media.video import VideoMediaIO
 
 from vllm_spyre_mm.multimodal.feature_check import fault_of_serialized_embedding
+from vllm_spyre_mm.vllm_fixes.media_errors import bytes_error, clients_error
+from vllm_spyre_mm.vllm_fixes.video_media import CheckedVideoMediaIO
 
 
 class CheckedMediaConnector(MediaConnector):
-    """Loads media as vLLM does, pictures and embeddings with the classes below."""
+    """Loads media as vLLM does: pictures, videos and embeddings with classes that check them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,13 +42,28 @@ class CheckedMediaConnector(MediaConnector):
             ValueError: they cannot be used.
             VLLMUnprocessableEntityError: nor can the URL.
         """
-        with clients_error():
+        with clients_error(_parameter_of(media_io)):
             return super().load_from_url(url, checked(media_io), **kwargs)
 
     async def load_from_url_async(self, url: str, media_io: Any, **kwargs: Any) -> Any:
         """As :meth:`load_from_url`, in vLLM's threads."""
-        with clients_error():
+        with clients_error(_parameter_of(media_io)):
             return await super().load_from_url_async(url, checked(media_io), **kwargs)
+
+    def fetch_video(self, *args: Any, **kwargs: Any) -> Any:
+        """The frames of a video at a URL, and what is known of them.
+
+        Raises:
+            ValueError: it cannot be used.
+            VLLMUnprocessableEntityError: nor can the URL, or the options of its reading.
+        """
+        with clients_error("video_url"):
+            return super().fetch_video(*args, **kwargs)
+
+    async def fetch_video_async(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`fetch_video`, in vLLM's threads."""
+        with clients_error("video_url"):
+            return await super().fetch_video_async(*args, **kwargs)
 
     def fetch_image_embedding(self, data: str) -> torch.Tensor:
         """An embedding ``(num_features, hidden_size)`` from its base64 text.
@@ -61,6 +77,15 @@ class CheckedMediaConnector(MediaConnector):
         """As :meth:`fetch_image_embedding`, in vLLM's threads."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(global_thread_pool, self.fetch_image_embedding, data)
+
+    def fetch_video_embedding(self, data: str) -> torch.Tensor:
+        """As :meth:`fetch_image_embedding`, for a video."""
+        return CheckedEmbeddingMediaIO("a video").load_base64("", data)
+
+    async def fetch_video_embedding_async(self, data: str) -> torch.Tensor:
+        """As :meth:`fetch_video_embedding`, in vLLM's threads."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(global_thread_pool, self.fetch_video_embedding, data)
 
 
 class DirectConnection(HTTPConnection):
@@ -99,7 +124,15 @@ class CheckedImageMediaIO(ImageMediaIO):
 
 
 class CheckedEmbeddingMediaIO(ImageEmbeddingMediaIO):
-    """Refuses at once what is no embedding of an image: one of rank 3 would be taken for pixels."""
+    """Refuses at once what is no embedding: one of rank 3 would be taken for pixels.
+
+    Args:
+        of: whose it is to be, in words.
+    """
+
+    def __init__(self, of: str = "an image") -> None:
+        super().__init__()
+        self.what = f"{of} embedding"
 
     def load_bytes(self, data: bytes) -> torch.Tensor:
         """An embedding as ``torch.save`` or ``numpy.save`` wrote it.
@@ -108,21 +141,28 @@ class CheckedEmbeddingMediaIO(ImageEmbeddingMediaIO):
             ValueError: it is none.
         """
         try:
-            with bytes_error("an image embedding"):
+            with bytes_error(self.what):
                 embedding = super().load_bytes(data)
         except MemoryError as error:  # an array may say that it has any shape
-            raise ValueError("Failed to load an image embedding: it is too large") from error
+            raise ValueError(f"Failed to load {self.what}: it is too large to hold") from error
         fault = fault_of_serialized_embedding(embedding)
         if fault is not None:
-            raise ValueError(f"Failed to load an image embedding: {fault}")
+            raise ValueError(f"Failed to load {self.what}: {fault}")
         return embedding
 
 
 def checked(media_io: Any) -> Any:
-    """What loads media, for pictures one that checks them."""
-    if type(media_io) is not ImageMediaIO:
-        return media_io
-    return CheckedImageMediaIO(media_io.image_mode, **media_io.kwargs)
+    """What loads media, for pictures and videos one that checks them."""
+    if type(media_io) is ImageMediaIO:
+        return CheckedImageMediaIO(media_io.image_mode, **media_io.kwargs)
+    if type(media_io) is VideoMediaIO:
+        return CheckedVideoMediaIO(media_io, checked(media_io.image_io))
+    return media_io
+
+
+def _parameter_of(media_io: Any) -> str:
+    """The field of a request that has the URL."""
+    return "video_url" if isinstance(media_io, VideoMediaIO) else "image_url"
 
 
 def check_size(image: Image.Image) -> None:
@@ -137,32 +177,3 @@ def check_size(image: Image.Image) -> None:
             f"an image of {width}x{height} ({width * height} pixels) exceeds the limit of {limit} "
             "pixels, VLLM_MAX_IMAGE_PIXELS"
         )
-
-
-@contextlib.contextmanager
-def bytes_error(what: str) -> Iterator[None]:
-    """Raises as ValueError what a decoder says of a client's bytes.
-
-    Nothing else is worked on inside, and there is no end to what decoders raise for damaged bytes:
-    RuntimeError, TypeError, AttributeError...
-    """
-    try:
-        yield
-    except (ValueError, VLLMError, MemoryError):
-        raise  # a sentence already; what no picture is to blame for
-    except Exception as error:
-        raise ValueError(f"Failed to load {what}: {error}") from error
-
-
-@contextlib.contextmanager
-def clients_error() -> Iterator[None]:
-    """Raises what went wrong with a URL as the client's error (HTTP 422), if it is not one yet."""
-    try:
-        yield
-    except (ValueError, VLLMError, MemoryError):
-        raise
-    except Exception as error:
-        raise VLLMUnprocessableEntityError(
-            f"the media at this URL cannot be used: {error or type(error).__name__}",
-            parameter="image_url",
-        ) from error
