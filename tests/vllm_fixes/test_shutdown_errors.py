@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import zmq
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.launchers.api_server import entry
 from vllm.exceptions import GracefulHTTPError
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -183,6 +184,23 @@ def test_an_engine_that_is_gone_was_told_to_go_or_died(
         shutdown_errors.shutdown_answered(engine, EngineDeadError),
     ):
         raise error
+    dead_error = shutdown_errors._saying_why_it_is_dead(lambda _: EngineDeadError())
+    ended_in_order = died is False
+    assert isinstance(dead_error(engine), GracefulHTTPError) == ended_in_order
+
+
+def test_a_request_that_finds_the_engine_gone_is_told_why() -> None:
+    """Before it is admitted: a server asks whether its engine is there."""
+    shutdown_errors.install()
+    engine = async_llm.AsyncLLM.__new__(async_llm.AsyncLLM)
+    engine.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_dead=True))  # type: ignore[assignment]
+    engine.shutdown = lambda *_: None  # type: ignore[method-assign]
+    for told, expected in ((False, EngineDeadError), (True, GracefulHTTPError)):
+        engine.told_to_end = told  # type: ignore[attr-defined]
+        serving = GenerateBaseServing.__new__(GenerateBaseServing)
+        serving.engine_client = engine
+        with pytest.raises(expected):
+            serving._preflight()
 
 
 def test_an_engine_that_nobody_asked_ends() -> None:

@@ -4,7 +4,8 @@
 Leans on: ``AsyncLLM.shutdown`` is called, in any thread, when a server gets SIGTERM or SIGINT, and
 once more, in the task that serves, when it is left. It ends the engine, unless another process
 started it: ``engine_core.resources.engine_manager`` is then ``None``. ``AsyncLLM.check_admission``
-is asked before a request is taken, and what it raises is the answer.
+is asked before a request is taken, and what it raises is the answer; so is ``AsyncLLM.dead_error``,
+before that, once the engine is gone.
 ``OutputProcessor.propagate_error`` gives an exception to every request that waits.
 ``AsyncLLM.generate`` raises ``EngineDeadError`` once the engine is gone, for whatever reason, and a
 renderer, which is closed first, ``RuntimeError`` where it would start work in a thread. An engine
@@ -44,6 +45,7 @@ FAULT = Fault(
     seen_in="0.32.0",
 )
 REPLACED = (
+    "vllm.v1.engine.async_llm.AsyncLLM.dead_error",
     "vllm.v1.engine.async_llm.AsyncLLM.shutdown",
     "vllm.v1.engine.core.EngineCoreProc._send_abort_outputs_to_client",
     "vllm.entrypoints.launchers.api_server.entry.run_server_worker",
@@ -77,9 +79,12 @@ def _extend_async_llm(module: ModuleType) -> None:
     if is_extended(engine.shutdown, __name__):
         return
     require_parameters(engine.shutdown, ("timeout",))
-    require_attributes(engine, ("check_admission", "errored", "get_num_unfinished_requests"))
+    require_attributes(
+        engine, ("check_admission", "dead_error", "errored", "get_num_unfinished_requests")
+    )
     require_assigned(engine.__init__, ("engine_core", "output_handler", "output_processor"))
     engine.shutdown = _ending_requests(engine.shutdown)
+    engine.dead_error = property(_saying_why_it_is_dead(engine.dead_error.fget))
 
 
 def _ending_requests(original: Callable[..., None]) -> Callable[..., None]:
@@ -103,6 +108,14 @@ def _ending_requests(original: Callable[..., None]) -> Callable[..., None]:
         handler.get_loop().call_soon_threadsafe(give_error, _error())
 
     return shutdown
+
+
+def _saying_why_it_is_dead(original: Callable[[Any], BaseException]) -> Callable[..., Any]:
+    @extending(original, __name__)
+    def dead_error(self: Any) -> BaseException:
+        return _error() if getattr(self, "told_to_end", False) else original(self)
+
+    return dead_error
 
 
 def _refuse(*_: Any, **__: Any) -> None:
