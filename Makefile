@@ -9,7 +9,7 @@ export VLLM_TARGET_DEVICE := empty
 VLLM_VERSION := $(shell sed -n 's/^vllm==//p' constraints.txt)
 export VLLM_VERSION_OVERRIDE := $(VLLM_VERSION)
 
-.PHONY: setup demo test asan soak hostile lint wheel clean bench bench-reference bench-openvino upstream
+.PHONY: setup demo test asan soak hostile lint wheel release clean bench bench-reference bench-openvino upstream
 
 setup: $(VENV)/.ready
 
@@ -54,6 +54,10 @@ lint: setup
 
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation
+
+# Both files of a release in dist/, checked, and the demo from the wheel in a fresh environment.
+release:
+	$(PYTHON) tools/release.py $(ARGS)
 
 # Each environment that pyproject.toml declares; ARGS="newest" makes and tests one of them,
 # ARGS="--candidate vllm=VERSION" tries a release that is newer.

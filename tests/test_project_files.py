@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from vllm_spyre_mm.cli import COMMANDS
+from vllm_spyre_mm.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -41,9 +42,9 @@ def test_the_hook_before_a_commit_is_make_lint() -> None:
     assert not hook["pass_filenames"]  # make would take them for targets
 
 
-def test_the_citation_is_of_this_version() -> None:
+def test_the_citation_is_of_this_project() -> None:
     citation = load(ROOT / "CITATION.cff")
-    assert citation["version"] == PROJECT["version"]
+    assert "version" not in citation  # it would be a second place
     assert citation["title"] == PROJECT["name"]
     assert citation["abstract"] == PROJECT["description"]
     assert citation["license"] == PROJECT["license"]
@@ -52,8 +53,24 @@ def test_the_citation_is_of_this_version() -> None:
 
 def test_the_changelog_is_kept_for_this_version() -> None:
     headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert headings[0] == "Unreleased"
-    assert re.fullmatch(re.escape(PROJECT["version"]) + r" - \d{4}-\d\d-\d\d", headings[1])
+    number, development, _ = PROJECT["version"].partition(".dev0")
+    date = "unreleased" if development else r"\d{4}-\d\d-\d\d"
+    assert re.fullmatch(re.escape(number) + f" - {date}", headings[0])
+    for heading in headings[1:]:
+        assert re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", heading)
+
+
+def test_the_version_stands_in_one_place() -> None:
+    listed = subprocess.run(
+        ["git", "grep", "-lF", PROJECT["version"]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert listed.stdout.split() == ["pyproject.toml"]
+
+
+def test_the_command_says_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == version(PROJECT["name"])
 
 
 def test_there_are_three_forms() -> None:

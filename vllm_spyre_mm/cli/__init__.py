@@ -9,6 +9,7 @@ import vLLM and PyTorch inside their functions.
 import argparse
 import importlib
 from collections.abc import Sequence
+from importlib.metadata import version
 
 COMMANDS: tuple[str, ...] = ("embed", "show", "models", "doctor")
 """Names of the modules here that are subcommands, in the order of the help."""
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vllm-spyre-mm", description="Tools beside `vllm serve` on the Spyre platform."
     )
+    parser.add_argument("--version", action="version", version=version("vllm-spyre-mm"))
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in COMMANDS:
         command = importlib.import_module(f"{__name__}.{name}")
