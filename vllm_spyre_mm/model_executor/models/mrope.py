@@ -88,11 +88,8 @@ class StepRope(PositionEncoder):
         Returns:
             fp32 ``(1, tokens, head_dim / 2, 2)``, contiguous: the first columns of the rotations.
         """
-        positions = position_ids.float()
-        if len(positions) == 1:
-            angles = positions.T * self._frequencies
-        else:
-            angles = positions[self._axes].T * self._frequencies
+        each = position_ids if len(position_ids) == 1 else position_ids[self._axes]
+        angles = each.T * self._frequencies
         return torch.stack((angles.cos(), angles.sin()), dim=-1).unsqueeze(0)
 
     def rotations(self, position_ids: torch.Tensor) -> torch.Tensor:
