@@ -72,11 +72,22 @@ def spare_row() -> Step:
     )
 
 
+def rotations(positions: list[list[int]]) -> list[Any]:
+    """RoPE's rotations of positions, all frequencies alike."""
+    angles = torch.tensor(positions).float()[..., None].expand(-1, -1, 64)
+    rows = torch.stack((angles.cos(), -angles.sin(), angles.sin(), angles.cos()), dim=-1)
+    return rows.unflatten(-1, (2, 2)).tolist()
+
+
+ROTATED_CHUNK = [[*[0] * 64, *range(60), *[0] * 4]]
+
 ALLOWED = {
     "a chunk": chunk_step(),
     "a decode": decode_step(),
     "a lone row": lone_row(),
     "a spare row": spare_row(),
+    "a chunk with rotations": chunk_step(position_ids=rotations(ROTATED_CHUNK)),
+    "a decode with rotations": decode_step(position_ids=rotations([[2], [900], [0]])),
 }
 
 long_table = [[0] * 15 + [7], [0] * 14 + [2, 3], [0] * 13 + [4, 5, 6]]
@@ -147,6 +158,18 @@ BREACHES: dict[str, tuple[Step, str]] = {
     "padded positions": (
         decode_step(position_ids=[[132], [133], [129]]),
         "position 132 of a row after 128 is called 132",
+    ),
+    "rotations of another step": (
+        decode_step(position_ids=rotations([[2], [900]])),
+        "the rotations of 3 rows of 1 tokens are (2, 1, 64, 2, 2)",
+    ),
+    "no rotations": (
+        decode_step(position_ids=torch.ones(3, 1, 64, 2, 2).tolist()),
+        "a rotation stretches",
+    ),
+    "rotations on padding": (
+        chunk_step(position_ids=rotations([[*range(128)]])),
+        "the padding before a row is rotated",
     ),
     "positions on padding": (
         chunk_step(position_ids=[[*range(124), *[0] * 4]]),

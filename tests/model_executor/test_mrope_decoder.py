@@ -3,12 +3,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig
 
 from tests import architectures
+from tests.model_executor.decoder_steps import CHUNK, SIZES, Served, table
 from tests.model_executor.mrope_models import (
     FAMILIES,
     Family,
@@ -16,74 +16,8 @@ from tests.model_executor.mrope_models import (
     mapping_of,
     positions_with_picture,
 )
-from vllm_spyre_mm.model_executor.backend import StepSizes
 from vllm_spyre_mm.model_executor.cpu.backend import CpuBackend
-from vllm_spyre_mm.model_executor.kv_cache import allocate_kv_cache
-from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
-from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.model_executor.step_inputs import DecodeRows
-from vllm_spyre_mm.multimodal.merge import TEXT
-from vllm_spyre_mm.scheduler.geometry import Geometry
-from vllm_spyre_mm.worker.prefill import prefill_chunk
-
-BLOCK, CHUNK, MAX_BLOCKS = 64, 128, 4
-SIZES = StepSizes(
-    block_size=BLOCK,
-    chunk_size=CHUNK,
-    context_len=MAX_BLOCKS * BLOCK,
-    max_batch_tkv=1024,
-    max_num_seqs=3,
-    max_blocks=MAX_BLOCKS,
-)
-
-
-class Served:
-    """A model on the CPU's backend with the steps of a worker."""
-
-    def __init__(self, family: Family, checkpoint: Path, *, compiled: bool) -> None:
-        mapping = mapping_of(family, AutoConfig.from_pretrained(checkpoint))
-        backend = CpuBackend(SIZES, compiled=compiled)
-        backend.prepare()
-        options = LoadOptions(torch.float32, torch.float32)
-        self.model = SpyreModel(load_model(mapping, checkpoint, options), mapping, backend)
-        with backend.without_gradients():
-            self.model.kv_cache = allocate_kv_cache(
-                mapping.kv_cache_options(), 10, BLOCK, torch.float32, 1
-            )
-        self.model.compile()
-        self.inputs = backend.inputs
-        for each in self.model.warmup_passes():
-            with each.context:
-                self.chunk([*range(10, 30)], 0, 20, [1], None)
-
-    def chunk(
-        self,
-        token_ids: list[int],
-        start: int,
-        end: int,
-        blocks: list[int],
-        positions: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Logits of the last token of a chunk, ``(1, vocab_size)``."""
-        chunk = prefill_chunk(
-            token_ids=token_ids[start:end],
-            start=start,
-            num_tokens=len(token_ids),
-            blocks=blocks,
-            feature_index=np.full(end - start, TEXT),
-            positions=None if positions is None else positions[:, start:end].numpy(),
-            geometry=Geometry(BLOCK, CHUNK, MAX_BLOCKS * BLOCK),
-            padded=self.inputs.padded,
-        )
-        with self.model.backend.without_gradients():
-            inputs = self.inputs.chunk_inputs(chunk, self.model.embed(chunk.token_ids))
-            return self.inputs.chunk_logits(self.model.forward(inputs), chunk)
-
-    def decode(self, rows: DecodeRows) -> torch.Tensor:
-        """Logits of a token of each row, ``(rows, vocab_size)``."""
-        with self.model.backend.without_gradients():
-            inputs = self.inputs.decode_inputs(rows, self.model.embed)
-            return self.inputs.decode_logits(self.model.forward(inputs), len(rows.token_ids))
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -103,15 +37,8 @@ def reference(family: Family, checkpoint: Path) -> ReferenceDecoder:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["eager", "compiled"])
 def served(request: pytest.FixtureRequest, family: Family, checkpoint: Path) -> Served:
-    return Served(family, checkpoint, compiled=request.param)
-
-
-def table(blocks: list[list[int]]) -> np.ndarray:
-    """vLLM's table of blocks, of one shape whatever the number of rows."""
-    rows = np.zeros((SIZES.max_num_seqs, MAX_BLOCKS), dtype=np.int32)
-    for row, own in enumerate(blocks):
-        rows[row, : len(own)] = own
-    return rows
+    mapping = mapping_of(family, AutoConfig.from_pretrained(checkpoint))
+    return Served(mapping, checkpoint, CpuBackend(SIZES, compiled=request.param), torch.float32)
 
 
 def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torch_sendnn.graphs import inputs_of
+from torch_sendnn.graphs import HEAD, inputs_of
 
 BLOCK = 64
 
@@ -168,12 +168,33 @@ class Row:
                 yield f"position {position} of a row after {self.left} is called {given}"
 
 
+def _faults_of_rotations(
+    rotations: torch.Tensor, step: Mapping[str, torch.Tensor]
+) -> Iterator[str]:
+    """In place of positions: rows of RoPE's table (F ``modules/positions.py``), those of position 0
+    on the padding before a prompt."""
+    rows, queries = step["slot_mapping"].shape
+    identity = torch.eye(2)
+    if rotations.shape[:2] != (rows, queries) or rotations.shape[2:] != (HEAD // 2, 2, 2):
+        yield f"the rotations of {rows} rows of {queries} tokens are {tuple(rotations.shape)}"
+    elif not torch.allclose(rotations @ rotations.mT, identity.expand_as(rotations), atol=1e-4):
+        yield "a rotation stretches"
+    elif queries > 1:
+        starts = step["current_tkv_mask"] - queries
+        before = (step["left_padded_prompt_mask"] - starts).clamp(0, queries).tolist()
+        if any((row[:end] != identity).any() for row, end in zip(rotations, before, strict=True)):
+            yield "the padding before a row is rotated"
+
+
 def _faults_of_rows(step: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """Real tokens are written to their own blocks, each to one; padding before them to block 0."""
     names = ("slot_mapping", "block_table", "current_tkv_mask", "left_padded_prompt_mask")
     columns = [step[name].tolist() for name in names]
-    if "position_ids" in step:
-        columns.append(step["position_ids"].tolist())
+    positions = step.get("position_ids")
+    if positions is not None and positions.is_floating_point():
+        yield from _faults_of_rotations(positions, step)
+    elif positions is not None:
+        columns.append(positions.tolist())
     rows = [Row(*each) for each in zip(*columns, strict=True)]
     for row in rows:
         yield from row.faults()
