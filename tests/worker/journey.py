@@ -40,7 +40,7 @@ from vllm_spyre_mm.model_executor.card.inputs import CardInputs
 from vllm_spyre_mm.model_executor.kv_cache import allocate_kv_cache
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
-from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.scheduler.outputs import SpyreModelRunnerOutput
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
@@ -64,18 +64,21 @@ class Picture:
         identifier: of its content; pictures of one identifier have the same features.
         offset: of its placeholder in the prompt.
         is_embed: for each position of the placeholder, whether a feature goes there.
+        levels: of deepstack, beside the input's columns.
     """
 
     identifier: str
     offset: int
     is_embed: tuple[bool, ...]
+    levels: int = 0
 
     @property
     def features(self) -> torch.Tensor:
-        """``(num_features, hidden_size)``; of its identifier and length alone."""
+        """``(num_features, hidden_size * (1 + levels))``; of its identifier and length alone."""
         seed = sum(map(ord, self.identifier)) * 1009 + len(self.is_embed)
         generator = torch.Generator().manual_seed(seed)
-        return 0.3 * torch.randn(sum(self.is_embed), HIDDEN_SIZE, generator=generator)
+        width = HIDDEN_SIZE * (1 + self.levels)
+        return 0.3 * torch.randn(sum(self.is_embed), width, generator=generator)
 
     def spec(self) -> MultiModalFeatureSpec:
         """As vLLM's front end hands it to the engine."""
@@ -157,9 +160,12 @@ class Journey:
         checkpoint: of :func:`save_checkpoint`.
         backend: ``eager`` and ``inductor`` differ in the attention of a decode; ``sendnn`` has the
             card's layout and FMS's own attention. Nothing is compiled by ``torch.compile``.
+        mapping: of the checkpoint; None for the one that serves it.
     """
 
-    def __init__(self, checkpoint: Path, backend: BackendName) -> None:
+    def __init__(
+        self, checkpoint: Path, backend: BackendName, mapping: MMUtils | None = None
+    ) -> None:
         self.vllm_config = EngineArgs(
             model=str(checkpoint),
             max_model_len=MAX_MODEL_LEN,
@@ -169,7 +175,7 @@ class Journey:
             max_logprobs=-1,
             additional_config={"encoder_dtype": "float32", "max_batch_tkv": MAX_MODEL_LEN},
         ).create_engine_config()
-        mapping = get_mm_mapping(self.vllm_config.model_config.hf_config)
+        mapping = mapping or get_mm_mapping(self.vllm_config.model_config.hf_config)
         fms_model = load_model(mapping, checkpoint, LoadOptions(torch.float32, torch.float32))
         self.backend = backend
         sizes = step_sizes(self.vllm_config)
@@ -214,7 +220,11 @@ class Journey:
                 cache.fill_(POISONS[setup.poison])
         self._poisoned = set(range(setup.num_blocks))
         if self.backend == "sendnn":  # of chunks that the card may have no programs for
-            self.model.backend.inputs = CardInputs(setup.block_size, dynamic_chunk=True)
+            self.model.backend.inputs = CardInputs(
+                setup.block_size,
+                dynamic_chunk=True,
+                num_levels=mapping.load_overrides().deepstack_levels,
+            )
         else:
             self.model.backend.inputs = make_backend(
                 self.backend, step_sizes(config), CardSettings()
@@ -331,9 +341,13 @@ class PlainModel:
         embeds = self.model.get_input_embeddings()(token_ids)
         for picture in ask.pictures:
             positions = picture.offset + torch.tensor(picture.is_embed).nonzero()[:, 0]
-            embeds[0, positions] = picture.features
-        hidden = self.model.model.language_model(inputs_embeds=embeds, use_cache=False)[0]
+            embeds[0, positions] = picture.features[:, :HIDDEN_SIZE]
+        hidden = self._decode(embeds, ask)
         return self.model.lm_head(hidden[0, len(ask.token_ids) - 1 :])
+
+    def _decode(self, embeds: torch.Tensor, ask: Ask) -> torch.Tensor:
+        """The decoder's last hidden states of embeddings."""
+        return self.model.model.language_model(inputs_embeds=embeds, use_cache=False)[0]
 
 
 def save_checkpoint(path: Path, head_dim: int) -> Path:

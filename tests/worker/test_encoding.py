@@ -40,7 +40,8 @@ def image(
 
 def encode(model: Encode, *images: MultiModalFeatureSpec, first: int = 0) -> list[torch.Tensor]:
     numbered = dict(enumerate(images, first))
-    return encode_images(SimpleNamespace(encode=model), numbered, torch.bfloat16, torch.float16)  # type: ignore[arg-type]
+    served: Any = SimpleNamespace(encode=model, mapping=SimpleNamespace(feature_width=4))
+    return encode_images(served, numbered, torch.bfloat16, torch.float16)
 
 
 def fail(error: Exception) -> Encode:
@@ -87,6 +88,11 @@ def test_features_that_are_not_finite_are_refused(value: float) -> None:
 def test_another_number_of_features_is_refused() -> None:
     with pytest.raises(ImageEncodingError, match=r"^image 1 of .* \(2, 4\), .* 3 positions"):
         encode(lambda _: [torch.zeros(2, 4)], image(3))
+
+
+def test_features_of_another_width_are_refused() -> None:
+    with pytest.raises(ImageEncodingError, match=r"^image 1 of .* of 8 elements, .* have 4: "):
+        encode(lambda _: [torch.zeros(3, 8)], image(3))
 
 
 def test_embeddings_that_are_given_are_converted_and_not_encoded() -> None:

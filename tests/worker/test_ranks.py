@@ -87,7 +87,7 @@ def _encode(ranks: Ranks) -> list[Any]:
         value = torch.nan if len(calls) == 3 else len(calls)
         return [torch.full((4, len(each)), value).bfloat16().t() for each in mm_kwargs["pixels"]]
 
-    model: Any = SimpleNamespace(encode=encode)
+    model: Any = SimpleNamespace(encode=encode, mapping=SimpleNamespace(feature_width=4))
     encoder = ImageEncoder(model, ranks, torch.bfloat16, torch.bfloat16)
     results: list[Any] = []
     for _ in range(4):

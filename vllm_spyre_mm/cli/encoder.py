@@ -115,7 +115,7 @@ class VisionEncoder:
             for each in self.mapping.compute_features(self.model, batch)
         ]
         for picture, each in zip(pictures, features, strict=True):
-            check_features(each, picture.num_features)
+            check_features(each, picture.num_features, self.mapping.feature_width)
         name = dtype_name(self.dtype) if choice.dtype == "auto" else choice.dtype
         rows = (
             pool(each, self.mapping.feature_layout(picture.item), choice)

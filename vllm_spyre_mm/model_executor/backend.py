@@ -83,8 +83,17 @@ class StepInputs(ABC):
     rotate: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @abstractmethod
-    def chunk_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
-        """Inputs of a chunk of one prompt, given its embeddings ``(1, tokens, hidden_size)``."""
+    def chunk_inputs(
+        self, chunk: PrefillChunk, embeds: torch.Tensor, deepstack: tuple[torch.Tensor, ...] = ()
+    ) -> DecoderInputs:
+        """Inputs of a chunk of one prompt.
+
+        Args:
+            chunk: the chunk.
+            embeds: its embeddings ``(1, tokens, hidden_size)``.
+            deepstack: levels of its features, each like ``embeds``; empty for a chunk without
+                features, and for a model without levels.
+        """
 
     @abstractmethod
     def chunk_logits(self, logits: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:

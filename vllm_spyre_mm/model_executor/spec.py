@@ -66,6 +66,7 @@ class LoadOverrides:
             encoder: they run on the host, in the encoder's dtype.
         encoder_blocks: the repeated blocks of the vision encoder, which share one graph.
         decoder_blocks: the repeated blocks of the decoder.
+        deepstack_levels: levels of the image features that are added in the decoder.
     """
 
     architecture: str
@@ -77,6 +78,7 @@ class LoadOverrides:
     encoder_modules: tuple[str, ...]
     encoder_blocks: Callable[[FmsModel], nn.ModuleList]
     decoder_blocks: Callable[[FmsModel], nn.ModuleList]
+    deepstack_levels: int = 0
 
 
 class ModelSpec(Protocol):

@@ -73,9 +73,12 @@ class DecoderInputs:
             ``current_tkv_mask`` and ``left_padded_prompt_mask`` int64 ``(batch,)``; for the CPU
             the result of ``cpu.attention.cpu_attention_kwargs``.
         last_n_tokens: how many positions from the end get logits; 0: all.
+        deepstack: levels of the image features, each like ``embeds`` and zero on text and padding;
+            empty where none are added.
     """
 
     embeds: torch.Tensor
     position_ids: torch.Tensor
     attention: Mapping[str, torch.Tensor]
     last_n_tokens: int
+    deepstack: tuple[torch.Tensor, ...] = ()

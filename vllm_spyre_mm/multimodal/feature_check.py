@@ -9,23 +9,32 @@ class FeatureError(RuntimeError):
 
 
 def check_features(
-    features: torch.Tensor, num_features: int, merged_dtype: torch.dtype | None = None
+    features: torch.Tensor,
+    num_features: int,
+    width: int,
+    merged_dtype: torch.dtype | None = None,
 ) -> None:
     """Check the features of one image.
 
     Args:
         features: the encoder's output, in its dtype.
         num_features: number of the image's features in the prompt.
+        width: elements of a feature, its levels included.
         merged_dtype: the decoder's dtype, which they will be converted to; None without a decoder.
 
     Raises:
-        FeatureError: they are not ``(num_features, hidden_size)``, not finite, or beyond what the
+        FeatureError: they are not ``(num_features, width)``, not finite, or beyond what the
             decoder's dtype holds.
     """
     if features.ndim != 2 or len(features) != num_features:
         raise FeatureError(
             f"features of shape {tuple(features.shape)}, but its placeholder in the prompt has "
             f"{num_features} positions"
+        )
+    if features.shape[1] != width:
+        raise FeatureError(
+            f"features of {features.shape[1]} elements, but the model's have {width}: the "
+            "configuration and the vision encoder do not fit each other"
         )
     # A sum is finite only if every summand is; one pass over the features.
     if not torch.isfinite(features.sum(dtype=torch.float32)):

@@ -49,6 +49,26 @@ def merge_embeddings(
     return torch.where((feature_index == TEXT).unsqueeze(-1), text, rows)
 
 
+def merge_levels(
+    text: torch.Tensor, levels: torch.Tensor, feature_index: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Put the levels of image features at their positions, with zeros on text.
+
+    Args:
+        text: ``(batch, length, hidden_size)``; only its shape, dtype and device matter.
+        levels: ``(num_features, levels * hidden_size)``, a level's columns side by side.
+        feature_index: as in :func:`merge_embeddings`.
+
+    Returns:
+        For each level a tensor like ``text``, to be added to hidden states.
+    """
+    zeros = torch.zeros_like(text)
+    return tuple(
+        merge_embeddings(zeros, columns, feature_index)
+        for columns in levels.split(text.shape[-1], dim=-1)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureSlice:
     """Rows of one image's features that a chunk of the prompt needs.

@@ -16,6 +16,7 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_features
 from vllm_spyre_mm.multimodal.given_features import given_features
+from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
 from vllm_spyre_mm.worker.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -37,13 +38,17 @@ class ImageEncoder:
     """
 
     def __init__(
-        self, model: SpyreModel, ranks: Ranks, dtype: torch.dtype, decoder_dtype: torch.dtype
+        self,
+        model: SpyreModel[MMUtils],
+        ranks: Ranks,
+        dtype: torch.dtype,
+        decoder_dtype: torch.dtype,
     ) -> None:
         self.model, self.ranks = model, ranks
         self.dtype, self.decoder_dtype = dtype, decoder_dtype
 
     def encode(self, images: "Mapping[int, MultiModalFeatureSpec]") -> list[torch.Tensor]:
-        """Features of each image, ``(num_features, hidden_size)``, on every rank.
+        """Features of each image, ``(num_features, feature_width)``, on every rank.
 
         Args:
             images: of one request, by their index among all of its images.
@@ -89,12 +94,12 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def encode_images(
-    model: SpyreModel,
+    model: SpyreModel[MMUtils],
     images: "Mapping[int, MultiModalFeatureSpec]",
     dtype: torch.dtype,
     decoder_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Encode images together; returns the features of each, ``(num_features, hidden_size)``.
+    """Encode images together; returns the features of each, ``(num_features, feature_width)``.
 
     Args:
         model: with the vision encoder.
@@ -115,7 +120,8 @@ def encode_images(
         ) from error
     for (index, feature), features in zip(images.items(), encoded, strict=True):
         try:
-            check_features(features, feature.mm_position.get_num_embeds(), decoder_dtype)
+            num_features = feature.mm_position.get_num_embeds()
+            check_features(features, num_features, model.mapping.feature_width, decoder_dtype)
         except FeatureError as error:
             named = _named({index: feature})
             raise ImageEncodingError(f"{named} was encoded to {error}") from error

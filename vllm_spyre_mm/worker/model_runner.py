@@ -246,15 +246,17 @@ class SpyreModelRunner:
             padded=self.inputs.padded,
         )
         embeds = self.spyre_model.embed(mask_feature_tokens(chunk.token_ids, chunk.feature_index))
+        levels: tuple[torch.Tensor, ...] = ()
         if slices:
             rows = torch.cat(self.encoder_cache.gather(request.mm_features, slices))
             embeds = self.spyre_model.mapping.merge(embeds, rows, chunk.feature_index)
+            levels = self.spyre_model.mapping.merge_levels(embeds, rows, chunk.feature_index)
         if self.return_mm_embedding and request.choice is not None:
             self._collect(request, end)
         request.prefilled = end == num_tokens
         if request.choice is not None and not request.choice.generate:
             return embeds.new_zeros(1, self.vocab_size)  # nobody reads its token or its blocks
-        logits = self.spyre_model.forward(self.inputs.chunk_inputs(chunk, embeds))
+        logits = self.spyre_model.forward(self.inputs.chunk_inputs(chunk, embeds, levels))
         return self.inputs.chunk_logits(logits, chunk)
 
     def _collect(self, request: WorkerRequest, end: int) -> None:

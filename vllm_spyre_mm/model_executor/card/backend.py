@@ -35,7 +35,6 @@ class CardBackend(Backend):
     def __init__(self, sizes: StepSizes, settings: CardSettings) -> None:
         self.sizes = sizes
         self.settings = settings
-        self.inputs = CardInputs(sizes.block_size, dynamic_chunk=settings.dynamic_chunk)
         self._run: Any = None
 
     def without_gradients(self) -> AbstractContextManager[None]:
@@ -55,6 +54,11 @@ class CardBackend(Backend):
         import fms.utils.spyre.paged  # noqa: F401 - registers the algorithm
 
         place_encoder(model, overrides, compiled=True)
+        self.inputs = CardInputs(
+            self.sizes.block_size,
+            dynamic_chunk=self.settings.dynamic_chunk,
+            num_levels=overrides.deepstack_levels,
+        )
         if (rope := step_rope_of(overrides.decoder_blocks(model))) is not None:
             self.inputs.rotate = rope.rotations
         self._run = model
@@ -82,6 +86,7 @@ class CardBackend(Backend):
             past_key_value_states=kv_cache,
             use_cache=True,
             last_n_tokens=inputs.last_n_tokens,
+            deepstack=inputs.deepstack,
             attn_name=CARD_ATTENTION,
             **inputs.attention,
         )

@@ -21,15 +21,20 @@ class CardInputs(StepInputs):
         block_size: tokens in a block.
         dynamic_chunk: whether the length of a chunk is marked as one that varies, although it
             never does.
+        num_levels: levels of the model's features: a chunk always has them, zeros if need be, so
+            that one graph serves every chunk.
     """
 
     padded = True
 
-    def __init__(self, block_size: int, *, dynamic_chunk: bool) -> None:
+    def __init__(self, block_size: int, *, dynamic_chunk: bool, num_levels: int = 0) -> None:
         self.block_size = block_size
         self.dynamic_chunk = dynamic_chunk
+        self.num_levels = num_levels
 
-    def chunk_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
+    def chunk_inputs(
+        self, chunk: PrefillChunk, embeds: torch.Tensor, deepstack: tuple[torch.Tensor, ...] = ()
+    ) -> DecoderInputs:
         """Inputs of a whole chunk of the grid, padding included."""
         # The card's attention masks padding by adding -inf, which a NaN would survive.
         embeds = embeds.masked_fill(chunk.is_padding.unsqueeze(-1), 0.0)
@@ -44,8 +49,13 @@ class CardInputs(StepInputs):
             position_ids = self.rotate(position_ids)
         # The chunk may end with padding inside its last block: logits are computed for that block.
         last_n_tokens = self.block_size
+        levels = deepstack or (torch.zeros_like(embeds),) * self.num_levels
         return DecoderInputs(
-            self._by_token(embeds), self._by_token(position_ids), attention, last_n_tokens
+            self._by_token(embeds),
+            self._by_token(position_ids),
+            attention,
+            last_n_tokens,
+            deepstack=tuple(map(self._by_token, levels)),
         )
 
     def _by_token(self, tensor: torch.Tensor) -> torch.Tensor:

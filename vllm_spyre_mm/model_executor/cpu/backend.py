@@ -88,6 +88,7 @@ class CpuBackend(Backend):
             past_key_value_states=kv_cache,
             use_cache=True,
             last_n_tokens=inputs.last_n_tokens,
+            deepstack=inputs.deepstack,
             attn_name=self._attn_name,
             **inputs.attention,
         )

@@ -67,7 +67,9 @@ class CpuInputs(StepInputs):
         }
         self._kv_blocks = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
 
-    def chunk_inputs(self, chunk: PrefillChunk, embeds: torch.Tensor) -> DecoderInputs:
+    def chunk_inputs(
+        self, chunk: PrefillChunk, embeds: torch.Tensor, deepstack: tuple[torch.Tensor, ...] = ()
+    ) -> DecoderInputs:
         """Inputs of a chunk: its real tokens, padded up to the minimum number of tokens."""
         length = embeds.shape[1]
         missing = max(0, self.least_tokens - length)
@@ -83,6 +85,7 @@ class CpuInputs(StepInputs):
             self._rotated(F.pad(chunk.position_ids, pad)),
             attention,
             last_n_tokens=1 + missing,
+            deepstack=tuple(F.pad(level, (0, 0, *pad)) for level in deepstack),
         )
 
     def chunk_logits(self, logits: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:

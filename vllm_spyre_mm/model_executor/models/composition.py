@@ -19,6 +19,7 @@ from fms.utils.config import ModelConfig
 from torch import nn
 
 from vllm_spyre_mm.model_executor.models.decoders import Decoder
+from vllm_spyre_mm.model_executor.models.deepstack import Deepstack
 from vllm_spyre_mm.model_executor.models.mrope import MRope, set_step_rope
 from vllm_spyre_mm.model_executor.models.towers import Encoder, Tower
 
@@ -47,6 +48,8 @@ class CompositionConfig(ModelConfig):
         multimodal_projector_bias: whether its linear layers have a bias.
         spatial_merge_size: patches on the side of a square that becomes one feature.
         newline: whether a learnt feature ends each row of patches.
+        deepstack_layers: for each level of the features beside the input's, the index of the
+            decoder layer before whose input it is added.
         image_grid_pinpoints: ``(height, width)`` of the grids of tiles.
         fused_weights: whether projections may be fused.
         mrope: the axes of the decoder's positions; None for one axis.
@@ -63,6 +66,7 @@ class CompositionConfig(ModelConfig):
     multimodal_projector_bias: bool = True
     spatial_merge_size: int = 1
     newline: bool = False
+    deepstack_layers: tuple[int, ...] = ()
     image_grid_pinpoints: list[list[int]] = field(default_factory=list)
     fused_weights: bool = True
     mrope: MRope | None = None
@@ -97,6 +101,7 @@ class Composition(nn.Module):
         base.embedding = TextEmbedding(base.embedding.num_embeddings, width)
         if config.mrope is not None:
             set_step_rope(base, config.mrope)
+        self.deepstack = Deepstack(base.layers, config.deepstack_layers)
         if config.tower is not None:
             self.vision_tower: Any = config.tower.build(self.config.vision_config)
         if config.projector is not None:
@@ -130,16 +135,20 @@ class Composition(nn.Module):
         position_ids: torch.Tensor | None = None,
         past_key_value_states: Any = None,
         use_cache: bool = False,
+        deepstack: tuple[torch.Tensor, ...] = (),
         **attn_kwargs: Any,
     ) -> Any:
-        """Run the decoder; see FMS's decoders."""
-        return self.language_model(
+        """Run the decoder; see FMS's decoders, and :class:`Deepstack` for its levels."""
+        self.deepstack.levels = deepstack
+        output = self.language_model(
             input_ids_or_embeds,
             position_ids=position_ids,
             past_key_value_states=past_key_value_states,
             use_cache=use_cache,
             **attn_kwargs,
         )
+        self.deepstack.levels = ()
+        return output
 
 
 class TiledComposition(Composition):

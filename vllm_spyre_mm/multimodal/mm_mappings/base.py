@@ -13,7 +13,7 @@ import torch
 
 from vllm_spyre_mm.model_executor.spec import FmsModel, KVCacheOptions, LoadOverrides
 from vllm_spyre_mm.multimodal.feature_layout import FeatureLayout
-from vllm_spyre_mm.multimodal.merge import merge_embeddings
+from vllm_spyre_mm.multimodal.merge import merge_embeddings, merge_levels
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -79,6 +79,16 @@ class MMUtils(ABC):
         """vLLM's names of the modalities that the model takes beside text."""
         return tuple(self.feature_token_ids)
 
+    @property
+    def feature_levels(self) -> int:
+        """Levels of deepstack, which a feature has beside what replaces a text embedding."""
+        return 0
+
+    @property
+    def feature_width(self) -> int:
+        """Elements of a feature: ``hidden_size`` for the input, and for each level, in order."""
+        return self.text_config.hidden_size * (1 + self.feature_levels)
+
     @abstractmethod
     def kv_cache_options(self, for_card: bool = False) -> KVCacheOptions:
         """Shape of the KV cache; see :meth:`load_overrides` for ``for_card``.
@@ -110,7 +120,7 @@ class MMUtils(ABC):
             mm_kwargs: the output of vLLM's processor, batched over the images.
 
         Returns:
-            For each image ``(num_features, hidden_size)`` in the encoder's dtype, in the order in
+            For each image ``(num_features, feature_width)`` in the encoder's dtype, in the order in
             which its placeholder takes them.
         """
 
@@ -165,5 +175,19 @@ class MMUtils(ABC):
     def merge(
         self, text: torch.Tensor, features: torch.Tensor, feature_index: torch.Tensor
     ) -> torch.Tensor:
-        """Replace text embeddings by features; see :func:`merge_embeddings`."""
-        return merge_embeddings(text, features.to(text.dtype), feature_index)
+        """Replace text embeddings by the input's columns of features.
+
+        Args and result: as for :func:`merge_embeddings`, but that features may have levels and
+        another dtype.
+        """
+        columns = features[:, : text.shape[-1]]
+        return merge_embeddings(text, columns.to(text.dtype), feature_index)
+
+    def merge_levels(
+        self, text: torch.Tensor, features: torch.Tensor, feature_index: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Put the levels of features at their positions; see :func:`merge_levels`."""
+        if not self.feature_levels:
+            return ()
+        columns = features[:, text.shape[-1] :]
+        return merge_levels(text, columns.to(text.dtype), feature_index)

@@ -76,6 +76,7 @@ class DecoderMapping(MMUtils):
             encoder_modules=(),
             encoder_blocks=lambda _: nn.ModuleList(),
             decoder_blocks=lambda model: model.language_model.base_model.layers,
+            deepstack_levels=len(config.deepstack_layers),
         )
 
     @property
