@@ -6,123 +6,38 @@ the encoder raise, give NaN, run out of memory or stall.
 """
 
 import contextlib
-import os
 import signal
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 import pytest
-from PIL import Image
 
+from tests.e2e.asked import (
+    BOUND_SECONDS,
+    ENDLESS,
+    MAX_MODEL_LEN,
+    QUESTION,
+    Asked,
+    asked,
+    faulty,
+    good,
+)
 from tests.e2e.faulty.faulty_encoder import (
     ENGINE_LEAVES,
     NAN,
     OUT_OF_MEMORY,
     RAISES,
-    STALLED,
-    STALLS,
     STALLS_UNTIL_SIGTERM,
 )
-from tests.e2e.serving import Served, chat, data_url, png, starting_server
+from tests.e2e.serving import Served, chat, starting_server
 from tests.e2e.test_server import answer, picture
 from tests.reference import Reference
 
 FAULTY = Path(__file__).parent / "faulty"
-QUESTION = "What is in the picture?"
-BOUND_SECONDS = 60.0
-MAX_MODEL_LEN, ENDLESS = 8192, 6000
-"""Tokens; so many are more than an answer gets, in any test, until it is ended."""
-
-
-def shared_memory() -> set[str]:
-    """What the server's kind of processes leaves in shared memory."""
-    return {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-"))}
-
-
-def faulty(fault: int) -> str:
-    return data_url(png(Image.new("RGB", (96, 96), (fault, 0, 0))))
-
-
-def good(seed: int) -> str:
-    return data_url(png(picture(seed).image))
-
-
-class Asked:
-    """A server, its processes as they were while it ran, and clients that ask at the same time."""
-
-    def __init__(self, server: Served) -> None:
-        self.server = server
-        self.client = openai.OpenAI(
-            base_url=f"{server.address}/v1", api_key="unused", max_retries=0, timeout=BOUND_SECONDS
-        )
-        self.threads = ThreadPoolExecutor(16)
-        self.processes: list[psutil.Process] = []
-        self.mapped: set[str] = set()
-
-    def look(self) -> None:
-        """Note the processes and the shared memory that they use."""
-        root = psutil.Process(self.server.process.pid)
-        self.processes = [root, *root.children(recursive=True)]
-        for process in self.processes:
-            paths = (Path(each.path) for each in process.memory_maps())
-            self.mapped |= {path.name for path in paths if path.parent == Path("/dev/shm")}
-
-    def process(self, name: str) -> psutil.Process:
-        return next(each for each in self.processes if name in each.name())
-
-    def ask(self, *urls: str, **more: object) -> "Future[str]":
-        return self.threads.submit(chat, self.client, QUESTION, *urls, **more)
-
-    def load(self, count: int = 6) -> "list[Future[str]]":
-        """Requests that go on until they are ended."""
-        body = {"ignore_eos": True, "max_tokens": ENDLESS}
-        return [self.ask(good(seed), extra_body=body) for seed in range(count)]
-
-    def stall(self, fault: int = STALLS) -> "Future[str]":
-        """Ask for a step that does not end by itself, and wait until it is under way."""
-        request = self.ask(faulty(fault))
-        self.wait_for(lambda: STALLED in self.server.log.read_text())
-        return request
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + BOUND_SECONDS
-        while not condition():
-            assert time.monotonic() < deadline, self.server.log.read_text()[-3000:]
-            time.sleep(0.05)
-
-    def ends(self, status: int, sentence: str) -> None:
-        """The server ends with a status and a sentence, and nothing of it stays behind."""
-        assert self.server.process.wait(BOUND_SECONDS) == status
-        assert sentence in self.server.log.read_text()
-        self.wait_for(lambda: not [each for each in self.processes if _runs(each)])
-        self.wait_for(lambda: not self.mapped & shared_memory())
-
-
-def _runs(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-@contextlib.contextmanager
-def asked(server: Served) -> Iterator[Asked]:
-    """A server that has been started, when it is ready."""
-    server.wait_until_healthy()
-    asked = Asked(server)
-    asked.look()
-    try:
-        yield asked
-    finally:
-        for process in asked.processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        asked.threads.shutdown()
 
 
 @dataclass(frozen=True)
@@ -157,7 +72,7 @@ def servers(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
                     starting_server(
                         demo_checkpoint,
                         folder / name,
-                        *("--max-model-len", str(MAX_MODEL_LEN)),
+                        *("--max-model-len", str(MAX_MODEL_LEN), "--enable-log-requests"),
                         *more,
                         plugins=[FAULTY],
                         environment={
@@ -235,7 +150,7 @@ SHUT_DOWN = "the server was shut down before this request was finished"
 def test_sigterm_under_load_answers_everybody(server: Asked) -> None:
     """Those under way and those behind a step that does not end: nothing is answered but so."""
     under_way = server.load(3)
-    under_way += [server.stall(), *server.load(3)]
+    under_way += server.stall() + server.load(3)
     server.server.process.send_signal(signal.SIGTERM)
     for request in under_way:
         assert SHUT_DOWN in failed(request)
@@ -245,8 +160,9 @@ def test_sigterm_under_load_answers_everybody(server: Asked) -> None:
 def test_an_engine_that_leaves_before_it_is_killed_gives_no_half_answers(servers: Servers) -> None:
     """It sends what its requests have so far; whether the server gets that is a race otherwise."""
     with asked(servers.leaving) as server:
-        under_way = [*server.load(3), server.threads.submit(read_stream, server, good(8))]
-        under_way += [server.stall(STALLS_UNTIL_SIGTERM), *server.load(3)]
+        under_way = server.load(3)
+        under_way += server.taken(lambda _: server.threads.submit(read_stream, server, good(8)))
+        under_way += server.stall(STALLS_UNTIL_SIGTERM) + server.load(3)
         server.server.process.send_signal(signal.SIGTERM)
         for request in under_way:
             assert SHUT_DOWN in failed(request)

@@ -368,7 +368,7 @@ def test_an_engine_without_what_waits_is_refused() -> None:
 
         def shutdown(self, timeout: float | None = None) -> None: ...
 
-        errored = check_admission = get_num_unfinished_requests = shutdown
+        errored = dead_error = check_admission = get_num_unfinished_requests = shutdown
 
     module = ModuleType("vllm.v1.engine.async_llm")
     module.AsyncLLM = AsyncLLM  # type: ignore[attr-defined]

@@ -81,7 +81,7 @@ def _refuse_embeddings(vllm_config: Any) -> None:
 
 
 def _serving(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., Any]:
-    from vllm.v1.engine.exceptions import EngineDeadError
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     @extending(original, __name__)
     def generate(
@@ -95,7 +95,7 @@ def _serving(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[...
         async def outputs() -> AsyncGenerator[Any, None]:
             generated = original(self, prompt, sampling_params, *args, **kwargs)
             async with contextlib.AsyncExitStack() as stack:
-                stack.enter_context(shutdown_answered(self, EngineDeadError))
+                stack.enter_context(shutdown_answered(self, EngineDeadError, EngineGenerateError))
                 await stack.enter_async_context(contextlib.aclosing(generated))
                 async for output in generated:
                     raise_if_shut_down(output)

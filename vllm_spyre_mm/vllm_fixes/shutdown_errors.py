@@ -7,10 +7,11 @@ started it: ``engine_core.resources.engine_manager`` is then ``None``. ``AsyncLL
 is asked before a request is taken, and what it raises is the answer; so is ``AsyncLLM.dead_error``,
 before that, once the engine is gone.
 ``OutputProcessor.propagate_error`` gives an exception to every request that waits.
-``AsyncLLM.generate`` raises ``EngineDeadError`` once the engine is gone, for whatever reason, and a
-renderer, which is closed first, ``RuntimeError`` where it would start work in a thread. An engine
-that is told to end, by its server or by a signal to all processes, sends its requests' last outputs
-with ``EngineCoreProc._send_abort_outputs_to_client``; its ``shutdown_state`` is then no longer
+``AsyncLLM.generate`` raises ``EngineDeadError`` once the engine is gone, for whatever reason, or
+``EngineGenerateError`` where a socket to it is closed under a request; a renderer, which is closed
+first, raises ``RuntimeError`` where it would start work in a thread. An engine that is told to end,
+by its server or by a signal to all processes, sends its requests' last outputs with
+``EngineCoreProc._send_abort_outputs_to_client``; its ``shutdown_state`` is then no longer
 ``RUNNING``. ``run_server`` turns SIGTERM into ``KeyboardInterrupt`` until the server listens, and
 calls ``run_server_worker`` by the name of their module.
 """
@@ -135,19 +136,19 @@ def _error() -> Exception:
 
 
 @contextlib.contextmanager
-def shutdown_answered(owner: Any, error: type[Exception]) -> Iterator[None]:
+def shutdown_answered(owner: Any, *errors: type[Exception]) -> Iterator[None]:
     """In which a request is handled: what is gone because it was told to end did not fail.
 
     Args:
         owner: an engine or a renderer; ``told_to_end`` is true when its server ends.
-        error: what is raised by it when it is gone.
+        errors: what is raised by it when it is gone.
 
     Raises:
         GracefulHTTPError: it ended before the request did (HTTP 503).
     """
     try:
         yield
-    except error:
+    except errors:
         if getattr(owner, "told_to_end", False):
             raise _error() from None
         raise
