@@ -3,11 +3,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PretrainedConfig
 from vllm import SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests import architectures
 from tests.e2e.asks import parity_asks
@@ -76,6 +78,37 @@ def test_tokens_that_are_drawn_are_the_same_on_both_ranks(llava_next_checkpoint:
             ):
                 (known,) = forced.outputs[0].logprobs
                 assert drawn_with[token].logprob == pytest.approx(known[token].logprob, abs=1e-3)
+
+
+class SamplerFails:
+    """Extends a worker: a sampler that raises."""
+
+    model_runner: Any
+
+    def break_sampler(self) -> None:
+        def fail(*_: Any, **__: Any) -> Any:
+            raise ArithmeticError("no dice")
+
+        self.model_runner.sampler = fail
+
+
+def test_a_sampler_that_raises_ends_both_ranks(
+    llava_next_checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The second does not wait for tokens until it is killed."""
+    with engine(
+        llava_next_checkpoint,
+        own_process=True,
+        tensor_parallel_size=2,
+        worker_extension_cls=f"{SamplerFails.__module__}.{SamplerFails.__qualname__}",
+    ) as llm:
+        llm.collective_rpc("break_sampler")
+        with pytest.raises(EngineDeadError):
+            llm.generate("What is there?", greedy(2), use_tqdm=False)
+    printed = "".join(capfd.readouterr())
+    told = "FirstRankError: the first rank, which works for all, failed: ArithmeticError: no dice"
+    assert any("Worker_TP0" in line and "no dice" in line for line in printed.splitlines())
+    assert any("Worker_TP1" in line and told in line for line in printed.splitlines())
 
 
 @pytest.mark.parametrize(

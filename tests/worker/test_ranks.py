@@ -114,6 +114,49 @@ def test_pictures_are_encoded_once_with_the_threads_of_all(tmp_path: Path) -> No
     assert (threads, none, after) == ([3] * 4, [], 1)
 
 
+def _sample_or_fail(ranks: Ranks) -> list[Any]:
+    """Tokens, an error of the sampler's in their place, one of the encoder's, and tokens again."""
+
+    def sample() -> tuple[torch.Tensor, str]:
+        assert ranks.is_first
+        return torch.tensor([[5], [0]]), "details"
+
+    def fail(*_: Any) -> Any:
+        assert ranks.is_first
+        raise KeyError("no")
+
+    class Lost(SimpleNamespace):
+        modality, data = "image", {}
+
+        @property
+        def mm_position(self) -> Any:
+            return fail()
+
+    encoder = ImageEncoder(
+        SimpleNamespace(encode=lambda _: [torch.zeros(1, 4)]), ranks, torch.bfloat16, torch.bfloat16
+    )  # type: ignore[arg-type]
+    results: list[Any] = []
+    for work in (
+        lambda: ranks.broadcast_tokens(2, sample),
+        lambda: ranks.broadcast_tokens(2, fail),
+        lambda: encoder.encode({0: Lost()}),  # type: ignore[dict-item]
+        lambda: ranks.broadcast_tokens(2, sample),
+    ):
+        try:
+            token_ids, details = work()
+            results.append((token_ids.tolist(), details))
+        except Exception as error:
+            results.append((type(error).__name__, str(error)))
+    return results
+
+
+def test_what_fails_on_the_first_rank_fails_on_the_others_at_once(tmp_path: Path) -> None:
+    first, second = in_two_ranks(tmp_path, _sample_or_fail)
+    told = ("FirstRankError", "the first rank, which works for all, failed: KeyError: 'no'")
+    assert first == [([[5], [0]], "details"), *[("KeyError", "'no'")] * 2, ([[5], [0]], "details")]
+    assert second == [([[5], [0]], None), told, told, ([[5], [0]], None)]
+
+
 @pytest.mark.parametrize("num_threads", [None, 3])
 def test_one_rank_needs_nobody(num_threads: int | None) -> None:
     ranks = Ranks(num_threads=num_threads)

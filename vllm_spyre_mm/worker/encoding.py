@@ -17,7 +17,7 @@ from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_features
 from vllm_spyre_mm.multimodal.given_features import given_features
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
-from vllm_spyre_mm.worker.ranks import Ranks
+from vllm_spyre_mm.worker.ranks import FirstRankError, Ranks
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -55,6 +55,7 @@ class ImageEncoder:
 
         Raises:
             ImageEncodingError: as for :func:`encode_images`, on every rank.
+            FirstRankError: on the others, as soon as anything else was raised on the first.
         """
         if not self.ranks.is_first:
             return self._receive()
@@ -63,6 +64,9 @@ class ImageEncoder:
                 encoded = encode_images(self.model, images, self.dtype, self.decoder_dtype)
         except ImageEncodingError as error:
             self.ranks.broadcast_object(error)
+            raise
+        except Exception as error:  # the other ranks wait for it
+            self.ranks.broadcast_object(FirstRankError.of(error))
             raise
         self._send(encoded)
         return encoded
@@ -74,7 +78,7 @@ class ImageEncoder:
 
     def _receive(self) -> list[torch.Tensor]:
         sent = self.ranks.broadcast_object()
-        if isinstance(sent, ImageEncodingError):
+        if isinstance(sent, Exception):
             raise sent
         return [self.ranks.broadcast(torch.empty(shape, dtype=dtype)) for shape, dtype in sent]
 

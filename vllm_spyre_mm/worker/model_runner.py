@@ -154,10 +154,10 @@ class SpyreModelRunner:
         self, pending: PendingSample, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput:
         inputs = pending.batch.inputs
-        sampled, logprobs = torch.empty(len(pending.batch), 1, dtype=torch.int64), None
-        if self.ranks.is_first:
-            sampled, logprobs = self._sample(pending, grammar_output)
-        token_ids = self.ranks.broadcast(sampled).tolist()
+        sampled, logprobs = self.ranks.broadcast_tokens(
+            len(pending.batch), lambda: self._sample(pending, grammar_output)
+        )
+        token_ids = sampled.tolist()
         for request, new in zip(pending.batch.members, token_ids, strict=True):
             request.output_token_ids += new
         output = ModelRunnerOutput(

@@ -5,12 +5,27 @@ Pictures are encoded and tokens are sampled once, not by each rank for itself: t
 host, and what is drawn at random has to be the same for all of them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
+
+Details = TypeVar("Details")
+
+NO_TOKEN = -1
+"""Sent in place of each token that the first rank could not sample."""
+
+
+class FirstRankError(RuntimeError):
+    """What the first rank does for all of them failed there, whose own error says why."""
+
+    @classmethod
+    def of(cls, error: Exception) -> Self:
+        """For the other ranks, in the words of the first one's error."""
+        return cls(f"the first rank, which works for all, failed: {type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +70,29 @@ class Ranks:
             values, distributed.get_global_rank(self.group, 0), self.group
         )
         return values[0]
+
+    def broadcast_tokens(
+        self, count: int, sample: Callable[[], tuple[torch.Tensor, Details]]
+    ) -> tuple[torch.Tensor, Details | None]:
+        """The token ids that the first rank samples, int64 ``(count, 1)``.
+
+        Args:
+            count: of the tokens.
+            sample: gives them; called on the first rank, which keeps the details to itself.
+
+        Raises:
+            FirstRankError: on the others, as soon as ``sample`` raised on the first, where its
+                error goes on.
+        """
+        if not self.is_first:
+            token_ids = self.broadcast(torch.empty(count, 1, dtype=torch.int64))
+            if bool((token_ids == NO_TOKEN).any()):
+                raise self.broadcast_object()
+            return token_ids, None
+        try:
+            token_ids, details = sample()
+        except Exception as error:  # the other ranks wait for it
+            self.broadcast(torch.full((count, 1), NO_TOKEN, dtype=torch.int64))
+            self.broadcast_object(FirstRankError.of(error))
+            raise
+        return self.broadcast(token_ids), details
