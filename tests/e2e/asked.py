@@ -83,8 +83,8 @@ class Asked:
         self.wait_for(lambda: so_far() == before + count)
         return requests
 
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + BOUND_SECONDS
+    def wait_for(self, condition: Callable[[], bool], seconds: float = BOUND_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.server.log.read_text()[-3000:]
             time.sleep(0.05)

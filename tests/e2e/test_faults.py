@@ -28,12 +28,14 @@ from tests.e2e.asked import (
 )
 from tests.e2e.faulty.faulty_encoder import (
     ENGINE_LEAVES,
+    FIRST_STALLS,
     NAN,
     OUT_OF_MEMORY,
     RAISES,
+    STALLED,
     STALLS_UNTIL_SIGTERM,
 )
-from tests.e2e.serving import Served, chat, starting_server
+from tests.e2e.serving import START_SECONDS, Served, chat, starting_server
 from tests.e2e.test_server import answer, picture
 from tests.reference import Reference
 
@@ -205,10 +207,11 @@ def test_the_server_killed_in_the_middle_of_a_step(servers: Servers) -> None:
 
 
 def test_sigterm_during_the_warmup(demo_checkpoint: Path, tmp_path: Path) -> None:
-    log = tmp_path / "log.txt"
-    with starting_server(demo_checkpoint, log, "--max-num-batched-tokens", "64") as server:
+    log, environment = tmp_path / "log.txt", {FIRST_STALLS: "1"}
+    with starting_server(demo_checkpoint, log, plugins=[FAULTY], environment=environment) as server:
         asked = Asked(server)
-        asked.wait_for(lambda: "Warming up" in log.read_text())
+        asked.wait_for(lambda: STALLED in log.read_text(), START_SECONDS)
+        assert "Warming up" in log.read_text()
         asked.look()
         server.process.send_signal(signal.SIGTERM)
         asked.ends(1, "the server was told to end before it was ready")

@@ -22,6 +22,8 @@ STALLED = "the faulty encoder stalls in process"
 ENGINE_LEAVES = "FAULTY_ENGINE_LEAVES"
 """Variable of the environment: whether a server waits for the engine that it has told to end, as if
 the machine did not let it go on to kill that before."""
+FIRST_STALLS = "FAULTY_FIRST_STALLS"
+"""Variable of the environment: whether the first pictures stall until SIGTERM; a warmup's are."""
 SECONDS = 600
 
 
@@ -53,7 +55,7 @@ def _make_faulty(module: ModuleType) -> None:
         if STALLS in faults:
             print(STALLED, os.getpid(), flush=True)
             time.sleep(SECONDS)
-        if STALLS_UNTIL_SIGTERM in faults:
+        if STALLS_UNTIL_SIGTERM in faults or os.environ.pop(FIRST_STALLS, None):
             print(STALLED, os.getpid(), flush=True)
             _wait_for_sigterm()
         features = original(self, mm_kwargs)
