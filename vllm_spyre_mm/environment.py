@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -206,14 +206,32 @@ def card_batch_tkv_limit() -> int | None:
     return int(given)
 
 
-def card_mode_faults() -> Iterator[str]:
-    """Why the card's runtime would not run on a card, as clauses; none in an image for the card."""
-    compute, device = os.environ.get("FLEX_COMPUTE"), os.environ.get("FLEX_DEVICE")
-    if compute is None:
-        yield "FLEX_COMPUTE is not set (SENTIENT in an image for the card)"
-    elif compute != "SENTIENT":
-        yield f"FLEX_COMPUTE={compute} is the simulator (SENTIENT is the card)"
-    if device is None:
-        yield "FLEX_DEVICE is not set (PF or VF in an image for the card)"
-    elif device in ("MOCK", "COMPILE"):
-        yield f"FLEX_DEVICE={device} stands for no card (PF or VF does)"
+def runs_no_device(variables: Mapping[str, str]) -> bool:
+    """Whether the card's runtime is told to run something else than a card."""
+    stands_in = variables.get("FLEX_DEVICE") in ("MOCK", "COMPILE")
+    return stands_in or variables.get("FLEX_COMPUTE") == "SENULATOR"
+
+
+def card_mode_fault(variables: Mapping[str, str]) -> str | None:
+    """Why the card's runtime would not run on a card, in words; None in an image for the card.
+
+    Args:
+        variables: of the environment, such as :func:`process_environment` gives.
+    """
+    compute, device = (variables.get(name) for name in ("FLEX_COMPUTE", "FLEX_DEVICE"))
+    values = card_mode(variables)
+    if device == "COMPILE":
+        return f"programs are compiled and never run ({values})"
+    if runs_no_device(variables):
+        return f"a simulator, and no card ({values})"
+    if not (compute and device):
+        return f"{values}: the runtime may take a simulator without a word"
+    if compute != "SENTIENT" or device not in ("PF", "VF", "VFIO"):
+        return f"{values}, which no public image has"
+    return None
+
+
+def card_mode(variables: Mapping[str, str]) -> str:
+    """What the card's runtime is told to run on, in words."""
+    compute, device = (variables.get(name) for name in ("FLEX_COMPUTE", "FLEX_DEVICE"))
+    return f"FLEX_COMPUTE is {compute or 'not set'}, FLEX_DEVICE {device or 'not set'}"

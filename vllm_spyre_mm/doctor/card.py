@@ -17,7 +17,12 @@ from typing import Any
 
 from vllm_spyre_mm.doctor.finding import Finding
 from vllm_spyre_mm.doctor.host import available_cores, gib
-from vllm_spyre_mm.environment import process_environment
+from vllm_spyre_mm.environment import (
+    card_mode,
+    card_mode_fault,
+    process_environment,
+    runs_no_device,
+)
 
 SHM_BYTES = 2 << 30
 """Shared memory that several cards need at least."""
@@ -82,36 +87,22 @@ class CardHost:
         installed = importlib.util.find_spec("torch_sendnn") is not None
         return named or installed or self.senlib.exists()
 
-    @property
-    def simulates(self) -> bool:
-        """Whether the image is for something else than a card."""
-        device = self.variables.get("FLEX_DEVICE")
-        return device in ("MOCK", "COMPILE") or self.variables.get("FLEX_COMPUTE") == "SENULATOR"
-
 
 def mode(host: CardHost) -> Iterator[Finding]:
     """What the runtime would run on."""
-    compute, device = (host.variables.get(name) for name in ("FLEX_COMPUTE", "FLEX_DEVICE"))
-    values = f"FLEX_COMPUTE is {compute or 'not set'}, FLEX_DEVICE {device or 'not set'}"
+    said = card_mode_fault(host.variables)
+    if said is None:
+        yield Finding("mode", "ok", f"a card ({card_mode(host.variables)})")
+        return
     wanted = "VF" if host.machine == "s390x" else "PF"
     do = f"for a card set FLEX_COMPUTE=SENTIENT and FLEX_DEVICE={wanted}"
-    if device == "COMPILE":
-        said = f"programs are compiled and never run ({values})"
-        yield Finding("mode", "error", said, do)
-    elif host.simulates:
-        yield Finding("mode", "warning", f"a simulator, and no card ({values})", do)
-    elif not (compute and device):
-        said = f"{values}: the runtime may take a simulator without a word"
-        yield Finding("mode", "warning", said, do)
-    elif compute == "SENTIENT" and device in ("PF", "VF", "VFIO"):
-        yield Finding("mode", "ok", f"a card ({values})")
-    else:
-        yield Finding("mode", "warning", f"{values}, which no public image has", do)
+    serves = host.variables.get("FLEX_DEVICE") != "COMPILE"
+    yield Finding("mode", "warning" if serves else "error", said, do)
 
 
 def devices(host: CardHost) -> Iterator[Finding]:
     """Whether the cards are there, each with its address."""
-    if host.simulates:
+    if runs_no_device(host.variables):
         yield Finding("devices", "ok", "none are needed in this mode")
         return
     faults = [*_faults_of_devices(host), *_faults_of_addresses(host)]

@@ -17,7 +17,8 @@ from vllm_spyre_mm.config import (
 )
 from vllm_spyre_mm.environment import (
     card_batch_tkv_limit,
-    card_mode_faults,
+    card_mode_fault,
+    process_environment,
     rust_frontend_requested,
     vllm_fixes_enabled,
 )
@@ -134,7 +135,8 @@ def _warn_of_releases(settings: SpyreSettings) -> None:
 
 def _with_card_environment(settings: SpyreSettings) -> SpyreSettings:
     """Settings that take over what the environment gives of them; says what may not be meant."""
-    for fault in card_mode_faults():
+    fault = card_mode_fault(process_environment())
+    if fault is not None:
         logger.warning("the runtime of the card may not take a card: %s", fault)
     limit = card_batch_tkv_limit()
     if limit is None:
