@@ -146,15 +146,21 @@ class TextMappingSuite:
 
     # -- the decoder -----------------------------------------------------------------------------
 
+    def decoder_arguments(
+        self, mapping: MMUtils, model: Any, inputs: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """What the decoder is called with beside embeddings."""
+        return {"position_ids": torch.arange(inputs["input_ids"].shape[1]).unsqueeze(0)}
+
     def logits(
         self, mapping: MMUtils, model: Any, reference: Reference, images: list[Image.Image]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of all positions, from FMS and from Transformers; no KV cache is involved."""
         inputs = reference.inputs(self.prompt(reference, len(images)), images)
         embeds = self.inputs_embeds(mapping, model, reference, inputs)
-        positions = torch.arange(embeds.shape[1]).unsqueeze(0)
+        arguments = self.decoder_arguments(mapping, model, inputs)
         with torch.inference_mode():
-            ours = model(embeds, position_ids=positions, attn_name="sdpa_causal")
+            ours = model(embeds, **arguments, attn_name="sdpa_causal")
             theirs = reference.model(**inputs).logits
         return ours, theirs / reference.logits_scaling
 
@@ -218,10 +224,24 @@ class MappingSuite(TextMappingSuite):
         embeds = super().inputs_embeds(mapping, model, reference, inputs)
         if "pixel_values" not in inputs:
             return embeds
-        is_image = inputs["input_ids"] == mapping.image_token_id
-        index = torch.where(is_image, is_image.cumsum(1) - 1, TEXT)
         features = mapping.compute_features(model, self.mm_kwargs(mapping.hf_config, inputs))
-        return mapping.merge(embeds, torch.cat(features), index)
+        return mapping.merge(embeds, torch.cat(features), self.feature_index(mapping, inputs))
+
+    def feature_index(self, mapping: MMUtils, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The feature of each position, as for ``merge``."""
+        is_image = inputs["input_ids"] == mapping.image_token_id
+        return torch.where(is_image, is_image.cumsum(1) - 1, TEXT)
+
+    def decoder_arguments(
+        self, mapping: MMUtils, model: Any, inputs: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        arguments = super().decoder_arguments(mapping, model, inputs)
+        if mapping.feature_levels and "pixel_values" in inputs:
+            text = mapping.embed_tokens(model, inputs["input_ids"])
+            features = mapping.compute_features(model, self.mm_kwargs(mapping.hf_config, inputs))
+            index = self.feature_index(mapping, inputs)
+            arguments["deepstack"] = mapping.merge_levels(text, torch.cat(features), index)
+        return arguments
 
     def test_inputs_are_not_written_to(self, mapping: MMUtils, model: Any, reference: Reference):
         inputs = reference.inputs(self.prompt(reference, 2), [picture(48, 48), picture(90, 40)])

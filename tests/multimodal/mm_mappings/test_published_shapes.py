@@ -16,8 +16,11 @@ from transformers import (
     Mistral3Config,
     MistralConfig,
     PretrainedConfig,
+    Qwen2_5_VLConfig,
     Qwen2Config,
+    Qwen2VLConfig,
     Qwen3Config,
+    Qwen3VLConfig,
 )
 
 from tests.checkpoints import model_class
@@ -54,6 +57,61 @@ LLAMA_3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
 }
+
+
+def qwen3_vl(
+    width: int, intermediate_size: int, tower: dict[str, Any], **top: Any
+) -> Qwen3VLConfig:
+    """Qwen3-VL with 36 layers and the tower's sizes, as published."""
+    rope = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
+    text = {
+        "model_type": "qwen3_vl_text",
+        "hidden_size": width,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rope_scaling": rope,
+        "rope_theta": 5000000,
+        "vocab_size": 151936,
+    }
+    vision = {"model_type": "qwen3_vl", "out_hidden_size": width, **tower}
+    return Qwen3VLConfig(text_config=text, vision_config=vision, **top)
+
+
+def qwen2_text(width: int, intermediate_size: int, layers: int, heads: int, kv: int) -> Any:
+    """The decoder of Qwen2-VL and Qwen2.5-VL; published configurations are flat."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "max_position_embeddings": 128000,
+        "max_window_layers": layers,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "rope_theta": 1000000.0,
+        "vocab_size": 151936,
+    }
+
+
+QWEN3_VL_SMALL = {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+QWEN3_VL_LARGE = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+QWEN25_VL_TOWER = {"hidden_size": 1280, "intermediate_size": 3420, "in_chans": 3}
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "LLaVA 1.6 with Mistral 7B": LlavaNextConfig(text_config=dict(MISTRAL)),
@@ -97,6 +155,23 @@ CONFIGS: dict[str, PretrainedConfig] = {
         num_hidden_layers=28,
         num_attention_heads=16,
         num_key_value_heads=8,
+        tie_word_embeddings=True,
+    ),
+    "Qwen3-VL 4B": qwen3_vl(2560, 9728, QWEN3_VL_SMALL, tie_word_embeddings=True),
+    "Qwen3-VL 8B": qwen3_vl(4096, 12288, QWEN3_VL_LARGE, tie_word_embeddings=False),
+    "Qwen2.5-VL 3B": Qwen2_5_VLConfig(
+        **qwen2_text(2048, 11008, 36, 16, 2),
+        vision_config=QWEN25_VL_TOWER | {"out_hidden_size": 2048},
+        tie_word_embeddings=True,
+    ),
+    "Qwen2.5-VL 7B": Qwen2_5_VLConfig(
+        **qwen2_text(3584, 18944, 28, 28, 4),
+        vision_config=QWEN25_VL_TOWER | {"out_hidden_size": 3584},
+        tie_word_embeddings=False,
+    ),
+    "Qwen2-VL 2B": Qwen2VLConfig(
+        **qwen2_text(1536, 8960, 28, 12, 2),
+        vision_config={"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "in_chans": 3},
         tie_word_embeddings=True,
     ),
 }

@@ -134,18 +134,6 @@ DECODERS: Mapping[str, Decoder] = {
 }
 """The decoders by Transformers' ``model_type``."""
 
-MROPE_DECODERS: Mapping[str, str] = {
-    "qwen2_vl_text": "qwen2",
-    "qwen2_5_vl_text": "qwen2",
-    "qwen3_vl_text": "qwen3",
-}
-"""Decoders that are one of :data:`DECODERS` but for positions on three axes, by ``model_type``."""
-
-
-def decoder_of(text: Any) -> Decoder:
-    """The decoder of a Transformers configuration, in either table."""
-    return DECODERS[MROPE_DECODERS.get(text.model_type, text.model_type)]
-
 
 def head_dim_of(text: Any) -> int:
     """Width of a head in a Transformers configuration."""
@@ -165,7 +153,7 @@ def decoder_mismatch(text: Any, name: str = "text_config.") -> str | None:
         text: the Transformers configuration of a decoder in either table.
         name: put before each property, for the reason.
     """
-    decoder = decoder_of(text)
+    decoder = DECODERS[text.model_type]
     return (
         width_mismatch(text, name)
         or _attention_mismatch(decoder, text, name)

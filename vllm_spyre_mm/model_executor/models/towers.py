@@ -12,9 +12,10 @@ from fms.utils.config import ModelConfig
 from torch import nn
 
 from vllm_spyre_mm.model_executor.cpu.bidirectional import BIDIRECTIONAL, hidden_states
-from vllm_spyre_mm.model_executor.models import clip_vision
+from vllm_spyre_mm.model_executor.models import clip_vision, qwen_vision
 from vllm_spyre_mm.model_executor.models.clip_vision import CLIPVision, CLIPVisionConfig
 from vllm_spyre_mm.model_executor.models.decoders import width_mismatch
+from vllm_spyre_mm.model_executor.models.qwen_vision import QwenVision
 
 
 def _siglip(config: SiglipVisionConfig) -> nn.Module:
@@ -149,6 +150,13 @@ TOWERS: Mapping[str, Tower] = {
     ),
 }
 """The towers by Transformers' ``model_type``."""
+
+QWEN_VISION = Encoder(
+    build=QwenVision,
+    adapter=qwen_vision.ARCHITECTURE,
+    blocks=(lambda tower: tower.blocks, "blocks."),
+)
+"""The towers of Qwen-VL, which make features themselves."""
 
 
 def tower_mismatch(vision: Any, layers: list[int]) -> str | None:

@@ -12,6 +12,7 @@ from vllm_spyre_mm.multimodal.mm_mappings.llava import Llava
 from vllm_spyre_mm.multimodal.mm_mappings.llava_next import LlavaNext
 from vllm_spyre_mm.multimodal.mm_mappings.mistral3 import Mistral3
 from vllm_spyre_mm.multimodal.mm_mappings.not_yet import NOT_YET
+from vllm_spyre_mm.multimodal.mm_mappings.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from vllm_spyre_mm.multimodal.mm_mappings.text import TextDecoder
 
 __all__ = [
@@ -27,6 +28,9 @@ MAPPINGS: tuple[type[MMUtils], ...] = (
     LlavaNext,
     Llava,
     Mistral3,
+    Qwen3VL,
+    Qwen25VL,
+    Qwen2VL,
     TextDecoder,
 )
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 VIDEO = "video, and images as frames of it"
 AUDIO = "audio"
 POOLING = "pooling: it gives embeddings, not text"
-POSITIONS = "positions in three dimensions, which no decoder of FMS has"
 
 MISTRAL_FORMAT = (
     "Mistral's own format (params.json): fetch config.json and model*.safetensors too, or convert "
@@ -16,10 +15,7 @@ MISTRAL_FORMAT = (
 NOT_YET: Mapping[str, str] = {
     "granite4_vision": "FMS has no model of it",
     "pixtral": MISTRAL_FORMAT,
-    "qwen2_vl": POSITIONS,
-    "qwen2_5_vl": POSITIONS,
-    "qwen3_vl": POSITIONS,
-    "qwen3_vl_moe": POSITIONS,
+    "qwen3_vl_moe": "a mixture of experts",
     "llava_next_video": VIDEO,
     "llava_onevision": VIDEO,
     "video_llava": VIDEO,

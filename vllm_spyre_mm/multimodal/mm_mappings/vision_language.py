@@ -17,12 +17,7 @@ from vllm_spyre_mm.model_executor.models.composition import (
     Composition,
     CompositionConfig,
 )
-from vllm_spyre_mm.model_executor.models.decoders import (
-    DECODERS,
-    decoder_mismatch,
-    decoder_of,
-    head_dim_of,
-)
+from vllm_spyre_mm.model_executor.models.decoders import DECODERS, decoder_mismatch, head_dim_of
 from vllm_spyre_mm.model_executor.models.towers import TOWERS, tower_mismatch
 from vllm_spyre_mm.model_executor.spec import FmsModel, KVCacheOptions, LMHead, LoadOverrides
 from vllm_spyre_mm.multimodal.mm_mappings.base import MMUtils, UnsupportedModelError
@@ -89,7 +84,7 @@ class DecoderMapping(MMUtils):
 
     def composition(self, for_card: bool) -> CompositionConfig:
         """The parts of the model; see :meth:`load_overrides` for ``for_card``."""
-        decoder, text = decoder_of(self.text_config), self.text_config
+        decoder, text = DECODERS[self.text_config.model_type], self.text_config
         own = head_dim_of(text)
         padded = self._card_head_dim(own) if for_card else own
         return CompositionConfig(
@@ -108,7 +103,7 @@ class DecoderMapping(MMUtils):
         Raises:
             UnsupportedModelError: the heads cannot be padded to it.
         """
-        pads = decoder_of(self.text_config).pads_heads
+        pads = DECODERS[self.text_config.model_type].pads_heads
         if own != CARD_HEAD_DIM and (not pads or CARD_HEAD_DIM % own):
             raise UnsupportedModelError(
                 f"heads of {own} cannot be padded to the {CARD_HEAD_DIM} that the card wants"

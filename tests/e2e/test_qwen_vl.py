@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen-VL in engines of its own: pictures and videos, tokens and embeddings of Transformers.
+
+Prompts in chunks that cut pictures, from a prefix cache that ends inside of one, preempted, and
+with features that are given back.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from vllm import LLM, RequestOutput, SamplingParams
+
+from tests import architectures, qwen_vl
+from tests.e2e.engines import engine, greedy, relative_error
+from tests.multimodal.mm_mappings.suite import picture
+from tests.reference import Reference
+from tests.videos import Video, video
+
+MAX_TOKENS = 12
+BOUND = 1e-4
+
+QUESTIONS = ("What is it?", "Where does it stand, and why?", "Say what you see.", "And now?")
+
+
+@dataclass(frozen=True)
+class QwenAsk:
+    """A request: its pictures and videos come before its question."""
+
+    question: str
+    images: tuple[Image.Image, ...] = ()
+    videos: tuple[Video, ...] = ()
+
+    @property
+    def text(self) -> str:
+        items = qwen_vl.IMAGE * len(self.images) + qwen_vl.VIDEO * len(self.videos)
+        return f"<|im_start|>user\n{items}{self.question}<|im_end|>\n<|im_start|>assistant\n"
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        if self.images:
+            data["image"] = list(self.images)
+        if self.videos:
+            data["video"] = [each.item for each in self.videos]
+        return {"prompt": self.text} | ({"multi_modal_data": data} if data else {})
+
+    def expected(self, reference: Reference) -> list[int]:
+        return reference.generate(self.text, self.images, MAX_TOKENS, self.videos)
+
+    def features(self, reference: Reference) -> torch.Tensor | None:
+        parts = []
+        if self.images:
+            parts.append(reference.features(self.text, self.images))
+        if self.videos:
+            text = QwenAsk(self.question, (), self.videos).text
+            parts.append(reference.video_features(text, self.videos))
+        return torch.cat(parts) if parts else None
+
+
+def asks() -> list[QwenAsk]:
+    """None, one and three pictures of several sizes, a video, and both."""
+    sizes = [(64, 64), (250, 40), (40, 250), (300, 200), (17, 23), (130, 90), (200, 201)]
+    pictures = [picture(*size) for size in sizes]
+    return [
+        *(QwenAsk(question) for question in QUESTIONS),
+        *(QwenAsk(QUESTIONS[i % len(QUESTIONS)], (image,)) for i, image in enumerate(pictures)),
+        QwenAsk("Which?", tuple(pictures[:3])),
+        QwenAsk("Which of them?", (pictures[3], pictures[0], pictures[3])),
+        QwenAsk("What happens?", (), (video(6, 80, 64),)),
+        # No longer than they are wide: where a video's last moment is beyond its last column,
+        # Transformers 5 lets the text behind it begin before that moment, the models do not.
+        QwenAsk("What happens then?", (), (video(3, 64, 90), video(8, 128, 64, fps=2.0))),
+        QwenAsk("Is it in both?", (pictures[5],), (video(4, 100, 60),)),
+    ]
+
+
+class Served:
+    """One of the family, with its reference.
+
+    Args:
+        path: where the checkpoint is written.
+        model_type: of the family.
+    """
+
+    def __init__(self, path: Path, model_type: str) -> None:
+        self.model_type = model_type
+        self.checkpoint = architectures.save_checkpoint(path, getattr(qwen_vl, model_type)())
+        self.reference = Reference(self.checkpoint)
+        self.asks = asks()
+        self.expected = [ask.expected(self.reference) for ask in self.asks]
+
+    def engine(self, **arguments: Any) -> Any:
+        """An engine whose chunks have two blocks; it takes embeddings."""
+        defaults: dict[str, Any] = {
+            "max_num_batched_tokens": 128,
+            "limit_mm_per_prompt": {"image": 4, "video": 2},
+            "enable_mm_embeds": True,
+        }
+        return engine(self.checkpoint, **defaults | arguments)
+
+
+def tokens(llm: LLM, asked: Sequence[QwenAsk]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in generate(llm, asked)]
+
+
+def generate(llm: LLM, asked: Sequence[QwenAsk]) -> list[RequestOutput]:
+    return llm.generate([ask.prompt for ask in asked], greedy(MAX_TOKENS), use_tqdm=False)
+
+
+@pytest.fixture(scope="module", params=qwen_vl.MODEL_TYPES)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Served(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def llm(served: Served) -> Iterator[LLM]:
+    with served.engine() as llm:
+        yield llm
+
+
+def test_the_expected_answers_vary(served: Served) -> None:
+    """Otherwise the comparisons below would prove little."""
+    assert len({tuple(each) for each in served.expected}) > len(served.expected) // 2
+    assert sum(len(set(each)) > MAX_TOKENS // 2 for each in served.expected) >= 4
+
+
+def test_prompts_are_those_of_transformers(served: Served, llm: LLM) -> None:
+    for ask, output in zip(served.asks, generate(llm, served.asks), strict=True):
+        inputs = served.reference.inputs(ask.text, ask.images, ask.videos)
+        assert output.prompt_token_ids == inputs["input_ids"][0].tolist(), ask.question
+
+
+def test_answers_are_those_of_transformers(served: Served, llm: LLM) -> None:
+    assert tokens(llm, served.asks) == served.expected
+
+
+def test_alone_and_from_a_prefix_cache_that_ends_inside_a_picture(served: Served, llm: LLM) -> None:
+    llm.reset_prefix_cache()
+    hits = 0
+    for ask, expected in zip(served.asks, served.expected, strict=True):
+        for _ in range(2):
+            (output,) = generate(llm, [ask])
+            assert list(output.outputs[0].token_ids) == expected, ask.question
+        prompt, end = output.prompt_token_ids, output.num_cached_tokens or 0
+        item_ids = {qwen_vl.token_id(f"<|{name}_pad|>") for name in ("image", "video")}
+        hits += end > 0 and prompt[end - 1] in item_ids and prompt[end] in item_ids
+    assert hits > 2
+
+
+def test_embeddings_are_those_of_transformers(served: Served, llm: LLM) -> None:
+    for ask, output in zip(served.asks, generate(llm, served.asks), strict=True):
+        embedding = output.outputs[0].mm_embedding
+        expected = ask.features(served.reference)
+        if expected is None:
+            assert embedding is None
+            continue
+        assert embedding.shape == expected.shape
+        depths = zip(embedding.split(256, dim=1), expected.split(256, dim=1), strict=True)
+        assert all(relative_error(ours, theirs) < BOUND for ours, theirs in depths)
+
+
+def test_several_answers_to_one_prompt(served: Served, llm: LLM) -> None:
+    ask, expected = served.asks[6], served.expected[6]
+    likeliest = SamplingParams(temperature=1.0, top_k=1, n=2, max_tokens=MAX_TOKENS)
+    (output,) = llm.generate([ask.prompt], likeliest, use_tqdm=False)
+    assert [list(each.token_ids) for each in output.outputs] == [expected, expected]
+
+
+def test_embeddings_are_taken_back(served: Served, llm: LLM) -> None:
+    number = next(i for i, ask in enumerate(served.asks) if len(ask.images) == 3)
+    ask = served.asks[number]
+    (output,) = generate(llm, [ask])
+    grids = served.reference.inputs(ask.text, ask.images)["image_grid_thw"]
+    given = {"image_embeds": output.outputs[0].mm_embedding, "image_grid_thw": grids}
+    llm.reset_prefix_cache()
+    prompt = {"prompt": ask.text, "multi_modal_data": {"image": given}}
+    (output,) = llm.generate([prompt], greedy(MAX_TOKENS), use_tqdm=False)
+    assert list(output.outputs[0].token_ids) == served.expected[number]
+
+
+def test_preempted_and_resumed(served: Served) -> None:
+    """Blocks for about half of the requests: some lose theirs while they decode."""
+    asked = [ask for ask in served.asks if ask.images or ask.videos] * 2
+    expected = [ask.expected(served.reference) for ask in asked]
+    with served.engine(
+        num_gpu_blocks_override=26, max_model_len=1024, enable_prefix_caching=False
+    ) as llm:
+        assert tokens(llm, asked) == expected
+
+
+def test_compiled_without_a_graph_for_each_size(served: Served) -> None:
+    with served.engine(enforce_eager=False) as llm:
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs > 0
+        assert tokens(llm, served.asks) == served.expected
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        assert not torch._dynamo.utils.counters["graph_break"]
