@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Mistral3Config, PretrainedConfig, Qwen3VLConfig, WhisperConfig
+from transformers import Mistral3Config, PretrainedConfig, Qwen3VLMoeConfig, WhisperConfig
 
 from tests import architectures
 from vllm_spyre_mm.cli import main
@@ -66,7 +66,7 @@ def test_a_model_that_is_served(
 
 
 REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
-    "Qwen3-VL": (Qwen3VLConfig(), "'qwen3_vl' is not supported.*not yet: positions in three"),
+    "experts": (Qwen3VLMoeConfig(), "'qwen3_vl_moe' is not supported.*not yet: a mixture"),
     "audio": (WhisperConfig(), "'whisper' is not supported.*not yet: audio"),
     "a window": (architectures.mistral(sliding_window=64), "sliding_window 64"),
     "quantised": (

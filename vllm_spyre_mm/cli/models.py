@@ -3,7 +3,7 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
@@ -32,11 +32,11 @@ def run(arguments: argparse.Namespace) -> int:
     from vllm_spyre_mm.multimodal.lookup import look_up
 
     try:
-        config, mapping = look_up(arguments.model)
+        _, mapping = look_up(arguments.model)
     except (OSError, ValueError) as error:
         print(f"{arguments.model}: {error}", file=sys.stderr)
         return 1
-    print("\n".join(_description(config, mapping)))
+    print("\n".join(_description(mapping)))
     return 0
 
 
@@ -63,7 +63,7 @@ def _listing() -> list[str]:
     return lines + [f"  {name:18} {why}" for name, why in NOT_YET.items()]
 
 
-def _description(config: Any, mapping: "MMUtils") -> list[str]:
+def _description(mapping: "MMUtils") -> list[str]:
     """Lines that describe the model as it would be built, and whether a card could run it."""
     import torch
 
@@ -76,12 +76,8 @@ def _description(config: Any, mapping: "MMUtils") -> list[str]:
         f"  decoder   {text.model_type}, {options.num_layers} layers, "
         f"{options.num_kv_heads} KV heads of {options.head_dim}",
     ]
-    if mapping.image_token_id is not None:
-        vision, built = config.vision_config, mapping.load_overrides().config.vision_config
-        lines.append(
-            f"  vision    {vision.model_type}, {built.nlayers} of {vision.num_hidden_layers} "
-            f"layers, images of {vision.image_size} in patches of {vision.patch_size}"
-        )
+    if mapping.encoder_summary is not None:
+        lines.append(f"  vision    {mapping.encoder_summary}")
     token_bytes = options.token_bytes(torch.bfloat16)
     lines.append(f"  KV cache  {token_bytes / 1024:g} KiB a token in bfloat16")
     try:

@@ -62,6 +62,11 @@ class MMUtils(ABC):
         return None
 
     @property
+    def encoder_summary(self) -> str | None:
+        """The vision encoder as it is built, in a few words; None without an encoder."""
+        return None
+
+    @property
     @abstractmethod
     def image_token_id(self) -> int | None:
         """Token id that stands for one image feature in a prompt; None if the model takes none."""

@@ -76,6 +76,14 @@ class QwenVL(DecoderMapping):
         return qwen_vision_config(self.hf_config.vision_config).head_dim
 
     @property
+    def encoder_summary(self) -> str:
+        vision = self.hf_config.vision_config
+        return (
+            f"{vision.model_type}, {vision.depth} layers, pictures and videos of any size in "
+            f"patches of {vision.patch_size}"
+        )
+
+    @property
     def image_token_id(self) -> int:
         return self.hf_config.image_token_id
 

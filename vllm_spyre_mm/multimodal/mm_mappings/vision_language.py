@@ -129,6 +129,14 @@ class VisionLanguageMapping(DecoderMapping):
     """A composition with a vision tower."""
 
     @property
+    def encoder_summary(self) -> str:
+        vision = self.hf_config.vision_config
+        return (
+            f"{vision.model_type}, {max(self.feature_layers)} of {vision.num_hidden_layers} "
+            f"layers, images of {vision.image_size} in patches of {vision.patch_size}"
+        )
+
+    @property
     def image_token_id(self) -> int:
         return self.hf_config.image_token_index
 
