@@ -12,6 +12,7 @@ HEAD = 128
 DYNAMIC: dict[str, dict[str, tuple[int, ...]]] = {
     "chunk": {
         "embeds": (1,),
+        "deepstack": (1,),
         "position_ids": (1,),
         "slot_mapping": (1,),
         "block_table": (1,),
@@ -32,6 +33,7 @@ DYNAMIC: dict[str, dict[str, tuple[int, ...]]] = {
 """Dimensions of each input that are symbols of the graph; all others are constants.
 
 S ``v1/worker/spyre_model_runner.py:1101-1478``, A ``utils/paged.py``: the same marks in both.
+Nothing public has levels of deepstack: they are held to be marked as the embeddings are.
 """
 
 
@@ -69,12 +71,14 @@ def faults_of_graph(symbolic: Mapping[str, Any], options: Mapping[str, Any] | No
 def _faults_of_marks(symbolic: Mapping[str, Any]) -> Iterator[str]:
     kind = "decode" if is_decode(symbolic) else "chunk"
     inputs = inputs_of(symbolic)
+    if kind == "decode" and "deepstack" in inputs:
+        yield "a decode has levels of deepstack: it has no features"
     for name, expected in DYNAMIC[kind].items():
         for tensor in inputs.get(name, []):
             found = tuple(i for i, size in enumerate(tensor.shape) if not isinstance(size, int))
             if found != expected:
                 yield f"{name} of a {kind} varies in dimensions {found}, not {expected}"
-    for name in set(DYNAMIC[kind]) - set(inputs):
+    for name in set(DYNAMIC[kind]) - set(inputs) - {"deepstack"}:  # few models have levels
         yield f"a {kind} has no {name}"
     # A constant: S v1/worker/spyre_model_runner.py:2016, PR#464.
     if any("last_n_tokens" in name for name in symbolic):
