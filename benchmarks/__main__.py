@@ -26,6 +26,7 @@ from benchmarks.machine import this_machine  # noqa: E402
 from benchmarks.measure import Row  # noqa: E402
 from benchmarks.others import others_rows  # noqa: E402
 from benchmarks.plots import write_plots  # noqa: E402
+from benchmarks.qwen_encoder import qwen_encoder_rows  # noqa: E402
 from benchmarks.report import write_markdown  # noqa: E402
 from benchmarks.results import Part, read_results, replace_parts, write_results  # noqa: E402
 from benchmarks.serving import again_row, embedding_row, evicted_rows, serving_rows  # noqa: E402
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 PARTS = (
-    *("attention", "kernels", "encoder", "decode", "host-work"),
+    *("attention", "kernels", "encoder", "qwen-encoder", "decode", "host-work"),
     *("serving", "others", "start", "bulk"),
 )
 """What the benchmark consists of, in the order in which it is measured."""
@@ -117,6 +118,7 @@ def _parts(arguments: argparse.Namespace) -> dict[str, Callable[[], Iterable[Row
         "attention": lambda: attention_rows(quick),
         "kernels": lambda: kernel_rows(vllm_cpu, quick),
         "encoder": lambda: encoder_rows(tower(), quick),
+        "qwen-encoder": lambda: qwen_encoder_rows(quick),
         "decode": lambda: decode_rows(small(), quick),
         "host-work": lambda: host_work_rows(small(), quick),
         "serving": serving,

@@ -82,6 +82,17 @@ def test_bf16_is_as_near_as_transformers(model_type: str):
         assert error(features, expected, width) < 1.5 * error(theirs, expected, width)
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_widths_need_not_fill_tiles(model_type: str):
+    width = "embed_dim" if model_type == "qwen2_vl" else "hidden_size"
+    vision = vision_config(model_type, **{width: 40, "num_heads": 2})
+    reference = random_reference(model_type, vision)
+    pixels = random_pixels(GRIDS, vision)
+    expected = reference_features(reference, pixels, GRIDS)
+    tower = compiled(same_tower(reference, vision).bfloat16())
+    assert error(tower(pixels, GRIDS), expected, tower.config.out_hidden_size) < 4e-2
+
+
 def made_so_far() -> dict[str, Any]:
     """What the compilers have made."""
     return {

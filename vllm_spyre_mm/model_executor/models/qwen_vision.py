@@ -122,8 +122,8 @@ class PatchMerger(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(1, patches, hidden_size)`` to ``(features, out_hidden_size)``."""
-        normed = self.norm(x.view(-1, self.norm_width))
-        return self.w2(self.a(self.w1(normed.view(-1, self.width))))
+        normed = self.norm(x.reshape(-1, self.norm_width))
+        return self.w2(self.a(self.w1(normed.reshape(-1, self.width))))
 
 
 class QwenVision(nn.Module):
@@ -171,9 +171,10 @@ class QwenVision(nn.Module):
     def _encode(self, pixel_values: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         config = self.config
         order = layout.square_order() if config.window else None
-        x = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
+        pixels = pixel_values.to(self.patch_embed.weight.dtype)
         if order is not None:
-            x = x.unflatten(0, (-1, config.spatial_merge_size**2))[order].flatten(0, 1)
+            pixels = pixels.reshape(len(order), -1).index_select(0, order).view(pixels.shape)
+        x = self.patch_embed(pixels)
         if self.pos_embed is not None:
             x += layout.learnt_positions(self.pos_embed.weight).to(x.dtype)
         x, rope_table = x.unsqueeze(0), layout.rope_table()
@@ -185,11 +186,7 @@ class QwenVision(nn.Module):
             if i in config.deepstack_layers:
                 levels.append(self.deepstack_mergers[len(levels)](x))
         features = torch.cat([self.merger(x), *levels], dim=-1)
-        return (
-            features
-            if order is None
-            else torch.empty_like(features).index_copy_(0, order, features)
-        )
+        return features if order is None else features.index_select(0, order.argsort())
 
 
 # -- serialisation --------------------------------------------------------------------------------

@@ -121,9 +121,12 @@ class BatchLayout:
         cells = grid.float().view(side, side, -1)
         positions = {}
         for (height, width), layout in self.layouts.items():
-            rows = _interpolate(cells, height)
-            columns = _interpolate(rows.transpose(0, 1), width)
-            positions[height, width] = columns[layout.columns, layout.rows]
+            rows, columns = (_neighbours(length, side) for length in (height, width))
+            low, high, weights = rows
+            cells_of_rows = torch.lerp(cells[low], cells[high], weights[:, None, None])
+            low, high, weights = columns
+            whole = torch.lerp(cells_of_rows[:, low], cells_of_rows[:, high], weights[:, None])
+            positions[height, width] = whole[layout.rows, layout.columns]
         return torch.cat([positions[size] for size in self.sizes])
 
 
@@ -145,10 +148,8 @@ def _bounds(lengths: torch.Tensor) -> torch.Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
 
 
-def _interpolate(cells: torch.Tensor, length: int) -> torch.Tensor:
-    """Interpolate the first dimension linearly: ``(side, ...)`` to ``(length, ...)``."""
-    last = len(cells) - 1
-    at = torch.arange(length).float() * last / max(length - 1, 1)
-    low = at.long()
-    high = (low + 1).clamp(max=last)
-    return torch.lerp(cells[low], cells[high], (at - low).view(-1, 1, 1))
+def _neighbours(length: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The two cells of a side beside each of ``length`` places, and the weight of the second."""
+    places = torch.arange(length).float() * (side - 1) / max(length - 1, 1)
+    low = places.long()
+    return low, (low + 1).clamp(max=side - 1), places - low
