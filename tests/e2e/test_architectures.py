@@ -125,7 +125,7 @@ def test_pictures_smaller_than_a_tile_and_of_extreme_shapes(served: Served) -> N
             expected = served.reference_tokens(ask)
         except ValueError:  # Pixtral's processor scales the short side to nothing
             assert max(size) > 90 * min(size)
-            with pytest.raises(ValueError, match="Failed to apply PixtralProcessor"):
+            with pytest.raises(ValueError, match="cannot be processed as"):
                 served.ask([ask])
             continue
         (output,) = served.ask([ask])

@@ -92,9 +92,9 @@ def test_a_class_that_inherits_its_processor_gets_one_of_its_own(model_config: M
 def test_the_images_of_a_prompt_are_parsed_by_kind(processor: Any) -> None:
     items = processor.info.parse_mm_data({"image": [rows(processor), PICTURE, rows(processor, 2)]})
     images = items["image"]
-    assert isinstance(images.pictures, ImageProcessorItems)
+    assert isinstance(images.media, ImageProcessorItems)
     assert isinstance(images.embeddings, ImageEmbeddingItems)
-    assert (len(images), len(images.pictures), len(images.embeddings)) == (3, 1, 2)
+    assert (len(images), len(images.media), len(images.embeddings)) == (3, 1, 2)
     assert torch.equal(images[2], rows(processor, 2))
     with pytest.raises(ValueError, match="hidden dimension"):
         processor.info.parse_mm_data({"image": [PICTURE, rows(processor)[:, :5]]})

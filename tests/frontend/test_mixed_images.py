@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vllm_spyre_mm.frontend.mixed_images import Mixture, mixture_of
+from vllm_spyre_mm.frontend.mixed_images import Mixture, are_embeddings, mixture_of
 
 PICTURE = Image.new("RGB", (6, 4))
 ROWS = torch.ones(3, 8)
@@ -19,6 +19,9 @@ ROWS = torch.ones(3, 8)
         ([PICTURE, ROWS], (False, True)),
         ([ROWS, torch.ones(3, 4, 6)], (True, False)),
         ((None, ROWS, PICTURE), (False, True, False)),
+        ([{"image_embeds": ROWS}, PICTURE], (True, False)),
+        ([{"image_embeds": ROWS}, {"image_embeds": ROWS}], None),
+        ({"image_embeds": ROWS}, None),
         ([PICTURE, PICTURE], None),
         ([ROWS, ROWS], None),
         (ROWS[None], None),
@@ -29,6 +32,22 @@ ROWS = torch.ones(3, 8)
 def test_a_matrix_among_others_is_an_embedding(images: Any, expected: Any) -> None:
     mixture = mixture_of(images)
     assert (mixture and mixture.is_embedding) == expected
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ({"image_embeds": ROWS}, True),
+        ([{"image_embeds": ROWS}, ROWS], True),
+        (ROWS[None], True),
+        ([ROWS, PICTURE], False),
+        ([], False),
+        (PICTURE, False),
+        (None, False),
+    ],
+)
+def test_items_that_are_all_embeddings(items: Any, expected: bool) -> None:
+    assert are_embeddings(items) is expected
 
 
 def test_values_go_back_to_where_they_were() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from vllm_spyre_mm.frontend.image_processor import ImageProcessingInfo, ImageProcessor
-from vllm_spyre_mm.frontend.mixed_images import MixedImageItems
+from vllm_spyre_mm.frontend.mixed_images import MixedItems
 from vllm_spyre_mm.frontend.renderer import ImageRenderer
 from vllm_spyre_mm.platform import SpyrePlatform
 from vllm_spyre_mm.scheduler.request_queue import AlternatingQueue
@@ -21,6 +21,7 @@ from vllm_spyre_mm.vllm_fixes.media_connector import (
     CheckedMediaConnector,
 )
 from vllm_spyre_mm.vllm_fixes.sender_cache import SenderCache
+from vllm_spyre_mm.vllm_fixes.video_media import CheckedVideoMediaIO
 from vllm_spyre_mm.worker.sampler import HostSampler
 from vllm_spyre_mm.worker.worker import SpyreWorker
 
@@ -28,11 +29,12 @@ SUBCLASSES = (
     CheckedEmbeddingMediaIO,
     CheckedImageMediaIO,
     CheckedMediaConnector,
+    CheckedVideoMediaIO,
     HostSampler,
     ImageProcessingInfo,
     ImageProcessor,
     ImageRenderer,
-    MixedImageItems,
+    MixedItems,
     SenderCache,
     SpyrePlatform,
     SpyreScheduler,

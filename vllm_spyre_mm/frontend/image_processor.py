@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The platform's part in how vLLM processes the images of a prompt.
+"""The platform's part in how vLLM processes the images and videos of a prompt.
 
 For the class of the model that is served a processor is registered once more: vLLM's own, and its
 processing information, with the classes below in front of theirs.
 
-Leans on: ``BaseProcessingInfo.parse_mm_data`` gets the images of every prompt as the client gave
-them; ``BaseMultiModalProcessor.apply`` gets them parsed, ``_cached_apply_hf_processor`` makes lists
-with an entry for each of them, and ``_matched_updates_from_result`` gets, for each, the tag that
-was found, or None (where vLLM would fail an assertion that does not say what is wrong). The class
-of a model has its factories as ``_processor_factory``. An exception from any of these fails that
-request alone (HTTP 400).
+Leans on: ``BaseProcessingInfo.parse_mm_data`` gets the items of every prompt as the client gave
+them, and its ``data_parser`` says how it takes embeddings and videos;
+``BaseMultiModalProcessor.apply`` gets them parsed, ``_cached_apply_hf_processor`` makes lists with
+an entry for each of them, and ``_matched_updates_from_result`` gets, for each, the tag that was
+found, or None (where vLLM would fail an assertion that does not say what is wrong). The class of a
+model has its factories as ``_processor_factory``. An exception from any of these fails that request
+alone (HTTP 400).
 """
 
 import dataclasses
@@ -21,14 +22,25 @@ from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, Mult
 from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo
 from vllm.multimodal.processing.processor import MultiModalProcessingResult
 
+from vllm_spyre_mm.frontend.grid_embeddings import grid_form
 from vllm_spyre_mm.frontend.image_validation import (
+    processing_error,
     validate_image_embeddings,
     validate_images,
-    validate_mixture,
+    validate_length,
     validate_tags,
+    validate_takes_embeddings,
 )
 from vllm_spyre_mm.frontend.mixed_chat import unwrapped
-from vllm_spyre_mm.frontend.mixed_images import MixedImageItems, Mixture, mixture_of
+from vllm_spyre_mm.frontend.mixed_images import (
+    MixedItems,
+    Mixture,
+    are_embeddings,
+    by_kind,
+    mixture_of,
+)
+from vllm_spyre_mm.frontend.videos import prepare_videos
+from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 from vllm_spyre_mm.upstream.contract import require_attributes, require_methods
 from vllm_spyre_mm.upstream.marks import is_extended, mark
 from vllm_spyre_mm.vllm_fixes import array_pictures
@@ -38,87 +50,128 @@ if TYPE_CHECKING:
 
 
 class ImageProcessingInfo(BaseProcessingInfo):
-    """Prepares the images of a prompt, and tells pictures from embeddings."""
+    """Prepares the images and videos of a prompt, and tells them from embeddings."""
+
+    def _get_expected_hidden_size(self) -> int | None:
+        width = super()._get_expected_hidden_size()
+        return None if width is None else feature_width(self)
 
     def parse_mm_data(self, mm_data: Any, *, validate: bool = True) -> MultiModalDataItems:
-        """vLLM's items of the images of a prompt.
+        """vLLM's items of the images and videos of a prompt.
 
         Raises:
-            ValueError: one is damaged, or there are too many.
+            ValueError: one is damaged, or is no such thing, or there are too many.
         """
-        images = mm_data.get("image")
-        if isinstance(images, list):
-            mm_data = {**mm_data, "image": [unwrapped(image) for image in images]}
-        if array_pictures.FAULT.applies() and mm_data.get("image") is not None:
-            mm_data = {**mm_data, "image": array_pictures.prepare_pictures(mm_data["image"])}
-        mixture = mixture_of(mm_data.get("image"))
-        if mixture is None:
-            return super().parse_mm_data(mm_data, validate=validate)
-        validate_mixture(self.ctx.get_mm_config())
+        prepared = {name: self._prepared(name, data) for name, data in mm_data.items()}
+        mixtures = {
+            name: mixture
+            for name, data in prepared.items()
+            if (mixture := mixture_of(data)) is not None
+        }
+        if mixtures:
+            validate_takes_embeddings(self.ctx.get_mm_config(), next(iter(mixtures)))
+        media, embeddings = dict(prepared), {}
+        for name, mixture in mixtures.items():
+            media[name] = mixture.select(prepared[name], embeddings=False)
+            embeddings[name] = mixture.select(prepared[name], embeddings=True)
         items, others = (
-            super(ImageProcessingInfo, self).parse_mm_data(each, validate=validate)
-            for each in (
-                {**mm_data, "image": mixture.select(mm_data["image"], embeddings=False)},
-                {"image": mixture.select(mm_data["image"], embeddings=True)},
+            super(ImageProcessingInfo, self).parse_mm_data(
+                {
+                    name: self._in_vllms_form(name, data, mixtures.get(name))
+                    for name, data in given.items()
+                },
+                validate=validate,
             )
+            for given in (media, embeddings)
         )
-        items["image"] = MixedImageItems(mixture, items["image"], others["image"])
-        if validate:
-            self.validate_num_items("image", len(mixture.is_embedding))
+        for name, mixture in mixtures.items():
+            items[name] = MixedItems(mixture, items[name], others[name])
+            if validate:
+                self.validate_num_items(name, len(mixture.is_embedding))
         return items
+
+    def _prepared(self, modality: str, data: Any) -> Any:
+        """The items of a modality, loaded embeddings and pixels in their usual form."""
+        if isinstance(data, list):
+            data = [unwrapped(item) for item in data]
+        if modality == "image" and data is not None and array_pictures.FAULT.applies():
+            return array_pictures.prepare_pictures(data)
+        if modality == "video":
+            return prepare_videos(data, needs_metadata=self.data_parser.video_needs_metadata)
+        return data
+
+    def _in_vllms_form(self, modality: str, data: Any, mixture: Mixture | None) -> Any:
+        """Embeddings that come with a grid as one object, checked; other items as they are."""
+        form = grid_form(modality, self, width=feature_width(self))
+        if form is None or not are_embeddings(data):
+            return data
+        validate_takes_embeddings(self.ctx.get_mm_config(), modality)
+        return form.checked(data, None if mixture is None else mixture.indices(embeddings=True))
 
 
 class ImageProcessor(BaseMultiModalProcessor[BaseProcessingInfo]):
-    """Checks the images of a prompt, and processes mixed ones kind by kind."""
+    """Checks the images and videos of a prompt, and processes mixed ones kind by kind."""
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """Process a prompt with its images.
+        """Process a prompt with its images and videos.
 
         Raises:
-            VLLMValidationError: says which image cannot be used, and why.
+            VLLMValidationError: says which cannot be used, and why.
         """
-        images = inputs.mm_data_items.get("image")
-        if isinstance(images, MixedImageItems):
-            mixture = images.mixture
-            self._check(images.pictures, mixture.indices(embeddings=False))
-            self._check(images.embeddings, mixture.indices(embeddings=True))
-        else:
-            self._check(images)
-        return super().apply(inputs, timing_ctx)
+        for items in inputs.mm_data_items.values():
+            if isinstance(items, MixedItems):
+                self._check(items.media, items.mixture.indices(embeddings=False))
+                self._check(items.embeddings, items.mixture.indices(embeddings=True))
+            else:
+                self._check(items)
+        with processing_error():
+            processed = super().apply(inputs, timing_ctx)
+        max_model_len = self.info.ctx.model_config.max_model_len
+        validate_length(processed["mm_placeholders"].get("video", ()), max_model_len)
+        return processed
 
     def _check(self, items: Any, indices: list[int] | None = None) -> None:
-        """Check images of one kind, which stand at ``indices`` of the prompt, or are all of it."""
+        """Check items of one kind, which stand at ``indices`` of the prompt, or are all of it."""
         if isinstance(items, ImageProcessorItems):
             validate_images(items.get_all(), indices)
         elif isinstance(items, ImageEmbeddingItems):
-            hidden_size = self.info.ctx.model_config.get_hidden_size()
-            validate_image_embeddings(items.get_all(), hidden_size, indices)
+            validate_image_embeddings(items.get_all(), feature_width(self.info), indices)
 
     def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
-        images = inputs.mm_data_items.get("image")
-        if not isinstance(images, MixedImageItems):
+        """Process media and embeddings each by themselves where a prompt has both.
+
+        vLLM would cache neither, and count the embeddings among the media.
+        """
+        media, embeddings = by_kind(inputs.mm_data_items)
+        if not media or not embeddings:
             return super()._cached_apply_hf_processor(inputs, timing_ctx)
-        mixture = images.mixture
-        pictures, embeddings = (
+        results = [
             super(ImageProcessor, self)._cached_apply_hf_processor(
-                _select(inputs, mixture, embeddings=embeddings), timing_ctx
+                _restricted(inputs, items, embeddings=of_embeddings), timing_ctx
             )
-            for embeddings in (False, True)
-        )
-
-        def merged(name: str) -> Any:
-            both = (getattr(result, name)["image"] for result in (pictures, embeddings))
-            return mixture.merge(*both)
-
-        updates = [
-            [self._recompute_cached_prompt_update(update, index) for update in of_image]
-            for index, of_image in enumerate(merged("prompt_updates"))
+            for items, of_embeddings in ((media, False), (embeddings, True))
         ]
+
+        def merged(name: str) -> dict[str, Any]:
+            of_media, of_embeddings = (getattr(result, name) for result in results)
+            return {
+                modality: items.mixture.merge(of_media[modality], of_embeddings[modality])
+                if isinstance(items, MixedItems)
+                else (of_media if modality in media else of_embeddings)[modality]
+                for modality, items in inputs.mm_data_items.items()
+            }
+
         return MultiModalProcessingResult(
-            prompt_ids=pictures.prompt_ids,
-            kwargs=type(pictures.kwargs)({"image": merged("kwargs")}),
-            hashes={"image": merged("hashes")},
-            prompt_updates={"image": updates},
+            prompt_ids=results[0].prompt_ids,
+            kwargs=type(results[0].kwargs)(merged("kwargs")),
+            hashes=merged("hashes"),
+            prompt_updates={
+                modality: [
+                    [self._recompute_cached_prompt_update(update, index) for update in of_item]
+                    for index, of_item in enumerate(updates)
+                ]
+                for modality, updates in merged("prompt_updates").items()
+            },
         )
 
     def _matched_updates_from_result(self, mm_prompt_updates: Any, match_result: Any) -> Any:
@@ -127,19 +180,21 @@ class ImageProcessor(BaseMultiModalProcessor[BaseProcessingInfo]):
         return super()._matched_updates_from_result(mm_prompt_updates, match_result)
 
 
-def _select(inputs: Any, mixture: Mixture, *, embeddings: bool) -> Any:
-    """The inputs of vLLM's processor with the images of one kind alone."""
-    items = inputs.mm_data_items["image"]
-    uuids = dict(inputs.mm_uuid_items or {})
-    if "image" in uuids:
-        uuids["image"] = mixture.select(uuids["image"], embeddings=embeddings)
-    return dataclasses.replace(
-        inputs,
-        mm_data_items=type(inputs.mm_data_items)(
-            {"image": items.embeddings if embeddings else items.pictures}
-        ),
-        mm_uuid_items=uuids,
-    )
+def feature_width(info: BaseProcessingInfo) -> int:
+    """Elements of a feature of the model, its levels included."""
+    return get_mm_mapping(info.ctx.model_config.hf_config).feature_width
+
+
+def _restricted(inputs: Any, items: MultiModalDataItems, *, embeddings: bool) -> Any:
+    """The inputs of vLLM's processor with the items of one kind alone."""
+    uuids = {
+        modality: all_items.mixture.select(given, embeddings=embeddings)
+        if isinstance(all_items := inputs.mm_data_items[modality], MixedItems)
+        else given
+        for modality, given in (inputs.mm_uuid_items or {}).items()
+        if modality in items
+    }
+    return dataclasses.replace(inputs, mm_data_items=items, mm_uuid_items=uuids)
 
 
 # -- registration ---------------------------------------------------------------------------------

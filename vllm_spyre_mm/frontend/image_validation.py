@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refuses images that cannot be used, with a sentence, before they are processed."""
 
+import contextlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from vllm_spyre_mm.multimodal.feature_check import fault_of_embedding
 
 if TYPE_CHECKING:
     from vllm.config import MultiModalConfig
+    from vllm.multimodal.inputs import PlaceholderRange
 
 
 def validate_images(images: Iterable[object], indices: Iterable[int] | None = None) -> None:
@@ -43,8 +45,12 @@ def validate_images(images: Iterable[object], indices: Iterable[int] | None = No
             )
 
 
-def validate_mixture(multimodal: "MultiModalConfig") -> None:
-    """Refuse embeddings among pictures where the engine takes none; vLLM checks embeddings alone.
+def validate_takes_embeddings(multimodal: "MultiModalConfig", modality: str) -> None:
+    """Refuse embeddings where the engine takes none; vLLM checks tensors that are alone.
+
+    Args:
+        multimodal: of the engine.
+        modality: vLLM's name of what is given so.
 
     Raises:
         VLLMValidationError: says what to start the engine with.
@@ -53,9 +59,9 @@ def validate_mixture(multimodal: "MultiModalConfig") -> None:
 
     if not multimodal.enable_mm_embeds:
         raise VLLMValidationError(
-            "an image of the prompt is given as an embedding: start the engine with "
+            f"an item of the prompt ({modality}) is given as an embedding: start the engine with "
             "enable_mm_embeds=True or --enable-mm-embeds",
-            parameter="image",
+            parameter=modality,
         )
 
 
@@ -103,3 +109,46 @@ def validate_tags(modality: str, num_items: int, num_tags: int) -> None:
             "tag into the prompt for each",
             parameter=modality,
         )
+
+
+def validate_length(videos: "Sequence[PlaceholderRange]", max_model_len: int) -> None:
+    """Refuse a video that alone is longer than a prompt may be, and say what makes it shorter.
+
+    Args:
+        videos: their places in the prompt, in its order.
+        max_model_len: of the engine, in tokens.
+
+    Raises:
+        VLLMValidationError: names both numbers.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    for index, place in enumerate(videos):
+        if place.length > max_model_len:
+            raise VLLMValidationError(
+                f"video {index} of the prompt takes {place.length} tokens, and max_model_len is "
+                f"{max_model_len}: choose fewer frames (fps or max_frames in media_io_kwargs) or "
+                "smaller ones (max_pixels in mm_processor_kwargs)",
+                parameter="video",
+            )
+
+
+@contextlib.contextmanager
+def processing_error() -> Iterator[None]:
+    """Says what a processor of Transformers found wrong, which vLLM only chains.
+
+    Raises:
+        VLLMValidationError: in place of vLLM's ValueError, which prints the pixels.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        yield
+    except ValueError as error:
+        if error.__cause__ is None or not str(error).startswith("Failed to apply "):
+            raise
+        raise VLLMValidationError(
+            "the images or videos of the prompt cannot be processed as mm_processor_kwargs say: "
+            f"{type(error.__cause__).__name__}: {error.__cause__}",
+            parameter="mm_processor_kwargs",
+        ) from error
