@@ -17,6 +17,7 @@ GROUPS = {
     },
     "tests/e2e/test_aborts.py": "soaked",
     "tests/e2e/test_soak.py": "soaked",
+    "tests/e2e/test_clients.py": "server",
     "tests/e2e/test_hostile.py": "server",
     "tests/e2e/test_server.py": "server",
 }
