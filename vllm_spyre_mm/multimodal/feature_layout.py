@@ -9,24 +9,32 @@ class FeatureGrid(msgspec.Struct, frozen=True):
     """A regular grid of features over an image.
 
     The feature at a row and column of the grid is row ``start + row * stride + column`` of the
-    image's features.
+    image's features. In a grid of tiles that formula holds within each tile, and the tiles follow
+    one another row by row, ``tile * tile`` features each.
 
     Attributes:
         start: index of its top left feature.
         rows: number of rows, from top to bottom.
         columns: number of columns, from left to right.
-        stride: distance of the grid's rows, in features.
+        stride: distance of the grid's rows, or of a tile's, in features.
+        tile: features on the side of a tile, which divides rows and columns; None for a grid whose
+            features are not kept tile by tile.
     """
 
     start: int
     rows: int
     columns: int
     stride: int
+    tile: int | None = None
 
     def indices(self) -> torch.Tensor:
         """int64 ``(rows, columns)``: rows of the image's features."""
-        down = torch.arange(self.rows).unsqueeze(1) * self.stride
-        return self.start + down + torch.arange(self.columns)
+        down, right = torch.arange(self.rows).unsqueeze(1), torch.arange(self.columns)
+        if self.tile is None:
+            return self.start + down * self.stride + right
+        side = self.tile
+        tiles = down // side * (self.columns // side) + right // side
+        return self.start + tiles * side**2 + down % side * self.stride + right % side
 
 
 class FeatureLayout(msgspec.Struct, frozen=True):
@@ -44,9 +52,9 @@ class FeatureLayout(msgspec.Struct, frozen=True):
     fine: FeatureGrid | None = None
 
     def places(self) -> torch.Tensor:
-        """Indices (int64) of the features that stand for a place of the picture, in order."""
+        """Indices (int64) of the features that stand for a place of the picture, ascending."""
         grids = [self.base] if self.fine is None else [self.base, self.fine]
-        return torch.cat([grid.indices().flatten() for grid in grids])
+        return torch.cat([grid.indices().flatten() for grid in grids]).sort().values
 
     def newlines(self) -> list[int]:
         """Indices of the newline features: learnt features that end a row of tiles."""
