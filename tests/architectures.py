@@ -31,7 +31,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tests import qwen_vl
+from tests import idefics3, qwen_vl
 from tests.checkpoints import Layout, save_random_checkpoint, with_changes
 from vllm_spyre_mm.demo import checkpoint_path
 
@@ -208,6 +208,8 @@ def save_processor(path: Path, config: PretrainedConfig) -> None:
             LlavaNextProcessor(image_processor, tokenizer, **texts).save_pretrained(path)
     elif config.model_type in qwen_vl.MODEL_TYPES:
         qwen_vl.save_qwen_processor(path, config)
+    elif config.model_type in idefics3.MODEL_TYPES:
+        idefics3.save_processor(path, config, tokenizer)
     else:
         tokenizer.save_pretrained(path)
 

@@ -116,6 +116,8 @@ def rename_tensors(path: Path, layout: Layout) -> None:
     is_pixtral = "vision_tower.patch_conv.weight" in stored
 
     def renamed(name: str) -> str:
+        if name.startswith(("model.connector.", "model.text_model.", "model.vision_model.")):
+            return name  # Idefics 3's have not changed
         if name.startswith("vision_tower.") and not is_pixtral:
             name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
         if layout == "transformers4":

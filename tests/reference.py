@@ -155,7 +155,7 @@ class Reference:
 
         def make() -> torch.Tensor:
             inputs = self.inputs(prompt, images)
-            names = ("pixel_values", "image_sizes", "image_grid_thw")
+            names = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
             given = {name: inputs[name] for name in names if name in inputs}
             return _all_depths(self.model.get_image_features(**given))
 

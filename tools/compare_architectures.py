@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from tests import architectures
+from tests import architectures, idefics3
 from tests.checkpoints import with_changes
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy, relative_error
@@ -54,7 +54,7 @@ GRANITE_VISION = architectures.llava_next(
 
 def larger(config: PretrainedConfig) -> PretrainedConfig:
     """The same architecture with a decoder of 80 M parameters and a tower of 25 M."""
-    if config.model_type not in ("llava", "llava_next", "mistral3"):
+    if config.model_type not in ("llava", "llava_next", "mistral3", *idefics3.MODEL_TYPES):
         layers = {"layer_types": ["full_attention"] * TEXT["num_hidden_layers"]}
         return with_changes(config, TEXT | (layers if hasattr(config, "layer_types") else {}))
     side = 448 if config.model_type == "mistral3" else 224

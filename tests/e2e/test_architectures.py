@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 from vllm import LLM, RequestOutput
 
-from tests import architectures
+from tests import architectures, idefics3
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy, relative_error
 from tests.multimodal.mm_mappings.suite import picture
@@ -29,6 +29,8 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "LLaVA 1.5, CLIP, Llama": architectures.llava(architectures.llama()),
     "Mistral 3, Mistral": architectures.mistral3(architectures.mistral()),
     "Mistral 3, Ministral 3": architectures.mistral3(architectures.ministral3()),
+    "Idefics 3, Llama": idefics3.idefics3(architectures.llama()),
+    "SmolVLM, Llama": idefics3.smolvlm(architectures.llama()),
     "Granite": architectures.granite(),
     "Llama": architectures.llama(),
     "Qwen 2": architectures.qwen2(),
@@ -142,9 +144,11 @@ def test_as_many_pictures_as_a_request_may_have(served: Served) -> None:
     assert relative_error(embedding, served.reference.features(ask.text, list(ask.images))) < BOUND
 
 
-def test_the_warmups_graphs_serve_pictures_of_every_size(tmp_path: Path) -> None:
-    """Mistral 3, whose pictures differ the most: one graph for all of them, and one decoder's."""
-    served = Served(tmp_path, ARCHITECTURES["Mistral 3, Ministral 3"])
+@pytest.mark.parametrize("name", ["Mistral 3, Ministral 3", "Idefics 3, Llama"])
+def test_the_warmups_graphs_serve_pictures_of_every_size(tmp_path: Path, name: str) -> None:
+    """Where pictures differ the most in shape or in tiles: a graph for all, and one decoder's."""
+    torch._dynamo.reset()
+    served = Served(tmp_path, ARCHITECTURES[name])
     with engine(served.checkpoint, max_num_batched_tokens=128, enforce_eager=False) as llm:
         served.llm = llm
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

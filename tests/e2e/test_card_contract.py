@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig
 from vllm import LLM, RequestOutput
 
-from tests import architectures
+from tests import architectures, idefics3
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy
 from tests.reference import Reference
@@ -265,6 +265,9 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     ),
     "LLaVA, CLIP, Mistral": architectures.llava(architectures.mistral(head_dim=128)),
     "Mistral 3, Ministral 3": architectures.mistral3(architectures.ministral3(head_dim=128)),
+    "Idefics 3, Llama": idefics3.idefics3(
+        architectures.llama(num_attention_heads=1, num_key_value_heads=1)
+    ),
     "Granite": architectures.granite(
         num_attention_heads=1, num_key_value_heads=1, logits_scaling=0.5
     ),

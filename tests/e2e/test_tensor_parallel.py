@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from vllm import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from tests import architectures
+from tests import architectures, idefics3
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import engine, greedy, relative_error
 from tests.reference import Reference
@@ -115,6 +115,7 @@ def test_a_sampler_that_raises_ends_both_ranks(
     "config",
     [
         architectures.mistral3(architectures.ministral3()),
+        idefics3.idefics3(architectures.llama()),
         architectures.qwen2(),
         architectures.qwen3(),
     ],

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig
 from vllm.config import ModelConfig
 
-from tests import architectures
+from tests import architectures, idefics3
 from tests.checkpoints import edit_config, edit_tensors, model_class, write_index
 from vllm_spyre_mm.frontend.engine_config import _leave_head_to_loader
 from vllm_spyre_mm.model_executor.checkpoint import CheckpointError
@@ -32,6 +32,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llava": architectures.llava(architectures.llama(**SMALL), **VISION),
     "llava_next": architectures.llava_next(architectures.granite(**SMALL), **VISION),
     "mistral3": architectures.mistral3(architectures.mistral(**SMALL), **VISION),
+    "idefics3": idefics3.idefics3(
+        architectures.llama(**SMALL | {"vocab_size": 480}), **{"vision_config.num_hidden_layers": 1}
+    ),
     "granite": architectures.granite(**SMALL),
     "llama": architectures.llama(**SMALL),
     "mistral": architectures.mistral(**SMALL),

@@ -15,9 +15,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tests import architectures
+from tests import architectures, idefics3
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.frontend.image_processor import register_image_processor
+from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 
 TEXT = architectures.llama(num_hidden_layers=1)
 MISTRAL = architectures.mistral(num_hidden_layers=1)
@@ -26,6 +27,7 @@ CONFIGS: dict[str, PretrainedConfig | None] = {
     "LlavaNext": architectures.llava_next(TEXT),
     "Llava": architectures.llava(TEXT),
     "Mistral3": architectures.mistral3(MISTRAL),
+    "Idefics3": idefics3.idefics3(TEXT),
 }
 
 
@@ -42,7 +44,7 @@ def processor(
     model_config = EngineArgs(model=str(path)).create_model_config()
     register_image_processor(model_config)  # as the platform does for an engine
     made = MULTIMODAL_REGISTRY.create_processor(model_config)
-    image_token_id = model_config.hf_config.image_token_index
+    image_token_id = get_mm_mapping(model_config.hf_config).image_token_id
 
     def process(images: Any) -> Any:
         items = made.info.parse_mm_data({"image": images}, validate=False)

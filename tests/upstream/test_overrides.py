@@ -12,6 +12,7 @@ import pytest
 from vllm_spyre_mm.frontend.image_processor import ImageProcessingInfo, ImageProcessor
 from vllm_spyre_mm.frontend.mixed_images import MixedItems
 from vllm_spyre_mm.frontend.renderer import ImageRenderer
+from vllm_spyre_mm.frontend.tile_grids import TileGrids
 from vllm_spyre_mm.platform import SpyrePlatform
 from vllm_spyre_mm.scheduler.request_queue import AlternatingQueue
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
@@ -39,6 +40,7 @@ SUBCLASSES = (
     SpyrePlatform,
     SpyreScheduler,
     SpyreWorker,
+    TileGrids,
     AlternatingQueue,
 )
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -16,6 +16,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from vllm_spyre_mm.config import BackendName
+from vllm_spyre_mm.frontend.image_processor import register_image_processor
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
 from vllm_spyre_mm.model_executor.cpu.encoder import compile_encoder, place_encoder
@@ -83,6 +84,7 @@ class VisionEncoder:
             if reason := why_not_compiled():
                 logger.warning("%s: nothing is compiled for the CPU, and all takes longer", reason)
             compile_encoder(self.model, overrides)
+        register_image_processor(model_config)
         self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)
 
     def process(self, picture: Image.Image) -> ProcessedPicture:

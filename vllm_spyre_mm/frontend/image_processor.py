@@ -39,6 +39,7 @@ from vllm_spyre_mm.frontend.mixed_images import (
     by_kind,
     mixture_of,
 )
+from vllm_spyre_mm.frontend.tile_grids import TileGrids, makes_grids
 from vllm_spyre_mm.frontend.videos import prepare_videos
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 from vllm_spyre_mm.upstream.contract import require_attributes, require_methods
@@ -229,6 +230,8 @@ def check_bases(info: type = BaseProcessingInfo, processor: type = BaseMultiModa
             "_cached_apply_hf_processor": ("inputs", "timing_ctx"),
             "_matched_updates_from_result": ("mm_prompt_updates", "match_result"),
             "_recompute_cached_prompt_update": ("cached_update", "new_item_idx"),
+            "_postprocess_hf_mm_data": ("hf_processor_mm_kwargs", "processed_data"),
+            "_get_mm_fields_config": ("hf_inputs", "hf_processor_mm_kwargs"),
         },
     )
 
@@ -249,7 +252,11 @@ def register_processor_of(model_cls: Any) -> None:
         return _with_mixin(factories.info(ctx), ImageProcessingInfo)
 
     def processor(info: Any, dummy_inputs: Any) -> Any:
-        return _with_mixin(factories.processor(info, dummy_inputs), ImageProcessor)
+        made = factories.processor(info, dummy_inputs)
+        if makes_grids(made):
+            require_attributes(made.info, ("_get_image_feature_grid_size",))
+            made = _with_mixin(made, TileGrids)
+        return _with_mixin(made, ImageProcessor)
 
     if "_processor_factory" in vars(model_cls):
         del model_cls._processor_factory  # of one that is there vLLM warns, and this is meant

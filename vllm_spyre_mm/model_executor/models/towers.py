@@ -12,7 +12,7 @@ from fms.utils.config import ModelConfig
 from torch import nn
 
 from vllm_spyre_mm.model_executor.cpu.bidirectional import BIDIRECTIONAL, hidden_states
-from vllm_spyre_mm.model_executor.models import clip_vision, qwen_vision
+from vllm_spyre_mm.model_executor.models import clip_vision, idefics3_vision, qwen_vision
 from vllm_spyre_mm.model_executor.models.clip_vision import CLIPVision, CLIPVisionConfig
 from vllm_spyre_mm.model_executor.models.decoders import width_mismatch
 from vllm_spyre_mm.model_executor.models.qwen_vision import QwenVision
@@ -110,6 +110,21 @@ def _rope(vision: Any) -> dict[str, Any]:
     return {"rope_theta": vision.rope_parameters["rope_theta"]}
 
 
+IDEFICS3 = Tower(
+    build=idefics3_vision.build,
+    hidden_states=idefics3_vision.states,
+    config_class=SiglipVisionConfig,
+    adapter="siglip_vision",
+    prefix="",
+    inner="vision_model.",
+    blocks=(lambda tower: tower.base_model.encoder.layers, "encoder.layers."),
+    unused=("embeddings.position_ids",),
+    class_token=False,
+    activations=("gelu", "gelu_pytorch_tanh"),
+    own_fields=_layer_norm,
+)
+"""SigLIP whose last hidden state is taken after the final norm, and is the only one used."""
+
 TOWERS: Mapping[str, Tower] = {
     "siglip_vision_model": Tower(
         build=_siglip,
@@ -148,6 +163,8 @@ TOWERS: Mapping[str, Tower] = {
         activations=("gelu", "silu"),
         own_fields=_rope,
     ),
+    "idefics3_vision": IDEFICS3,
+    "smolvlm_vision": IDEFICS3,
 }
 """The towers by Transformers' ``model_type``."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_spyre_mm.multimodal.mm_mappings.base import MMUtils, UnsupportedModelError
 from vllm_spyre_mm.multimodal.mm_mappings.granite_vision import GraniteVision
+from vllm_spyre_mm.multimodal.mm_mappings.idefics3 import Idefics3
 from vllm_spyre_mm.multimodal.mm_mappings.llava import Llava
 from vllm_spyre_mm.multimodal.mm_mappings.llava_next import LlavaNext
 from vllm_spyre_mm.multimodal.mm_mappings.mistral3 import Mistral3
@@ -28,6 +29,7 @@ MAPPINGS: tuple[type[MMUtils], ...] = (
     LlavaNext,
     Llava,
     Mistral3,
+    Idefics3,
     Qwen3VL,
     Qwen25VL,
     Qwen2VL,

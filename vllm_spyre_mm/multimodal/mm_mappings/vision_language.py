@@ -170,8 +170,9 @@ class VisionLanguageMapping(DecoderMapping):
         config.vision_config = tower.config(hf_config.vision_config, max(layers))
         config.projector = self.projector
         config.vision_feature_layer = layers if len(layers) > 1 else layers[0]
-        config.projector_hidden_act = hf_config.projector_hidden_act
-        config.multimodal_projector_bias = hf_config.multimodal_projector_bias
+        for name in ("projector_hidden_act", "multimodal_projector_bias"):
+            if hasattr(hf_config, name):  # not every projector leaves the choice
+                setattr(config, name, getattr(hf_config, name))
         return config
 
     def load_overrides(self, for_card: bool = False) -> LoadOverrides:
@@ -219,11 +220,9 @@ def first_mismatch(
         towers: ``model_type`` of the towers that are possible.
         decoders: ``model_type`` of the decoders that are possible.
     """
-    for name, possible in (("vision_config", towers), ("text_config", decoders)):
-        model_type = getattr(config, name).model_type
-        if model_type not in possible:
-            implemented = ", ".join(possible)
-            return f"{name}.model_type {model_type!r} is not implemented, only {implemented}"
+    mismatch = kind_mismatch(config, towers, decoders)
+    if mismatch is not None:
+        return mismatch
     if config.projector_hidden_act != "gelu":
         return f"projector_hidden_act {config.projector_hidden_act!r} is not implemented"
     if not feature_layers_of(config):
@@ -231,6 +230,18 @@ def first_mismatch(
     return tower_mismatch(config.vision_config, feature_layers_of(config)) or decoder_mismatch(
         config.text_config
     )
+
+
+def kind_mismatch(
+    config: Any, towers: tuple[str, ...], decoders: tuple[str, ...] = tuple(DECODERS)
+) -> str | None:
+    """Why a tower or a decoder is of another kind than those that are possible, or None."""
+    for name, possible in (("vision_config", towers), ("text_config", decoders)):
+        model_type = getattr(config, name).model_type
+        if model_type not in possible:
+            implemented = ", ".join(possible)
+            return f"{name}.model_type {model_type!r} is not implemented, only {implemented}"
+    return None
 
 
 def select_mismatch(config: Any) -> str | None:
