@@ -86,7 +86,7 @@ def save_random_checkpoint(
                 fan_in = parameter[0].numel()
                 gain = 1.0 if "embed" in name else 1.5
                 parameter.normal_(0, gain * fan_in**-0.5 if "embed_tokens" not in name else 0.3)
-            elif "norm" in name and name.endswith("weight"):
+            elif "norm" in name.lower() and name.endswith("weight"):
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0, 0.1)

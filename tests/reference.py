@@ -52,11 +52,11 @@ class Reference:
         """What the decoder divides its logits by and this model does not.
 
         In Transformers 5 the head of a multimodal model is outside its decoder, and Granite's
-        ``logits_scaling`` is lost. FMS and vLLM's own Granite apply it; greedy tokens do not depend
-        on it.
+        ``logits_scaling`` is lost, but for Granite Vision 4. FMS and vLLM's own Granite apply it;
+        greedy tokens do not depend on it.
         """
         text = self.config.get_text_config()
-        if text is self.config:
+        if text is self.config or self.config.model_type == "granite4_vision":
             return 1.0
         return getattr(text, "logits_scaling", 1.0)
 
@@ -174,7 +174,8 @@ class Reference:
 
 
 def _all_depths(output: Any) -> torch.Tensor:
-    """Features as columns: those of the input, then those of each deepstack level."""
-    levels = getattr(output, "deepstack_features", None) or []
-    depths = (torch.cat(list(items)) for items in (output.pooler_output, *levels))
-    return torch.cat(list(depths), dim=1)
+    """Features as columns: those of the input, if there are any, then those of each level."""
+    given = [] if output.pooler_output is None else [output.pooler_output]
+    for level in getattr(output, "deepstack_features", None) or []:
+        given.append(level[1] if isinstance(level, tuple) else level)  # with a decoder layer
+    return torch.cat([torch.cat(list(items)) for items in given], dim=1)

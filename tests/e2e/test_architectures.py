@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 from vllm import LLM, RequestOutput
 
-from tests import architectures, idefics3
+from tests import architectures, granite4_vision, idefics3
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy, relative_error
 from tests.multimodal.mm_mappings.suite import picture
@@ -31,6 +31,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "Mistral 3, Ministral 3": architectures.mistral3(architectures.ministral3()),
     "Idefics 3, Llama": idefics3.idefics3(architectures.llama()),
     "SmolVLM, Llama": idefics3.smolvlm(architectures.llama()),
+    "Granite Vision 4, SigLIP, Granite": granite4_vision.granite4_vision(),
     "Granite": architectures.granite(),
     "Llama": architectures.llama(),
     "Qwen 2": architectures.qwen2(),

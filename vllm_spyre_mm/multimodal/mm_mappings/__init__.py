@@ -7,6 +7,7 @@ Adding an architecture: one new file beside this one, and one line in :data:`MAP
 from typing import Any
 
 from vllm_spyre_mm.multimodal.mm_mappings.base import MMUtils, UnsupportedModelError
+from vllm_spyre_mm.multimodal.mm_mappings.granite4_vision import Granite4Vision
 from vllm_spyre_mm.multimodal.mm_mappings.granite_vision import GraniteVision
 from vllm_spyre_mm.multimodal.mm_mappings.idefics3 import Idefics3
 from vllm_spyre_mm.multimodal.mm_mappings.llava import Llava
@@ -26,6 +27,7 @@ __all__ = [
 
 MAPPINGS: tuple[type[MMUtils], ...] = (
     GraniteVision,
+    Granite4Vision,
     LlavaNext,
     Llava,
     Mistral3,

@@ -3,7 +3,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -35,7 +35,10 @@ class LlavaNext(VisionLanguageMapping):
     added to keep the aspect ratio, a learnt *newline* feature after each row.
     """
 
-    config_classes = ("transformers.LlavaNextConfig", "fms.LlavaNextConfig")
+    config_classes: ClassVar[tuple[str, ...]] = (
+        "transformers.LlavaNextConfig",
+        "fms.LlavaNextConfig",
+    )
     summary = "llava_next: SigLIP or CLIP vision, one feature layer"
     model_class = TiledComposition
 
@@ -44,6 +47,12 @@ class LlavaNext(VisionLanguageMapping):
         if not isinstance(hf_config.vision_feature_layer, int):
             return "it takes one vision_feature_layer, not several"
         return llava_next_mismatch(hf_config)
+
+    @property
+    def tile_side(self) -> int:
+        """Features on the side of a tile."""
+        vision = self.hf_config.vision_config
+        return vision.image_size // vision.patch_size
 
     def projector(self, config: Any) -> nn.Module:
         from fms.models.llava_next import LlavaNextMultiModalProjector
@@ -78,9 +87,19 @@ class LlavaNext(VisionLanguageMapping):
         ]
         per_image = self._encode_tiles(model, torch.cat(tiles)).split([len(each) for each in tiles])
         return [
-            model.pack_image_features([features], [size], model.image_newline)
+            self.pack(model, features, size)
             for features, size in zip(per_image, image_sizes, strict=True)
         ]
+
+    def pack(self, model: FmsModel, tiles: torch.Tensor, size: list[int]) -> torch.Tensor:
+        """Features ``(num_features, hidden_size)`` of an image of that height and width.
+
+        Args:
+            model: the FMS model.
+            tiles: ``(tiles, patches, hidden_size)``, the base tile first.
+            size: ``(height, width)`` of the picture in pixels.
+        """
+        return model.pack_image_features([tiles], [size], model.image_newline)
 
     def _encode_tiles(self, model: FmsModel, pixels: torch.Tensor) -> torch.Tensor:
         """Features ``(tiles, patches, hidden_size)`` of ``(tiles, channels, side, side)``.
@@ -121,8 +140,7 @@ class LlavaNext(VisionLanguageMapping):
         """
         from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-        vision = self.hf_config.vision_config
-        side = vision.image_size // vision.patch_size
+        side = self.tile_side
         extents = (count * side for count in self._tiles_of(width, height))
         tiles = torch.empty(1, *extents, device="meta")
         _, rows, columns = unpad_image(tiles, (height, width)).shape
@@ -143,7 +161,13 @@ def llava_next_mismatch(config: Any) -> str | None:
     vision = config.vision_config
     if vision.model_type == "clip_vision_model" and config.vision_feature_select_strategy == "full":
         return "vision_feature_select_strategy is 'full', but a class token has no place in a grid"
+    return pinpoint_mismatch(config)
+
+
+def pinpoint_mismatch(config: Any) -> str | None:
+    """Why a grid of tiles would not be made of whole tiles, or None."""
+    tile = config.vision_config.image_size
     for pinpoint in config.image_grid_pinpoints:
-        if any(side <= 0 or side % vision.image_size for side in pinpoint):
-            return f"image_grid_pinpoints has {pinpoint}, no multiple of {vision.image_size}"
+        if any(side <= 0 or side % tile for side in pinpoint):
+            return f"image_grid_pinpoints has {pinpoint}, no multiple of {tile}"
     return None

@@ -13,7 +13,6 @@ MISTRAL_FORMAT = (
 )
 
 NOT_YET: Mapping[str, str] = {
-    "granite4_vision": "FMS has no model of it",
     "pixtral": MISTRAL_FORMAT,
     "qwen3_vl_moe": "a mixture of experts",
     "llava_next_video": VIDEO,

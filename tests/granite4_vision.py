@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny Granite Vision 4: its configuration and its processor, as the published ones are made."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoTokenizer,
+    Granite4VisionConfig,
+    Granite4VisionProcessor,
+    LlavaNextImageProcessor,
+    PretrainedConfig,
+)
+
+from tests.checkpoints import with_changes
+from vllm_spyre_mm.demo import checkpoint_path
+
+MODEL_TYPE = "granite4_vision"
+
+IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN_ID = 5
+"""Of the demo checkpoint's tokenizer."""
+
+SIDE, PATCH = 48, 6
+GRID = [[SIDE * rows, SIDE * columns] for rows in (1, 2, 3) for columns in (1, 2, 3, 4)]
+"""Pinpoints: every grid of tiles up to 3 x 4, a single tile too."""
+
+LEVELS = 6
+"""Of :func:`granite4_vision`'s features: two depths of the tower, and four corners."""
+
+DECODER = {
+    "model_type": "granite4_vision_text",
+    "vocab_size": 520,
+    "hidden_size": 128,
+    "intermediate_size": 302,
+    "num_hidden_layers": LEVELS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 4.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+
+TOWER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 96,
+    "intermediate_size": 203,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+    "hidden_act": "gelu_pytorch_tanh",
+}
+
+QFORMER = {
+    "model_type": "blip_2_qformer",
+    "hidden_size": 96,
+    "encoder_hidden_size": 96,
+    "num_attention_heads": 3,
+    "intermediate_size": 205,
+    "num_hidden_layers": 1,
+    "cross_attention_frequency": 1,
+}
+
+
+def granite4_vision(**changes: Any) -> Granite4VisionConfig:
+    """Windows of 4 x 4 patches, levels in no order; dotted names change the parts."""
+    config = Granite4VisionConfig(
+        vision_config=dict(TOWER),
+        text_config=dict(DECODER),
+        qformer_config=dict(QFORMER),
+        image_token_index=IMAGE_TOKEN_ID,
+        image_grid_pinpoints=GRID,
+        vision_feature_select_strategy="full",
+        downsample_rate="2/4",
+        deepstack_layer_map=[[-3, 3], [-1, 0]],
+        spatial_vision_layer=-1,
+        spatial_target_layers=[2, 5, 4, 1],
+        tie_word_embeddings=False,
+    )
+    return with_changes(config, changes)
+
+
+def save_granite4_processor(path: Path, config: PretrainedConfig) -> None:
+    """Write the tokenizer with its chat template, and the processor."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
+    side = config.vision_config.image_size
+    images = LlavaNextImageProcessor(
+        size={"height": side, "width": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    Granite4VisionProcessor(
+        images,
+        tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_token=IMAGE_TOKEN,
+        downsample_rate=config.downsample_rate,
+        chat_template=tokenizer.chat_template,
+    ).save_pretrained(path)
