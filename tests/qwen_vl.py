@@ -54,6 +54,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+THETA = 30.0
+"""So low that a position off by one, on any axis, turns every frequency by an angle that counts."""
+
 DECODER = {  # heads of 128, as the published ones and the card have
     "vocab_size": 520,
     "hidden_size": 256,
@@ -88,7 +91,7 @@ def _special_ids() -> dict[str, Any]:
 
 def qwen3_vl(**changes: Any) -> Qwen3VLConfig:
     """Deepstack from three of four layers; dotted names change the parts."""
-    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
+    rope = {"rope_type": "default", "rope_theta": THETA, "mrope_section": [24, 20, 20]}
     config = Qwen3VLConfig(
         vision_config={
             **TOWER,
@@ -111,7 +114,7 @@ def qwen3_vl(**changes: Any) -> Qwen3VLConfig:
 
 def qwen2_5_vl(**changes: Any) -> Qwen2_5_VLConfig:
     """Windows of 4 x 4 patches but in one layer; dotted names change the parts."""
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    rope = {"rope_type": "default", "rope_theta": THETA, "mrope_section": [16, 24, 24]}
     config = Qwen2_5_VLConfig(
         vision_config={
             **TOWER,
@@ -130,7 +133,7 @@ def qwen2_5_vl(**changes: Any) -> Qwen2_5_VLConfig:
 
 def qwen2_vl(**changes: Any) -> Qwen2VLConfig:
     """Dotted names change the parts."""
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    rope = {"rope_type": "default", "rope_theta": THETA, "mrope_section": [16, 24, 24]}
     config = Qwen2VLConfig(
         vision_config={**TOWER, "embed_dim": 96, "mlp_ratio": 2, "hidden_size": 256},
         text_config={**DECODER, "rope_parameters": rope},

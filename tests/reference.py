@@ -177,5 +177,6 @@ def _all_depths(output: Any) -> torch.Tensor:
     """Features as columns: those of the input, if there are any, then those of each level."""
     given = [] if output.pooler_output is None else [output.pooler_output]
     for level in getattr(output, "deepstack_features", None) or []:
-        given.append(level[1] if isinstance(level, tuple) else level)  # with a decoder layer
+        # Granite Vision 4 puts the number of a decoder layer before each.
+        given.append(level[1] if isinstance(level[0], int) else level)
     return torch.cat([torch.cat(list(items)) for items in given], dim=1)
