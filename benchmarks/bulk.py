@@ -17,7 +17,7 @@ from vllm_spyre_mm.cli.encoder import VisionEncoder, read_picture
 from vllm_spyre_mm.cli.shards import Shards
 from vllm_spyre_mm.demo import pictures
 from vllm_spyre_mm.host_memory import return_free_memory
-from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
+from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice
 
 ROUNDS = 4
 MOST, BUDGET = 1000, 600.0

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_spyre_mm import payload as payloads
-from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo, convert
+from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
+from vllm_spyre_mm.multimodal.pooling import convert
 from vllm_spyre_mm.payload import decode_mm_embedding, encode_mm_embedding, mm_embedding_text
 
 ENCODINGS: Any = st.sampled_from(["base64", "float"])

@@ -39,8 +39,8 @@ def encode_mm_embedding(
             nested lists of numbers.
 
     Returns:
-        ``shape``, ``dtype``, ``encoding_format``, ``data``, ``pooling``, ``items``, and ``scales``
-        where the dtype is int8.
+        ``shape``, ``dtype``, ``encoding_format``, ``data``, ``pooling``, ``levels``, ``items``, and
+        ``scales`` where the dtype is int8.
     """
     payload = _description(embedding, info, encoding_format)
     payload["data"] = _encode(embedding, encoding_format)
@@ -74,6 +74,7 @@ def _description(
         "dtype": dtype_name(embedding.dtype),
         "encoding_format": encoding_format,
         "pooling": info.pooling,
+        "levels": info.levels,
         "items": msgspec.to_builtins(info.items),
     }
 
@@ -99,7 +100,8 @@ def decode_mm_embedding(payload: Mapping[str, Any]) -> torch.Tensor:
         if "scales" not in payload:
             return rows
         scales = _decode(payload["scales"], encoding, torch.float32)
-        return rows.float() * scales.view(len(rows), 1)
+        depths = rows.float().unflatten(1, (scales.numel() // len(rows), -1))
+        return (depths * scales.view(*depths.shape[:2], 1)).flatten(1)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"this is no mm_embedding of a response: {error!r}") from error
 

@@ -11,7 +11,7 @@ import torch
 from vllm_spyre_mm.cli.encoder import VisionEncoder
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.demo.pictures import COLOURS, KINDS, PLACES, Shape, draw_picture
-from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
+from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice
 
 NAMES = list(COLOURS)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from vllm_spyre_mm.cli.encoder import VisionEncoder, read_picture
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.demo.pictures import PLACES, Shape, draw_picture
-from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
+from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice
 
 COLOURS = ("red", "green", "blue", "yellow")
 KINDS = ("circle", "square")

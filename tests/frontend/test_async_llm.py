@@ -19,7 +19,8 @@ from vllm_spyre_mm.frontend import async_llm
 from vllm_spyre_mm.frontend.hooks import install
 from vllm_spyre_mm.frontend.http.exchange import EXCHANGE, Exchange
 from vllm_spyre_mm.frontend.input_processor import decline_unless_asked
-from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, MMEmbeddingInfo
+from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
+from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice
 from vllm_spyre_mm.upstream.marks import is_extended
 
 ON = {"enable_return_mm_embedding": True, "max_mm_embedding_response_bytes": 1000}

@@ -10,21 +10,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import PlaceholderRange
 from vllm.sampling_params import SamplingParams
 
 from vllm_spyre_mm.config import SpyreSettings
-from vllm_spyre_mm.multimodal.embedding import (
+from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo, assemble, item_sizes
+from vllm_spyre_mm.multimodal.embedding_choice import (
     EXTRA_ARG,
     EmbeddingChoice,
-    EmbeddingOverflowError,
-    MMEmbeddingInfo,
-    assemble,
+    ItemSize,
     choice_of,
-    convert,
     parse_choice,
-    pool,
 )
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
+from vllm_spyre_mm.multimodal.pooling import (
+    EmbeddingFault,
+    EmbeddingOverflowError,
+    choose_levels,
+    convert,
+    pool,
+)
 from vllm_spyre_mm.payload import decode_mm_embedding, encode_mm_embedding
 
 ON = SpyreSettings(enable_return_mm_embedding=True)
@@ -55,7 +60,9 @@ JSON = st.recursive(
     max_leaves=8,
 )
 VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "pooling": st.sampled_from(["raw", "image", "base", "grid"]),
+    "modalities": st.none() | st.lists(st.sampled_from(["image", "video"]), max_size=3),
+    "pooling": st.sampled_from(["raw", "image", "frame", "base", "grid"]),
+    "levels": st.sampled_from(["input", "all", "none"]),
     "grid": st.none() | st.lists(st.integers(-1, 66), min_size=1, max_size=3),
     "newlines": st.booleans(),
     "dtype": st.sampled_from(["auto", "float32", "float16", "bfloat16", "int8", "int4"]),
@@ -84,31 +91,46 @@ def test_any_json_is_a_choice_or_refused(value: Any):
     assert choice.max_bytes is None or choice.max_bytes > 0
 
 
-@given(CHOICES, st.integers(1, 6), st.integers(1, 6), st.integers(0, 6), st.integers(0, 6))
-def test_every_choice_is_served_for_every_layout(
-    value: Any, down: int, across: int, rows: int, columns: int
-):
-    """As many rows as were promised, and none that is not of the image."""
+@st.composite
+def layouts(draw: st.DrawFn) -> FeatureLayout:
+    """Of a picture with tiles or without, or of a video."""
+    down, across = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     base = FeatureGrid(0, down, across, across)
-    fine = FeatureGrid(down * across, rows, columns, columns + 1) if rows and columns else None
-    count = down * across + rows * (columns + 1)
-    layout = FeatureLayout(count, base, fine)
+    frames = draw(st.integers(1, 4))
+    rows, columns = draw(st.integers(0, 6)), draw(st.integers(0, 6))
+    if frames > 1 or not rows or not columns:
+        return FeatureLayout(frames * down * across, base, frames=frames)
+    fine = FeatureGrid(down * across, rows, columns, columns + 1)
+    return FeatureLayout(down * across + rows * (columns + 1), base, fine)
+
+
+@given(CHOICES, layouts(), st.integers(0, 3))
+def test_every_choice_is_served_for_every_layout(value: Any, layout: FeatureLayout, levels: int):
+    """As many rows and bytes as were promised, and no number that is not of the item."""
+    count = layout.num_features
     assert sorted([*layout.places().tolist(), *layout.newlines()]) == list(range(count))
     try:
         choice = parse_choice(value)
     except VLLMValidationError:
         return
     assert choice is not None
-    whole = torch.arange(1.0, count + 1).unsqueeze(1).expand(count, 2)
-    found, info = assemble([whole, whole], [feature_spec("a", 0)] * 2, [layout] * 2, choice)
-    promised = choice.num_rows([count, count])
+    whole = torch.arange(1.0, count + 1).unsqueeze(1).expand(count, 2 * (1 + levels))
+    specs = [feature_spec("a", 0)] * 2
+    choice = choice.model_copy(update={"max_bytes": None})
+    found, info = assemble([whole, whole], specs, [layout] * 2, choice, 2)
+    sizes = [ItemSize(count, layout.frames)] * 2
     dropped = 0 if choice.newlines or choice.pooling != "raw" else 2 * len(layout.newlines())
-    assert len(found) == promised - dropped
+    assert len(found) == choice.num_rows(sizes) - dropped
+    assert info.levels == (levels if choice.levels == "all" else 0)
+    assert found.shape[1] == 2 * (1 + info.levels)
+    promised = choice.num_bytes(sizes, 2, 2 * (1 + levels), "float32")
+    assert found.nbytes == promised - dropped * found[0].nbytes
     assert [(item.start, item.end) for item in info.items] == [
         (0, len(found) // 2),
         (len(found) // 2, len(found)),
     ]
-    shown = found.float() if info.scales is None else found.float() * info.scales.unsqueeze(1)
+    shown = decode_mm_embedding(encode_mm_embedding(found, info, "base64")).float()
+    assert shown.shape == found.shape
     assert shown.min() > 0.9
     assert shown.max() < count * 1.01
 
@@ -142,6 +164,11 @@ def test_declining(value: Any):
         ({"pooling": "grid", "grid": [2, 65]}, "1 to 64"),
         ({"pooling": "grid", "grid": [2]}, "grid"),
         ({"max_bytes": 0}, "max_bytes"),
+        ({"levels": 1}, "levels"),
+        ({"levels": "first"}, "levels"),
+        ({"modalities": []}, "modalities"),
+        ({"modalities": "image"}, "modalities"),
+        ({"modalities": [1]}, "modalities"),
     ],
     ids=str,
 )
@@ -212,7 +239,57 @@ def test_means_over_a_grid_of_the_finest_features(
     choice = EmbeddingChoice(pooling="grid", grid=grid)
     rows = pool(features(layout.num_features), layout, choice)
     assert rows[:, 0].tolist() == pytest.approx(expected)
-    assert choice.num_rows([layout.num_features]) == len(rows)
+    assert choice.num_rows([ItemSize(layout.num_features)]) == len(rows)
+
+
+VIDEO = FeatureLayout(12, FeatureGrid(0, 2, 2, 2), frames=3)
+"""Three frames of 2 x 2."""
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({"pooling": "frame"}, [1.5, 5.5, 9.5]),
+        ({"pooling": "image"}, [5.5]),
+        ({"pooling": "base"}, [5.5]),
+        ({"pooling": "grid", "grid": (1, 2)}, [5.0, 6.0]),
+        ({"newlines": False}, list(range(12))),
+    ],
+    ids=str,
+)
+def test_rows_of_a_video(choice: dict[str, Any], expected: list[float]):
+    rows = pool(features(12), VIDEO, EmbeddingChoice(**choice))
+    assert rows[:, 0].tolist() == pytest.approx(expected)
+    assert VIDEO.base_places()[2].tolist() == [[8, 9], [10, 11]]
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, BASE_ONLY])
+def test_an_image_is_one_frame(layout: FeatureLayout):
+    rows = features(layout.num_features)
+    frame = pool(rows, layout, EmbeddingChoice(pooling="frame"))
+    assert torch.equal(frame, pool(rows, layout, EmbeddingChoice(pooling="image")))
+
+
+# -- levels ----------------------------------------------------------------------------------------
+
+
+def test_the_columns_of_the_input_come_first():
+    wide = features(12, 9)
+    assert choose_levels(wide, 3, EmbeddingChoice()) is wide
+    assert torch.equal(choose_levels(wide, 3, EmbeddingChoice(levels="input")), wide[:, :3])
+
+
+def test_int8_has_a_scale_for_each_level():
+    """A level of large numbers takes nothing from the others."""
+    exact = features(50, 12) * torch.tensor([1.0, 1e4, 1e-4]).repeat_interleave(4)
+    specs, choice = [feature_spec("a", 0)], EmbeddingChoice(dtype="int8")
+    rows, info = assemble([exact], specs, [None], choice, 4)
+    assert info.scales is not None
+    assert info.scales.shape == (50, 3)
+    for encoding in ("float", "base64"):
+        payload = encode_mm_embedding(rows, info, encoding)  # type: ignore[arg-type]
+        off = (decode_mm_embedding(payload) - exact).view(50, 3, 4).abs()
+        assert (off <= exact.view(50, 3, 4).abs().amax(dim=2, keepdim=True) / 253).all()
 
 
 # -- dtypes ----------------------------------------------------------------------------------------
@@ -268,15 +345,47 @@ def test_int8_is_off_by_half_a_scale_at_most():
 # -- the whole -------------------------------------------------------------------------------------
 
 
-def feature_spec(name: str, offset: int) -> Any:
-    position = SimpleNamespace(offset=offset)
-    return SimpleNamespace(modality="image", mm_hash=name, identifier="id", mm_position=position)
+def feature_spec(name: str, offset: int, modality: str = "image") -> Any:
+    position = PlaceholderRange(offset=offset, length=12)
+    return SimpleNamespace(
+        modality=modality, mm_hash=name, identifier="id", mm_position=position, data=None
+    )
+
+
+def test_items_count_within_their_modality():
+    specs = [feature_spec(kind, 0, kind) for kind in ("video", "image", "video")]
+    _, info = assemble([features(12)] * 3, specs, [VIDEO, LAYOUT, VIDEO], EmbeddingChoice(), 3)
+    assert [(item.modality, item.index) for item in info.items] == [
+        ("video", 0),
+        ("image", 0),
+        ("video", 1),
+    ]
+
+
+def test_the_size_is_that_of_what_is_returned():
+    specs = [feature_spec(kind, 0, kind) for kind in ("video", "image")]
+    choice = EmbeddingChoice(modalities=("video",), pooling="frame")
+    assert item_sizes(choice, specs, lambda _: VIDEO) == [ItemSize(12, 3)]
+    assert item_sizes(choice, specs, lambda _: None) == [ItemSize(12, 1)]
+    assert item_sizes(EmbeddingChoice(), specs, lambda _: VIDEO) == [ItemSize(12)] * 2
+    assert choice.num_bytes([ItemSize(12, 3)], 5, 15, "bfloat16") == 3 * 15 * 2
+    alone = choice.model_copy(update={"levels": "input"})
+    assert alone.num_bytes([ItemSize(12, 3)], 5, 15, "bfloat16") == 3 * 5 * 2
+
+
+def test_an_embedding_whose_frames_were_not_known_is_held_to_its_bound():
+    """As when the video was sent before, and the front end keeps nothing of it."""
+    choice = EmbeddingChoice(pooling="frame", max_bytes=2 * 12)
+    spec = feature_spec("a", 0, "video")
+    assert choice.num_bytes(item_sizes(choice, [spec], lambda _: None), 3, 3, "float32") == 12
+    with pytest.raises(EmbeddingFault, match="has 3 rows and 36 bytes, more than the limit of 24"):
+        assemble([features(12)], [spec], [VIDEO], choice, 3)
 
 
 def test_which_rows_are_which():
     parts = [features(12), features(4)]
     specs = [feature_spec("first", 3), feature_spec("second", 40)]
-    rows, info = assemble(parts, specs, [LAYOUT, BASE_ONLY], EmbeddingChoice(newlines=False))
+    rows, info = assemble(parts, specs, [LAYOUT, BASE_ONLY], EmbeddingChoice(newlines=False), 3)
     first, second = info.items
     assert (first.start, first.end, second.start, second.end) == (0, 10, 10, 14)
     assert (first.offset, second.offset) == (3, 40)
@@ -287,7 +396,7 @@ def test_which_rows_are_which():
 
 def test_the_embedding_has_memory_of_its_own():
     parts = [features(12)]
-    rows, _ = assemble(parts, [feature_spec("a", 0)], [LAYOUT], EmbeddingChoice())
+    rows, _ = assemble(parts, [feature_spec("a", 0)], [LAYOUT], EmbeddingChoice(), 3)
     rows.zero_()
     assert parts[0].any()
 
@@ -295,7 +404,7 @@ def test_the_embedding_has_memory_of_its_own():
 def test_means_have_the_dtype_of_the_features():
     parts = [features(12).bfloat16()]
     choice = EmbeddingChoice(pooling="image")
-    rows, _ = assemble(parts, [feature_spec("a", 0)], [LAYOUT], choice)
+    rows, _ = assemble(parts, [feature_spec("a", 0)], [LAYOUT], choice, 3)
     assert rows.dtype == torch.bfloat16
 
 
@@ -304,7 +413,7 @@ def test_means_have_the_dtype_of_the_features():
 def test_json_and_back(encoding: Any, dtype: str):
     choice = EmbeddingChoice(dtype=dtype)  # type: ignore[arg-type]
     exact = features(12)
-    rows, info = assemble([exact], [feature_spec("a", 0)], [LAYOUT], choice)
+    rows, info = assemble([exact], [feature_spec("a", 0)], [LAYOUT], choice, 3)
     payload = msgspec.json.decode(msgspec.json.encode(encode_mm_embedding(rows, info, encoding)))
     decoded = decode_mm_embedding(payload)
     if dtype == "int8":

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from vllm_spyre_mm.cli.encoder import ProcessedPicture, VisionEncoder
-    from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
+    from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice
 
 SUMMARY = "write the features of pictures to safetensors or Parquet"
 
@@ -192,7 +192,7 @@ def _encoder(arguments: argparse.Namespace) -> "VisionEncoder":
 
 
 def _choice(arguments: argparse.Namespace) -> "EmbeddingChoice":
-    from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
+    from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice
 
     return EmbeddingChoice(pooling=arguments.pooling, dtype=arguments.dtype)
 

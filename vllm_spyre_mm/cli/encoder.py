@@ -24,9 +24,10 @@ from vllm_spyre_mm.model_executor.cpu.memory import mmap_threshold
 from vllm_spyre_mm.model_executor.cpu.tier import host_dtypes
 from vllm_spyre_mm.model_executor.cpu.torch_internals import why_not_compiled
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
-from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, convert, pool
+from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice
 from vllm_spyre_mm.multimodal.feature_check import check_features, dtype_name
 from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError, get_mm_mapping
+from vllm_spyre_mm.multimodal.pooling import choose_levels, convert, pool
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalKwargsItem
@@ -120,7 +121,11 @@ class VisionEncoder:
             check_features(each, picture.num_features, self.mapping.feature_width)
         name = dtype_name(self.dtype) if choice.dtype == "auto" else choice.dtype
         rows = (
-            pool(each, self.mapping.feature_layout(picture.item), choice)
+            pool(
+                choose_levels(each, self.mapping.text_config.hidden_size, choice),
+                self.mapping.feature_layout(picture.item),
+                choice,
+            )
             for each, picture in zip(features, pictures, strict=True)
         )
         return [convert(each, name)[0].contiguous() for each in rows]

@@ -113,7 +113,7 @@ class EncodedPicture:
 def encode_picture(encoder: object, picture: "Image.Image") -> EncodedPicture:
     """Encode a picture with a :class:`~vllm_spyre_mm.cli.encoder.VisionEncoder`."""
     from vllm_spyre_mm.cli.encoder import VisionEncoder
-    from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
+    from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice
 
     assert isinstance(encoder, VisionEncoder)
     processed = encoder.process(picture)

@@ -15,7 +15,7 @@ from vllm_spyre_mm.frontend.request_validation import (
     prepare_embedding,
     validate_engine_request,
 )
-from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG
+from vllm_spyre_mm.multimodal.embedding_choice import EXTRA_ARG
 from vllm_spyre_mm.upstream.contract import require_attributes, require_parameters
 from vllm_spyre_mm.upstream.marks import extending, is_extended
 from vllm_spyre_mm.upstream.module_loading import when_loaded

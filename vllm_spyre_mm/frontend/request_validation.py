@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
 
     from vllm_spyre_mm.config import SpyreSettings
-    from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
+    from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice
+    from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
 
 
 NO_TOKEN = -1
@@ -60,20 +61,29 @@ def prepare_embedding(request: "EngineCoreRequest", vllm_config: "VllmConfig") -
     from vllm.exceptions import VLLMValidationError
 
     from vllm_spyre_mm.config import SpyreSettings
-    from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG, choice_of
+    from vllm_spyre_mm.multimodal.embedding_choice import EXTRA_ARG, choice_of
+    from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 
     params, settings = request.sampling_params, SpyreSettings.from_vllm_config(vllm_config)
     choice = choice_of(params, settings)
     if choice is None or params is None:
         return
-    features = request.mm_features or []
-    if choice.needs_layout and _has_unknown_places(features, vllm_config.model_config):
+    mapping = get_mm_mapping(vllm_config.model_config.hf_config)
+    for modality in choice.modalities or ():
+        if modality not in mapping.modalities:
+            taken = " and ".join(mapping.modalities) or "none but text"
+            raise VLLMValidationError(
+                f"return_mm_embedding has the modality {modality!r}, and the model takes {taken}",
+                parameter=EXTRA_ARG,
+            )
+    wanted = [each for each in request.mm_features or () if choice.wants(each.modality)]
+    if choice.needs_layout and _has_unknown_places(wanted, mapping):
         raise VLLMValidationError(
             "return_mm_embedding chooses by place, and an image that is given as an embedding "
             "has none",
             parameter=EXTRA_ARG,
         )
-    _check_embedding_size(choice, features, settings, vllm_config.model_config.get_hidden_size())
+    _check_embedding_size(choice, wanted, settings, mapping)
     if not choice.generate:
         if params.max_tokens != 1 or params.n != 1:
             raise VLLMValidationError(
@@ -84,14 +94,10 @@ def prepare_embedding(request: "EngineCoreRequest", vllm_config: "VllmConfig") -
         request.cache_salt = uuid.uuid4().hex
 
 
-def _has_unknown_places(
-    features: "Sequence[MultiModalFeatureSpec]", model_config: "ModelConfig"
-) -> bool:
+def _has_unknown_places(features: "Sequence[MultiModalFeatureSpec]", mapping: "MMUtils") -> bool:
     """Whether an item is given as features of which nobody says what they stand for."""
     from vllm_spyre_mm.multimodal.given_features import given_features
-    from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 
-    mapping = get_mm_mapping(model_config.hf_config)
     return any(
         mapping.feature_layout(feature.data or {}) is None
         for feature in features
@@ -103,20 +109,23 @@ def _check_embedding_size(
     choice: "EmbeddingChoice",
     features: "Sequence[MultiModalFeatureSpec]",
     settings: "SpyreSettings",
-    hidden_size: int,
+    mapping: "MMUtils",
 ) -> None:
     """Refuse an embedding beyond the request's own bound, or beyond what is ever held."""
     from vllm.exceptions import VLLMValidationError
 
-    from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG
+    from vllm_spyre_mm.multimodal.embedding import item_sizes
+    from vllm_spyre_mm.multimodal.embedding_choice import EXTRA_ARG
 
-    counts = [feature.mm_position.get_num_embeds() for feature in features]
-    size = choice.num_bytes(counts, hidden_size, settings.encoder_dtype)
+    items = item_sizes(choice, features, mapping.feature_layout)
+    size = choice.num_bytes(
+        items, mapping.text_config.hidden_size, mapping.feature_width, settings.encoder_dtype
+    )
     held = settings.max_held_mm_embedding_bytes
     limit = held if choice.max_bytes is None else min(choice.max_bytes, held)
     if size > limit:
         raise VLLMValidationError(
-            f"the embedding would have {choice.num_rows(counts)} rows and {size} bytes, more than "
+            f"the embedding would have {choice.num_rows(items)} rows and {size} bytes, more than "
             f"the limit of {limit}: choose a pooling, a smaller dtype or fewer images",
             parameter=EXTRA_ARG,
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of an image's features: the place of the picture that each row stands for."""
+"""The layout of an item's features: the place of the picture, or video, that each stands for."""
 
 import msgspec
 import torch
@@ -38,23 +38,43 @@ class FeatureGrid(msgspec.Struct, frozen=True):
 
 
 class FeatureLayout(msgspec.Struct, frozen=True):
-    """The grids that the features of one image form.
+    """The grids that the features of one image or video form.
 
     Attributes:
-        num_features: number of the image's features, as merged.
-        base: the grid of the base tile, the whole picture at the tower's resolution.
+        num_features: number of the item's features, as merged.
+        base: the grid of the base tile, the whole picture at the tower's resolution; of a video
+            that of its first frame.
         fine: the grid of the tiles at a higher resolution, without padding; None for a picture
-            that has none.
+            that has none, and for a video.
+        frames: of a video, as the tower merges them: a tower may make one of two frames. Their
+            features follow one another, as many for each. 1 for an image.
     """
 
     num_features: int
     base: FeatureGrid
     fine: FeatureGrid | None = None
+    frames: int = 1
+
+    @property
+    def frame_stride(self) -> int:
+        """Distance between the first features of two frames, in features."""
+        return self.num_features // self.frames
+
+    def base_places(self) -> torch.Tensor:
+        """Indices of the features of the base grid of each frame.
+
+        Returns:
+            int64 ``(frames, rows, columns)``.
+        """
+        starts = torch.arange(self.frames) * self.frame_stride
+        return starts.view(-1, 1, 1) + self.base.indices()
 
     def places(self) -> torch.Tensor:
         """Indices (int64) of the features that stand for a place of the picture, ascending."""
-        grids = [self.base] if self.fine is None else [self.base, self.fine]
-        return torch.cat([grid.indices().flatten() for grid in grids]).sort().values
+        places = [self.base_places().flatten()]
+        if self.fine is not None:
+            places.append(self.fine.indices().flatten())
+        return torch.cat(places).sort().values
 
     def newlines(self) -> list[int]:
         """Indices of the newline features: learnt features that end a row of tiles."""

@@ -9,9 +9,11 @@ keeps the bound by admitting requests later.
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from vllm_spyre_mm.multimodal.embedding import choice_of
+from vllm_spyre_mm.multimodal.embedding import item_sizes
+from vllm_spyre_mm.multimodal.embedding_choice import choice_of
 from vllm_spyre_mm.multimodal.given_features import given_features
 from vllm_spyre_mm.multimodal.merge import first_feature
+from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 from vllm_spyre_mm.scheduler.outputs import SpyreSchedulerStats
 
 if TYPE_CHECKING:
@@ -28,12 +30,12 @@ class EmbeddingBudget:
 
     Args:
         settings: of the engine; gives the bound.
-        model_config: of the engine; gives the width of a row.
+        model_config: of the engine; gives the model's mapping, which knows the width of a row.
     """
 
     def __init__(self, settings: "SpyreSettings", model_config: "ModelConfig") -> None:
         self._settings = settings
-        self._hidden_size = model_config.get_hidden_size()
+        self._mapping = get_mm_mapping(model_config.hf_config)
         self._held: dict[str, int] = {}
         self._encoder_runs = 0
         self._encoder_cache_hits = 0
@@ -46,8 +48,13 @@ class EmbeddingBudget:
         choice = choice_of(request.sampling_params, self._settings)
         if choice is None:
             return 0
-        counts = [feature.mm_position.get_num_embeds() for feature in request.mm_features]
-        return choice.num_bytes(counts, self._hidden_size, self._settings.encoder_dtype)
+        mapping = self._mapping
+        return choice.num_bytes(
+            item_sizes(choice, request.mm_features, mapping.feature_layout),
+            mapping.text_config.hidden_size,
+            mapping.feature_width,
+            self._settings.encoder_dtype,
+        )
 
     def held(self, requests: Collection[str]) -> int:
         """Bytes of the embeddings of admitted, unfinished requests.
@@ -62,7 +69,8 @@ class EmbeddingBudget:
     def has_room(self, request: "Request", requests: Collection[str]) -> bool:
         """Whether a waiting request may be admitted beside the others.
 
-        No request waits for ever: one that exceeds the bound alone is refused when it is submitted.
+        No request waits for ever: one that exceeds the bound alone is refused when it is submitted,
+        or served alone if a video's frames were not known then.
 
         Args:
             request: the waiting request; a preempted one is counted already.
@@ -70,11 +78,9 @@ class EmbeddingBudget:
         """
         if request.request_id in self._held:
             return True
-        num_bytes = self.num_bytes(request)
-        return (
-            num_bytes == 0
-            or self.held(requests) + num_bytes <= self._settings.max_held_mm_embedding_bytes
-        )
+        num_bytes, held = self.num_bytes(request), self.held(requests)
+        bound = self._settings.max_held_mm_embedding_bytes
+        return num_bytes == 0 or held == 0 or held + num_bytes <= bound
 
     def record_prefill(self, output: "SchedulerOutput", requests: "Mapping[str, Request]") -> None:
         """Count the embeddings that a prefill step admits, and its images.

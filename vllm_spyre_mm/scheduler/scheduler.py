@@ -18,7 +18,6 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.host_memory import return_free_memory
-from vllm_spyre_mm.multimodal.embedding import choice_of
 from vllm_spyre_mm.scheduler.embedding_budget import EmbeddingBudget
 from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.scheduler.outputs import (
@@ -252,7 +251,7 @@ class SpyreScheduler(Scheduler):
         return (
             request.status != RequestStatus.RUNNING
             and request.num_output_tokens == 0
-            and choice_of(request.sampling_params, self.settings) is not None
+            and self._embedding_budget.num_bytes(request) > 0
         )
 
     # -- outputs ------------------------------------------------------------------------------

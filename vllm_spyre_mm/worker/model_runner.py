@@ -14,10 +14,11 @@ from vllm.v1.structured_output.utils import apply_grammar_bitmask
 from vllm_spyre_mm.config import SpyreSettings, decoder_dtype_of
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.model import SpyreModel
-from vllm_spyre_mm.multimodal.embedding import EmbeddingOverflowError, assemble
+from vllm_spyre_mm.multimodal.embedding import assemble
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
 from vllm_spyre_mm.multimodal.merge import first_feature, mask_feature_tokens, plan_merge
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
+from vllm_spyre_mm.multimodal.pooling import EmbeddingFault
 from vllm_spyre_mm.scheduler.geometry import Geometry
 from vllm_spyre_mm.scheduler.outputs import FailedEncoding, SpyreModelRunnerOutput
 from vllm_spyre_mm.worker.batch import SamplingBatch
@@ -87,6 +88,7 @@ class SpyreModelRunner:
             use_fp64_gumbel=vllm_config.model_config.use_fp64_gumbel,
         )
         self.vocab_size = vllm_config.model_config.get_vocab_size()
+        self.hidden_size: int = model.mapping.text_config.hidden_size
         self.inputs = model.backend.inputs
         self._pending: PendingSample | None = None
 
@@ -260,28 +262,31 @@ class SpyreModelRunner:
         return self.inputs.chunk_logits(logits, chunk)
 
     def _collect(self, request: WorkerRequest, end: int) -> None:
-        """Collect for the embedding the images with features before ``end``, in prompt order.
+        """Collect for the embedding the items with features before ``end``, in prompt order.
 
-        At the request's admission the scheduler has every image from the prompt's start on encoded,
+        At the request's admission the scheduler has every item from the prompt's start on encoded,
         also those that a prefix-cache hit covers.
         """
         if request.output_token_ids:
             return  # resumed after its first token, with which the embedding was returned
-        for feature in request.mm_features[len(request.mm_parts) :]:
+        assert request.choice is not None, "looked at before"
+        wanted = [each for each in request.mm_features if request.choice.wants(each.modality)]
+        for feature in wanted[len(request.mm_parts) :]:
             if first_feature(feature.mm_position) >= end:
                 break
             request.mm_parts.append(self.encoder_cache.get(feature))
         if end == request.num_tokens and request.mm_parts:
-            assert request.choice is not None, "looked at before"
-            layouts = [
-                self.spyre_model.mapping.feature_layout(feature.data or {})
-                for feature in request.mm_features
-            ]
+            mapping = self.spyre_model.mapping
+            layouts = [mapping.feature_layout(feature.data or {}) for feature in wanted]
             try:
                 request.mm_embedding, request.mm_embedding_info = assemble(
-                    request.mm_parts, request.mm_features, layouts, request.choice
+                    request.mm_parts,
+                    wanted,
+                    layouts,
+                    request.choice,
+                    mapping.text_config.hidden_size,
                 )
-            except EmbeddingOverflowError as error:  # the other ranks collect nothing: go on
+            except EmbeddingFault as error:  # the other ranks collect nothing: go on
                 request.embedding_fault = str(error)
             request.mm_parts.clear()
 

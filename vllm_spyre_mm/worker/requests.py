@@ -12,7 +12,8 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_spyre_mm.config import SpyreSettings
-from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, MMEmbeddingInfo, choice_of
+from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
+from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice, choice_of
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec

@@ -185,5 +185,11 @@ def test_tensors_and_pictures_side_by_side(client: openai.OpenAI, given: str) ->
 
 def test_the_models_list_says_that_it_is_there(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
-    told = {"hidden_size": 256, "dtype": "float32", "max_bytes": 700_000}
+    told = {
+        "hidden_size": 256,
+        "levels": 0,
+        "modalities": ["image"],
+        "dtype": "float32",
+        "max_bytes": 700_000,
+    }
     assert model.mm_embedding == told  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests import qwen_vl
 from vllm_spyre_mm.frontend.http.openai_responses import (
     add_to_events,
     add_to_models,
@@ -62,10 +63,16 @@ def test_the_list_of_models(on: bool):
             "encoder_dtype": "float32",
             "max_mm_embedding_response_bytes": 7,
         },
-        model_config=SimpleNamespace(get_hidden_size=lambda: 256),
+        model_config=SimpleNamespace(hf_config=qwen_vl.qwen3_vl()),
     )
     body = b'{"object":"list", "data":[{"id":"demo"}]}'
-    told = {"hidden_size": 256, "dtype": "float32", "max_bytes": 7}
+    told = {
+        "hidden_size": 256,
+        "levels": 3,
+        "modalities": ["image", "video"],
+        "dtype": "float32",
+        "max_bytes": 7,
+    }
     changed = add_to_models(body, config)
     assert json.loads(changed)["data"] == [{"id": "demo"} | ({"mm_embedding": told} if on else {})]
     assert on or changed == body

@@ -16,7 +16,7 @@ from tests.torch_releases import oldest_pytorch, pytorch_without_internals
 from vllm_spyre_mm.cli.encoder import VisionEncoder
 from vllm_spyre_mm.model_executor.cpu import linear, tier, torch_internals
 from vllm_spyre_mm.model_executor.cpu.kernels.kernel import Kernel, compile_kernel
-from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice
+from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice
 
 
 def test_the_installed_release_has_everything() -> None:

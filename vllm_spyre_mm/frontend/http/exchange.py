@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from vllm_spyre_mm.config import SpyreSettings
-from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG, EmbeddingChoice
+from vllm_spyre_mm.multimodal.embedding_choice import EXTRA_ARG, EmbeddingChoice
 from vllm_spyre_mm.payload import mm_embedding_text
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from vllm_spyre_mm.frontend.http.openai_responses import (
     add_to_models,
     add_to_response,
 )
-from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG
+from vllm_spyre_mm.multimodal.embedding_choice import EXTRA_ARG
 
 if TYPE_CHECKING:
     from vllm.exceptions import VLLMValidationError

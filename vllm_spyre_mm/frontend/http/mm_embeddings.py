@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from vllm_spyre_mm.frontend.http.exchange import EXCHANGE
-from vllm_spyre_mm.multimodal.embedding import EmbeddingChoice, parse_choice
+from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice, parse_choice
 
 router = APIRouter()
 

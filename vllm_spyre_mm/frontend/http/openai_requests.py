@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from vllm_spyre_mm.frontend.http.exchange import Exchange
-from vllm_spyre_mm.multimodal.embedding import EXTRA_ARG, parse_choice
+from vllm_spyre_mm.multimodal.embedding_choice import EXTRA_ARG, parse_choice
 
 
 def parse_if_asking(body: bytes) -> dict[str, Any] | None:

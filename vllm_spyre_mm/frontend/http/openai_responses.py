@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -61,9 +62,13 @@ def add_to_models(body: bytes, vllm_config: "VllmConfig") -> bytes:
     models = json.loads(body)
     if not settings.enable_return_mm_embedding or "data" not in models:
         return body
+    mapping = get_mm_mapping(vllm_config.model_config.hf_config)
+    hidden_size: int = mapping.text_config.hidden_size
     for card in models["data"]:
         card[FIELD] = {
-            "hidden_size": vllm_config.model_config.get_hidden_size(),
+            "hidden_size": hidden_size,
+            "levels": mapping.feature_width // hidden_size - 1,
+            "modalities": list(mapping.modalities),
             "dtype": settings.encoder_dtype,
             "max_bytes": settings.max_mm_embedding_response_bytes,
         }

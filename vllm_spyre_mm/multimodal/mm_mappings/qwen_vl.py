@@ -137,7 +137,7 @@ class QwenVL(DecoderMapping):
             return None
         rows, columns = height // self.merge_size, width // self.merge_size
         grid = FeatureGrid(0, rows, columns, columns)
-        return FeatureLayout(frames * rows * columns, grid)
+        return FeatureLayout(frames * rows * columns, grid, frames=frames)
 
     def warmup_image_sizes(self) -> list[tuple[int, int]]:
         side = 4 * self.merge_size * self.hf_config.vision_config.patch_size
