@@ -39,6 +39,7 @@ def test_a_matrix_among_others_is_an_embedding(images: Any, expected: Any) -> No
     [
         ({"image_embeds": ROWS}, True),
         ([{"image_embeds": ROWS}, ROWS], True),
+        (ROWS, True),
         (ROWS[None], True),
         ([ROWS, PICTURE], False),
         ([], False),

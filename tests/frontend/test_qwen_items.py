@@ -123,13 +123,14 @@ def test_a_placeholder_of_a_video_may_begin_with_text(processor: Any) -> None:
     ("items", "fault"),
     [
         ({"image": torch.ones(1, 6, 256)}, "image embedding 0 .* needs the fields image_embeds"),
+        ({"image": torch.ones(6, 256)}, "image embedding 0 .* needs the fields image_embeds"),
         ({"video": [torch.ones(6, 256)]}, "video embedding 0 .* needs the fields"),
         ({"image": [PICTURE, {"image_embeds": torch.ones(6, 256)}]}, "image embedding 1 .* lacks"),
         ({"image": [PICTURE] * 4}, "At most 3 image"),
         ({"video": [SHORT.item] * 3}, "At most 2 video"),
         ({"video": "file.mp4"}, "video 0 of the prompt is of type str"),
     ],
-    ids=["tensor", "video", "mixed", "images", "videos", "path"],
+    ids=["tensors", "tensor", "video", "mixed", "images", "videos", "path"],
 )
 def test_what_cannot_be_used_is_refused_by_name(
     processor: Any, items: dict[str, Any], fault: str

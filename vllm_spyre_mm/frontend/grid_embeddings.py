@@ -16,11 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.multimodal.media.image import ImageEmbeddingMediaIO
 
 from vllm_spyre_mm.multimodal.feature_check import fault_of_embedding
+from vllm_spyre_mm.vllm_fixes.media_errors import bytes_error
 
 SECONDS = ("timestamps", "second_per_grid_ts")
 MOST_SECONDS = 1e6
+MOST_NUMBERS = 100_000
+"""In a field beside the features, which has a few for each frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +191,29 @@ def grid_form(modality: str, info: Any, *, width: int) -> GridForm | None:
     told_seconds = modality == "video" and hasattr(vision, "tokens_per_second")
     optional = frozenset({"second_per_grid_ts"} if told_seconds else ())
     return GridForm(modality, frozenset(fields), optional, vision.spatial_merge_size, width)
+
+
+def load_numbers(name: str, text: str) -> torch.Tensor:
+    """Numbers beside the features of an embedding, from the base64 text of a serialized tensor.
+
+    Args:
+        name: of the field.
+        text: what ``torch.save`` or ``numpy.save`` wrote.
+
+    Raises:
+        ValueError: it is none, or a large one.
+    """
+    what = f"the field {name!r} of an embedding"
+    try:
+        with bytes_error(what):
+            numbers = ImageEmbeddingMediaIO().load_base64("", text)
+    except MemoryError as error:
+        raise ValueError(f"Failed to load {what}: it is too large to hold") from error
+    plain = numbers.device.type == "cpu" and not numbers.is_quantized and numbers.ndim <= 2
+    whole = plain and numbers.untyped_storage().nbytes() >= numbers.numel() * numbers.itemsize
+    if not whole or numbers.numel() > MOST_NUMBERS:
+        raise ValueError(f"Failed to load {what}: it is no short list of numbers")
+    return numbers
 
 
 def _as_tensor(given: object) -> torch.Tensor | None:

@@ -57,10 +57,10 @@ def mixture_of(items: object) -> Mixture | None:
 
 
 def are_embeddings(items: object) -> bool:
-    """Whether all items of a modality are embeddings, as vLLM takes one or several."""
+    """Whether all items of a modality are embeddings: one, several, or a tensor of several."""
     if isinstance(items, (list, tuple)):
         return bool(items) and all(_is_embedding(item) for item in items)
-    return isinstance(items, Mapping) or (isinstance(items, torch.Tensor) and items.ndim == 3)
+    return _is_embedding(items) or (isinstance(items, torch.Tensor) and items.ndim == 3)
 
 
 def _is_embedding(item: object) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The platform's renderer: vLLM's, which makes prompts of chats, for chats with images.
+"""The platform's renderer: vLLM's, which makes prompts of chats, for chats with images and videos.
 
 It is registered for tokenizers of Hugging Face, without which no processor of images works.
 
@@ -11,22 +11,26 @@ to end, before its engine is.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm import envs
 from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+from vllm.multimodal.media.connector import global_thread_pool
 from vllm.renderers.hf import HfRenderer
 
 from vllm_spyre_mm.config import SpyreSettings
+from vllm_spyre_mm.frontend.grid_embeddings import load_numbers
 from vllm_spyre_mm.frontend.mixed_chat import (
-    embeddings_among_pictures,
+    EMBEDDINGS,
+    embeddings_to_load,
     read_once,
     with_loaded,
 )
 from vllm_spyre_mm.upstream.contract import require_methods
 from vllm_spyre_mm.vllm_fixes import chat_parts, sender_cache, shutdown_errors
+from vllm_spyre_mm.vllm_fixes.media_connector import CheckedMediaConnector
 
 
 def check_base(base: type = HfRenderer) -> None:
@@ -48,7 +52,7 @@ def check_base(base: type = HfRenderer) -> None:
 
 
 class ImageRenderer(HfRenderer):
-    """Renders chats in which pictures and embeddings are mixed, and keeps clients apart."""
+    """Renders chats in which media and embeddings are mixed, and keeps clients apart."""
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         check_base()
@@ -90,33 +94,60 @@ class ImageRenderer(HfRenderer):
 
     def render_messages(self, messages: Any, params: Any) -> Any:
         messages = [read_once(message) for message in messages]
-        embeddings = self._embeddings_to_load(messages)
-        if embeddings:
-            connector = self._connector()
-            loaded = [
-                None if text is None else connector.fetch_image_embedding(text)
-                for text in embeddings
-            ]
-            messages = with_loaded(messages, loaded)
+        connector = self._connector()
+        for modality, embeddings in self._embeddings_to_load(messages, connector).items():
+            loaded = [load_embedding(connector, modality, each) for each in embeddings]
+            messages = with_loaded(messages, modality, loaded)
         return super().render_messages(messages, params)
 
     async def render_messages_async(self, messages: Any, params: Any) -> Any:
         messages = [read_once(message) for message in messages]
-        embeddings = self._embeddings_to_load(messages)
-        if embeddings:
-            load = self._connector().fetch_image_embedding_async
-            texts = [text for text in embeddings if text is not None]
-            loaded = iter(await asyncio.gather(*map(load, texts)))
-            messages = with_loaded(
-                messages, [None if text is None else next(loaded) for text in embeddings]
+        connector, loop = self._connector(), asyncio.get_running_loop()
+        for modality, embeddings in self._embeddings_to_load(messages, connector).items():
+            loading = (
+                loop.run_in_executor(global_thread_pool, load_embedding, connector, modality, each)
+                for each in embeddings
             )
+            messages = with_loaded(messages, modality, await asyncio.gather(*loading))
         return await super().render_messages_async(messages, params)
 
-    def _embeddings_to_load(self, messages: list[Any]) -> list[Any]:
+    def _embeddings_to_load(self, messages: list[Any], connector: Any) -> dict[str, list[Any]]:
+        """The embeddings of a chat that vLLM does not take as they are, by their modality."""
         multimodal = self.model_config.multimodal_config
         if multimodal is None or not multimodal.enable_mm_embeds:
-            return []  # vLLM refuses them, with a sentence
-        return embeddings_among_pictures(messages)
+            return {}  # vLLM refuses them, with a sentence
+        fields = self.get_mm_processor().info.data_parser.embedding_fields
+        modalities = ["image"]
+        if isinstance(connector, CheckedMediaConnector):  # which knows loaded videos
+            modalities.append("video")
+        found = {
+            modality: embeddings_to_load(messages, modality, has_grid=modality in fields)
+            for modality in modalities
+        }
+        return {modality: embeddings for modality, embeddings in found.items() if embeddings}
 
     def _connector(self) -> Any:
         return MEDIA_CONNECTOR_REGISTRY.load(envs.VLLM_MEDIA_CONNECTOR)
+
+
+def load_embedding(connector: Any, modality: str, given: Any) -> Any:
+    """An embedding of a chat: a tensor, or an object with one and numbers; None for None.
+
+    Args:
+        connector: vLLM's, or one of its kind.
+        modality: vLLM's name.
+        given: base64 text of a tensor, or an object of such texts and lists of numbers.
+
+    Raises:
+        ValueError: a text is no serialized tensor.
+    """
+    fetch = getattr(connector, f"fetch_{modality}_embedding")
+    if not isinstance(given, Mapping):
+        return None if given is None else fetch(given)
+
+    def loaded(name: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return fetch(value) if name == EMBEDDINGS[modality] else load_numbers(name, value)
+
+    return {name: loaded(name, value) for name, value in given.items()}

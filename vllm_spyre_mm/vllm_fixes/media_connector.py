@@ -50,20 +50,24 @@ class CheckedMediaConnector(MediaConnector):
         with clients_error(_parameter_of(media_io)):
             return await super().load_from_url_async(url, checked(media_io), **kwargs)
 
-    def fetch_video(self, *args: Any, **kwargs: Any) -> Any:
-        """The frames of a video at a URL, and what is known of them.
+    def fetch_video(self, video_url: str, **kwargs: Any) -> Any:
+        """The frames of a video at a URL and what is known of them, or what is loaded already.
 
         Raises:
             ValueError: it cannot be used.
             VLLMUnprocessableEntityError: nor can the URL, or the options of its reading.
         """
+        if isinstance(video_url, LoadedUrl):
+            return video_url.loaded
         with clients_error("video_url"):
-            return super().fetch_video(*args, **kwargs)
+            return super().fetch_video(video_url, **kwargs)
 
-    async def fetch_video_async(self, *args: Any, **kwargs: Any) -> Any:
+    async def fetch_video_async(self, video_url: str, **kwargs: Any) -> Any:
         """As :meth:`fetch_video`, in vLLM's threads."""
+        if isinstance(video_url, LoadedUrl):
+            return video_url.loaded
         with clients_error("video_url"):
-            return await super().fetch_video_async(*args, **kwargs)
+            return await super().fetch_video_async(video_url, **kwargs)
 
     def fetch_image_embedding(self, data: str) -> torch.Tensor:
         """An embedding ``(num_features, hidden_size)`` from its base64 text.
@@ -86,6 +90,21 @@ class CheckedMediaConnector(MediaConnector):
         """As :meth:`fetch_video_embedding`, in vLLM's threads."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(global_thread_pool, self.fetch_video_embedding, data)
+
+
+class LoadedUrl(str):
+    """A text in the place of the URL of a video that is loaded already.
+
+    Attributes:
+        loaded: what is there.
+    """
+
+    loaded: Any
+
+    def __new__(cls, loaded: Any) -> "LoadedUrl":
+        url = super().__new__(cls, "data:,loaded")
+        url.loaded = loaded
+        return url
 
 
 class DirectConnection(HTTPConnection):
