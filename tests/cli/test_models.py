@@ -13,6 +13,7 @@ from vllm_spyre_mm.cli import main
 from vllm_spyre_mm.model_executor.models.decoders import DECODERS
 from vllm_spyre_mm.multimodal.mm_mappings import MAPPINGS
 from vllm_spyre_mm.multimodal.mm_mappings.not_yet import NOT_YET
+from vllm_spyre_mm.multimodal.mm_mappings.not_yet_architectures import ARCHITECTURES
 
 
 def saved(path: Path, config: PretrainedConfig) -> str:
@@ -29,6 +30,11 @@ def test_everything_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
         assert mapping.summary in listed
     for name in (*DECODERS, *NOT_YET):
         assert f"\n  {name} " in listed
+    words = listed.split()
+    for name, why in ARCHITECTURES.items():
+        assert name in words
+        assert f"\n  {why}\n" in listed
+    assert max(map(len, listed.splitlines())) < 200
     assert "Qwen3-VL" not in listed
     assert "qwen3_vl" in listed
 

@@ -3,6 +3,7 @@
 
 import argparse
 import sys
+import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def _listing() -> list[str]:
     from vllm_spyre_mm.model_executor.models.decoders import DECODERS
     from vllm_spyre_mm.multimodal.mm_mappings import MAPPINGS
     from vllm_spyre_mm.multimodal.mm_mappings.not_yet import NOT_YET
+    from vllm_spyre_mm.multimodal.mm_mappings.not_yet_architectures import NAMES
 
     lines = ["Served, by model_type:"]
     for mapping in MAPPINGS:
@@ -60,7 +62,18 @@ def _listing() -> list[str]:
     lines += ["", "Decoders, with the RoPE types that they support:"]
     lines += [f"  {name:18} {', '.join(each.rope_types)}" for name, each in DECODERS.items()]
     lines += ["", LIMITS, "", "Not yet:"]
-    return lines + [f"  {name:18} {why}" for name, why in NOT_YET.items()]
+    lines += [f"  {name:18} {why}" for name, why in NOT_YET.items()]
+    lines += ["", "Not yet, by vLLM's name of the architecture:"]
+    for why, names in NAMES.items():
+        lines += [f"  {why}", *_wrapped(names)]
+    return lines
+
+
+def _wrapped(names: str) -> list[str]:
+    """Lines of names, none broken."""
+    return textwrap.wrap(
+        " ".join(names.split()), 96, initial_indent="      ", subsequent_indent="      "
+    )
 
 
 def _description(mapping: "MMUtils") -> list[str]:

@@ -13,7 +13,7 @@ from vllm_spyre_mm.multimodal.mm_mappings.idefics3 import Idefics3
 from vllm_spyre_mm.multimodal.mm_mappings.llava import Llava
 from vllm_spyre_mm.multimodal.mm_mappings.llava_next import LlavaNext
 from vllm_spyre_mm.multimodal.mm_mappings.mistral3 import Mistral3
-from vllm_spyre_mm.multimodal.mm_mappings.not_yet import NOT_YET
+from vllm_spyre_mm.multimodal.mm_mappings.not_yet_architectures import why_not_yet
 from vllm_spyre_mm.multimodal.mm_mappings.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from vllm_spyre_mm.multimodal.mm_mappings.text import TextDecoder
 
@@ -78,8 +78,9 @@ def get_mm_mapping(config: Any) -> MMUtils:
             return mapping(config)
         reasons.append(f"{mapping.__name__}: {reason}")
     model_type = getattr(config, "model_type", name)
-    if model_type in NOT_YET:
-        reasons.append(f"not yet: {NOT_YET[model_type]}")
+    not_yet = why_not_yet(config)
+    if not_yet is not None:
+        reasons.append(f"not yet: {not_yet}")
     supported = "; ".join(f"{mapping.__name__} ({mapping.summary})" for mapping in MAPPINGS)
     why = f" ({'; '.join(reasons)})" if reasons else ""
     raise UnsupportedModelError(
