@@ -71,6 +71,9 @@ DECODER = {  # heads of 128, as the published ones and the card have
     "pad_token_id": 1,
 }
 
+THETA = 30.0
+"""So low that a step of 1 on any axis turns its frequencies by an angle that counts."""
+
 TOWER = {"depth": 4, "num_heads": 4, "patch_size": PATCH, "spatial_merge_size": MERGE}
 
 

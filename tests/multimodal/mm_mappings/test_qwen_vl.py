@@ -147,6 +147,24 @@ class QwenSuite(MappingSuite):
             get_mm_mapping(owner)
         assert named in str(error.value)
 
+    def test_the_order_of_the_axes_is_the_generations(self, config: Any):
+        """Transformers does not look at ``mrope_interleaved``."""
+        interleaved = self.model_type == "qwen3_vl"
+        owner = with_changes(config, {})
+        rope = owner.text_config.rope_parameters
+        rope["mrope_interleaved"] = not interleaved
+        with pytest.raises(UnsupportedModelError, match=f"mrope_interleaved {not interleaved}"):
+            get_mm_mapping(owner)
+        for absent in (False, True):
+            rope["mrope_interleaved"] = interleaved
+            if absent:
+                del rope["mrope_interleaved"]
+            mapping = get_mm_mapping(owner)
+            assert isinstance(mapping, QwenVL)
+            mrope = mapping.composition(for_card=False).mrope
+            assert mrope is not None
+            assert mrope.interleaved == interleaved
+
 
 def _renamed(name: str, layout: str) -> str:
     """A tensor's name in one of the two layouts."""

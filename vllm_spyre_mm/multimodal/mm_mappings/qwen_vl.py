@@ -44,14 +44,33 @@ class QwenVL(DecoderMapping):
     decoder_type: ClassVar[str]
     """Transformers' ``model_type`` of the decoder as a text model."""
 
+    interleaved: ClassVar[bool] = False
+    """Whether the axes of the positions alternate in a head, or have a section each."""
+
     @classmethod
     def why_not(cls, hf_config: Any) -> str | None:
         return (
             qwen_vision_mismatch(hf_config.vision_config)
             or _width_mismatch(hf_config)
-            or mrope_mismatch(_mrope(hf_config), head_dim_of(hf_config.text_config))
+            or cls._interleaved_mismatch(hf_config)
+            or mrope_mismatch(cls._mrope(hf_config), head_dim_of(hf_config.text_config))
             or decoder_mismatch(cls._text_config(hf_config))
         )
+
+    @classmethod
+    def _interleaved_mismatch(cls, hf_config: Any) -> str | None:
+        """Why the order of the axes is another one, or None; Transformers does not look at it."""
+        rope = hf_config.text_config.rope_parameters
+        given = rope.get("mrope_interleaved", cls.interleaved)
+        if given != cls.interleaved:
+            return f"text_config.mrope_interleaved {given} is not implemented"
+        return None
+
+    @classmethod
+    def _mrope(cls, hf_config: Any) -> MRope:
+        """The axes of the decoder's positions."""
+        sections = hf_config.text_config.rope_parameters.get("mrope_section", ())
+        return MRope(tuple(sections), cls.interleaved)
 
     @classmethod
     def _text_config(cls, hf_config: Any) -> Any:
@@ -100,7 +119,7 @@ class QwenVL(DecoderMapping):
         config = super().composition(for_card)
         config.tower = QWEN_VISION
         config.vision_config = qwen_vision_config(self.hf_config.vision_config)
-        config.mrope = _mrope(self.hf_config)
+        config.mrope = self._mrope(self.hf_config)
         return config
 
     def load_overrides(self, for_card: bool = False) -> LoadOverrides:
@@ -150,6 +169,7 @@ class Qwen3VL(QwenVL):
     config_classes = ("transformers.Qwen3VLConfig",)
     summary = "qwen3_vl: Qwen 3, deepstack, pictures and video"
     decoder_type = "qwen3"
+    interleaved = True
 
     @property
     def feature_levels(self) -> int:
@@ -192,9 +212,3 @@ def _width_mismatch(config: Any) -> str | None:
     if width != text.hidden_size:
         return f"vision_config makes features of {width}, and text_config.hidden_size is another"
     return None
-
-
-def _mrope(config: Any) -> MRope:
-    """The axes of the decoder's positions."""
-    rope = config.text_config.rope_parameters
-    return MRope(tuple(rope.get("mrope_section", ())), rope.get("mrope_interleaved", False))
