@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from vllm import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from tests import architectures, idefics3
+from tests import architectures, idefics3, qwen_vl
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import engine, greedy, relative_error
 from tests.reference import Reference
@@ -118,6 +118,7 @@ def test_a_sampler_that_raises_ends_both_ranks(
         idefics3.idefics3(architectures.llama()),
         architectures.qwen2(),
         architectures.qwen3(),
+        qwen_vl.qwen2_5_vl(**{"text_config.num_key_value_heads": 2}),
     ],
     ids=lambda config: config.model_type,
 )
@@ -125,6 +126,8 @@ def test_two_ranks_of_other_architectures(tmp_path: Path, config: PretrainedConf
     checkpoint = architectures.save_checkpoint(tmp_path, config)
     reference = Reference(checkpoint)
     tag = getattr(reference.processor, "image_token", None)
+    if config.model_type in qwen_vl.MODEL_TYPES:
+        tag = qwen_vl.IMAGE
     asks = [replace(ask, tag=tag or "") for ask in parity_asks(6, seed=3) if tag or not ask.images]
     with engine(
         checkpoint, own_process=True, tensor_parallel_size=2, max_num_batched_tokens=128
