@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig
 from vllm import LLM, RequestOutput
 
-from tests import architectures, idefics3
+from tests import architectures, idefics3, qwen_vl
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy
 from tests.reference import Reference
@@ -275,6 +275,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "Mistral": architectures.mistral(head_dim=128),
     "Qwen 2": architectures.qwen2(num_attention_heads=1, num_key_value_heads=1),
     "Qwen 3": architectures.qwen3(head_dim=128),
+    "Qwen2.5-VL": qwen_vl.qwen2_5_vl(),
 }
 
 
@@ -287,6 +288,8 @@ def test_each_architecture_is_one_graph_for_prefill_and_one_for_decode(
     checkpoint = architectures.save_checkpoint(tmp_path, ARCHITECTURES[name])
     reference = Reference(checkpoint)
     tag = getattr(reference.processor, "image_token", None)
+    if reference.config.model_type in qwen_vl.MODEL_TYPES:
+        tag = qwen_vl.IMAGE
     asks = [
         replace(ask, tag=tag or "")
         for ask in parity_asks(8, seed=3)
