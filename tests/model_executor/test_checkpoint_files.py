@@ -188,10 +188,10 @@ def test_a_tensor_stored_under_two_names_is_refused(llava_next_checkpoint: Path,
     assert "model.language_model.embed_tokens.weight in model.safetensors" in str(error.value)
 
 
-def test_mistrals_own_format_alone_is_refused_with_what_to_do(checkpoint: Path):
+def test_mistrals_own_format_alone_is_refused_for_other_models(checkpoint: Path):
     (checkpoint / "model.safetensors").rename(checkpoint / "consolidated.safetensors")
     with pytest.raises(CheckpointError, match="holds Mistral's own format alone") as error:
-        weight_files(checkpoint)
+        state(checkpoint)
     assert "consolidated.safetensors" in str(error.value)
 
 

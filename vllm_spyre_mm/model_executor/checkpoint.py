@@ -75,6 +75,7 @@ class WeightFiles:
             tensor of each file is read.
         absent: names of files that the index names and that do not exist.
         left_out: names of safetensors files that are not read.
+        mistral_format: whether those that are read are in Mistral's own format.
     """
 
     folder: Path
@@ -82,23 +83,25 @@ class WeightFiles:
     indexed: Mapping[str, frozenset[str]] | None
     absent: tuple[str, ...]
     left_out: tuple[str, ...]
+    mistral_format: bool = False
 
     def __str__(self) -> str:
         """The files, for the end of an error message."""
-        parts = [f"read: {_listed(self.read)}"]
+        parts = [f"read: {listed(self.read)}"]
         if self.indexed is not None:
             parts[0] += f" (as {INDEX} says)"
         if self.absent:
-            parts.append(f"named there, but absent: {_listed(self.absent)}")
+            parts.append(f"named there, but absent: {listed(self.absent)}")
         if self.left_out:
-            parts.append(f"left out: {_listed(self.left_out)}")
+            parts.append(f"left out: {listed(self.left_out)}")
         return "; ".join(parts)
 
 
 def weight_files(folder: Path) -> WeightFiles:
     """The files that hold a checkpoint's weights: those that its index names and no others.
 
-    Without an index they are all safetensors of the folder, but those in Mistral's own format.
+    Without an index they are all safetensors of the folder; those in Mistral's own format only if
+    there are no others.
 
     Raises:
         CheckpointError: there are none, the index cannot be read, or an adapter would be left out.
@@ -112,19 +115,20 @@ def weight_files(folder: Path) -> WeightFiles:
     }
     indexed = _read_index(folder / INDEX)
     if indexed is None:
-        read = {name for name in stored if not Path(name).match(MISTRAL_FORMAT)}
+        read = {name for name in stored if not Path(name).match(MISTRAL_FORMAT)} or stored
         absent: set[str] = set()
     else:
         read = {name for name in indexed if (folder / name).is_file()}
         absent = indexed.keys() - read
     if not read:
-        _refuse_nothing(folder, stored, absent)
+        _refuse_nothing(folder, absent)
     return WeightFiles(
         folder,
         tuple(sorted(read)),
         indexed,
         absent=tuple(sorted(absent)),
         left_out=tuple(sorted(stored - read)),
+        mistral_format=all(Path(name).match(MISTRAL_FORMAT) for name in read),
     )
 
 
@@ -150,15 +154,10 @@ def _read_index(file: Path) -> dict[str, frozenset[str]] | None:
     return {stored_in: frozenset(names) for stored_in, names in tensors.items()}
 
 
-def _refuse_nothing(folder: Path, stored: set[str], absent: set[str]) -> NoReturn:
+def _refuse_nothing(folder: Path, absent: set[str]) -> NoReturn:
     if absent:
         raise CheckpointError(
-            f"none of the files that {INDEX} names is in {folder}: {_listed(sorted(absent))}"
-        )
-    if stored:
-        raise CheckpointError(
-            f"{folder} holds Mistral's own format alone ({_listed(sorted(stored))}): convert it to "
-            "the format of Hugging Face, or get the repository's model*.safetensors and config.json"
+            f"none of the files that {INDEX} names is in {folder}: {listed(sorted(absent))}"
         )
     raise CheckpointError(
         f"{folder} has no *.safetensors: convert the checkpoint with "
@@ -186,12 +185,17 @@ class StoredTensor:
         return f"{self.stored_name} in {self.file}"
 
 
-def open_checkpoint(files: WeightFiles, rename: Callable[[str], str]) -> dict[str, StoredTensor]:
+def open_checkpoint(
+    files: WeightFiles,
+    rename: Callable[[str], str],
+    convert: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+) -> dict[str, StoredTensor]:
     """List the tensors of a checkpoint by renamed name; reads headers only.
 
     Args:
         files: of the checkpoint.
         rename: maps a stored name to the one that FMS's adapter knows.
+        convert: called with the new name and a tensor that was read; the shape stays.
 
     Raises:
         CheckpointError: a file cannot be read, or two tensors mean the same parameter.
@@ -208,12 +212,11 @@ def open_checkpoint(files: WeightFiles, rename: Callable[[str], str]) -> dict[st
             if files.indexed is not None and stored_name not in files.indexed[file]:
                 continue
             name = rename(stored_name)
-            tensor = StoredTensor(
-                stored_name,
-                file,
-                tuple(handle.get_slice(stored_name).get_shape()),
-                functools.partial(handle.get_tensor, stored_name),
-            )
+            read: Callable[[], torch.Tensor] = functools.partial(handle.get_tensor, stored_name)
+            if convert is not None:
+                read = functools.partial(_read_and_convert, read, functools.partial(convert, name))
+            shape = tuple(handle.get_slice(stored_name).get_shape())
+            tensor = StoredTensor(stored_name, file, shape, read)
             if name in tensors:
                 raise CheckpointError(
                     f"{files.folder} holds {name} twice: as {tensors[name]} and as {tensor}; keep "
@@ -221,6 +224,12 @@ def open_checkpoint(files: WeightFiles, rename: Callable[[str], str]) -> dict[st
                 )
             tensors[name] = tensor
     return tensors
+
+
+def _read_and_convert(
+    read: Callable[[], torch.Tensor], convert: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    return convert(read())
 
 
 def check_complete(
@@ -272,7 +281,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def raise_if_any(files: WeightFiles, **faults: list[str]) -> None:
     """Raise :class:`CheckpointError` with the names under each kind of fault, if there are any."""
     parts = [
-        f"{kind.replace('_', ' ')}: {_listed(names)}" for kind, names in faults.items() if names
+        f"{kind.replace('_', ' ')}: {listed(names)}" for kind, names in faults.items() if names
     ]
     if parts:
         raise CheckpointError(
@@ -280,7 +289,7 @@ def raise_if_any(files: WeightFiles, **faults: list[str]) -> None:
         )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """The first names, and the number of the others."""
     more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
     return f"{', '.join(names[:MAX_NAMES_SHOWN])}{more}"

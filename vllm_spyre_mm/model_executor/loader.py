@@ -31,6 +31,7 @@ from vllm_spyre_mm.model_executor.checkpoint import (
     open_checkpoint,
     weight_files,
 )
+from vllm_spyre_mm.model_executor.mistral_layout import layout_of
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides, ModelSpec
 
 logger = get_logger(__name__)
@@ -127,7 +128,7 @@ def _checked_tensors(
     """
     tensors = {
         name: tensor
-        for name, tensor in open_checkpoint(files, overrides.rename).items()
+        for name, tensor in open_checkpoint(files, *layout_of(files, overrides)).items()
         if not overrides.is_unused(name)
     }
     if not options.encoder_only:
@@ -258,8 +259,7 @@ def head_parameter(overrides: LoadOverrides, model: FmsModel) -> str:
 
 
 def _layers(tensors: Mapping[str, StoredTensor]) -> list[list[str]]:
-    """Group names by layer: FMS's adapter needs the parts of a fused projection together, and pads
-    a decoder's heads only if it is given nothing else."""
+    """Group names by layer: FMS's adapter needs the parts of a fused projection together."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
         layer = re.match(r"(.*?\.\d+)\.", name)

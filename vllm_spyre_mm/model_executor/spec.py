@@ -51,6 +51,16 @@ class LMHead:
     settings: str
 
 
+class StoredLayout(Protocol):
+    """How weights in a format of their own become those of the Hugging Face layout."""
+
+    def rename(self, name: str) -> str:
+        """The name that FMS's adapter knows."""
+
+    def convert(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor, by its renamed name, with its rows in the order of that layout."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadOverrides:
     """How a checkpoint of this architecture is loaded.
@@ -67,6 +77,7 @@ class LoadOverrides:
         encoder_blocks: the repeated blocks of the vision encoder, which share one graph.
         decoder_blocks: the repeated blocks of the decoder.
         deepstack_levels: levels of the image features that are added in the decoder.
+        mistral_layout: how weights in Mistral's own format are read; None for other models.
     """
 
     architecture: str
@@ -79,6 +90,7 @@ class LoadOverrides:
     encoder_blocks: Callable[[FmsModel], nn.ModuleList]
     decoder_blocks: Callable[[FmsModel], nn.ModuleList]
     deepstack_levels: int = 0
+    mistral_layout: "StoredLayout | None" = None
 
 
 class ModelSpec(Protocol):

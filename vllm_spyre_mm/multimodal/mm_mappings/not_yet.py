@@ -8,8 +8,8 @@ AUDIO = "audio"
 POOLING = "pooling: it gives embeddings, not text"
 
 MISTRAL_FORMAT = (
-    "Mistral's own format (params.json): fetch config.json and model*.safetensors too, or convert "
-    "it, and do not give --config-format mistral"
+    "Mistral's own format (params.json): fetch config.json and the files of Hugging Face's "
+    "tokenizer and processor too, and do not give --config-format mistral"
 )
 
 NOT_YET: Mapping[str, str] = {

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from vllm_spyre_mm.model_executor.mistral_layout import MistralLayout
 from vllm_spyre_mm.model_executor.models.composition import (
     ARCHITECTURE,
     DECODER,
@@ -27,6 +28,9 @@ CARD_HEAD_DIM = 128
 
 TILE_TOWERS = ("siglip_vision_model", "clip_vision_model")
 """Towers that encode square tiles of one size."""
+
+MISTRAL_DECODERS, MISTRAL_TOWER = ("mistral", "ministral3"), "pixtral"
+"""Parts whose weights there are in Mistral's own format."""
 
 HEAD, EMBEDDING = f"{DECODER}.lm_head.weight", f"{DECODER}.model.embed_tokens.weight"
 """Weights of the LM head and the embedding, as :meth:`DecoderMapping.rename` names them."""
@@ -72,7 +76,16 @@ class DecoderMapping(MMUtils):
             encoder_blocks=lambda _: nn.ModuleList(),
             decoder_blocks=lambda model: model.language_model.base_model.layers,
             deepstack_levels=len(config.deepstack_layers),
+            mistral_layout=self._mistral_layout(),
         )
+
+    def _mistral_layout(self) -> MistralLayout | None:
+        text, vision = self.text_config, getattr(self.hf_config, "vision_config", None)
+        if text.model_type not in MISTRAL_DECODERS:
+            return None
+        if vision is not None and vision.model_type != MISTRAL_TOWER:
+            return None
+        return MistralLayout(head_dim_of(text), self.encoder_head_dim)
 
     @property
     def tie_settings(self) -> str:
