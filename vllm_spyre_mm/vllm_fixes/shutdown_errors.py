@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from http import HTTPStatus
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_spyre_mm.upstream.contract import (
     require_assigned,
@@ -119,17 +119,19 @@ def _saying_why_it_is_dead(original: Callable[[Any], BaseException]) -> Callable
     return dead_error
 
 
-def _refuse(*_: Any, **__: Any) -> None:
+def _refuse(*_: Any, **__: Any) -> NoReturn:
     """Admit no request to a server that ends.
 
     Raises:
-        GracefulHTTPError: always (HTTP 503).
+        GracefulHTTPError: always (HTTP 503, or an event in a stream).
     """
-    raise _error()
+    from vllm.exceptions import GracefulHTTPError
+
+    raise GracefulHTTPError(SHUT_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def _error() -> Exception:
-    """HTTP 503, or an event in a stream."""
+    """What :func:`_refuse` raises."""
     from vllm.exceptions import GracefulHTTPError
 
     return GracefulHTTPError(SHUT_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
@@ -150,7 +152,7 @@ def shutdown_answered(owner: Any, *errors: type[Exception]) -> Iterator[None]:
         yield
     except errors:
         if getattr(owner, "told_to_end", False):
-            raise _error() from None
+            _refuse()
         raise
 
 
@@ -162,7 +164,7 @@ def raise_if_shut_down(output: "RequestOutput") -> None:
     """
     for completion in output.outputs:
         if completion.finish_reason == "abort" and completion.stop_reason == SHUT_DOWN:
-            raise _error()
+            _refuse()
 
 
 def _extend_engine(module: ModuleType) -> None:

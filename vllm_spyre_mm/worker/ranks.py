@@ -87,7 +87,8 @@ class Ranks:
         if not self.is_first:
             token_ids = self.broadcast(torch.empty(count, 1, dtype=torch.int64))
             if bool((token_ids == NO_TOKEN).any()):
-                raise self.broadcast_object()
+                error: FirstRankError = self.broadcast_object()
+                raise error
             return token_ids, None
         try:
             token_ids, details = sample()
