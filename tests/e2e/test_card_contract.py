@@ -275,6 +275,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "Mistral": architectures.mistral(head_dim=128),
     "Qwen 2": architectures.qwen2(num_attention_heads=1, num_key_value_heads=1),
     "Qwen 3": architectures.qwen3(head_dim=128),
+    "Qwen3-VL": qwen_vl.qwen3_vl(),
     "Qwen2.5-VL": qwen_vl.qwen2_5_vl(),
 }
 

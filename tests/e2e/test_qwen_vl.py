@@ -23,6 +23,7 @@ from tests.videos import Video, video
 
 MAX_TOKENS = 12
 BOUND = 1e-4
+BF16_BOUND = 2e-2
 
 QUESTIONS = ("What is it?", "Where does it stand, and why?", "Say what you see.", "And now?")
 
@@ -200,3 +201,19 @@ def test_compiled_without_a_graph_for_each_size(served: Served) -> None:
         assert tokens(llm, served.asks) == served.expected
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
         assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_in_bf16_and_compiled_as_users_have_it(served: Served) -> None:
+    """Tokens as far as bf16 can tell the two best apart, features near to the reference's."""
+    with served.engine(dtype="auto", enforce_eager=False) as llm:
+        outputs = generate(llm, served.asks)
+    compared = 0
+    for ask, output in zip(served.asks, outputs, strict=True):
+        completion, expected = output.outputs[0], ask.features(served.reference)
+        certain = served.reference.certain_tokens(ask.text, ask.images, MAX_TOKENS, 1.0, ask.videos)
+        assert list(completion.token_ids)[: len(certain)] == certain, ask.question
+        compared += len(certain)
+        if expected is not None:
+            error = (completion.mm_embedding.float() - expected).norm() / expected.norm()
+            assert error < BF16_BOUND, ask.question
+    assert compared > 2 * len(served.asks)
