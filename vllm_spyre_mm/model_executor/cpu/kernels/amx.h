@@ -64,8 +64,8 @@ static inline void clear_tile() {
 class Products {
  public:
   // sums[j][i] = or += the sum over steps k of left[k][i] times right[k][j], for 2 rows i and
-  // COLUMNS columns j.
-  template <int COLUMNS, typename Work>
+  // COLUMNS columns j. The last step has LAST pairs, and zeros: AMX takes whole tiles.
+  template <int COLUMNS, int LAST = TILE_ROWS, typename Work>
   __attribute__((always_inline)) void multiply(int steps, const Operand (*left)[2],
                                                const Operand (*right)[2], Sums (*sums)[2],
                                                bool add, Work& work) {

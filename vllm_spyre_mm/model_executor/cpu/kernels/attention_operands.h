@@ -10,6 +10,7 @@
 #include "tiles.h"
 
 constexpr int DEPTH = (HEAD_DIM + TILE_DEPTH - 1) / TILE_DEPTH;  // tiles of a head, as an operand
+constexpr int LAST_PAIRS = (HEAD_DIM - (DEPTH - 1) * TILE_DEPTH) / 2;  // in the last of them
 constexpr int WIDTH = (HEAD_DIM + TILE_ROWS - 1) / TILE_ROWS;    // tiles of a head, as a result
 constexpr int ROWS = 2 * TILE_ROWS;        // queries that are multiplied at a time
 constexpr int BLOCK = 2 * TILE_DEPTH;      // keys whose softmax is computed at a time

@@ -167,8 +167,8 @@ struct Run {
   template <typename Work>
   void score(Products& products, int64_t block, int64_t key, int pairs, Work& work) const {
     for (int p = 0; p < pairs; ++p)
-      products.multiply<2>(DEPTH, s.query[block], s.keys[key / TILE_DEPTH + p],
-                           s.scores[key / BLOCK % 2][p], false, work);
+      products.multiply<2, LAST_PAIRS>(DEPTH, s.query[block], s.keys[key / TILE_DEPTH + p],
+                                       s.scores[key / BLOCK % 2][p], false, work);
   }
   template <typename Work>
   void accumulate(Products& products, int64_t block, int64_t key, int pairs, bool add,
