@@ -266,7 +266,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "LLaVA, CLIP, Mistral": architectures.llava(architectures.mistral(head_dim=128)),
     "Mistral 3, Ministral 3": architectures.mistral3(architectures.ministral3(head_dim=128)),
     "Idefics 3, Llama": idefics3.idefics3(
-        architectures.llama(num_attention_heads=1, num_key_value_heads=1)
+        architectures.llama(num_attention_heads=2, num_key_value_heads=1)  # padded from 64
     ),
     "Granite": architectures.granite(
         num_attention_heads=1, num_key_value_heads=1, logits_scaling=0.5

@@ -13,7 +13,8 @@ SUMMARY = "list the architectures that are served, or check one model's configur
 
 LIMITS = """\
 Limits of all: images only, in one piece; no quantised weights, no LoRA, no sliding windows. A card
-wants heads of 128; Granite's heads are padded to it."""
+wants heads of 128; Granite's are padded to it, and Llama's without RoPE scaling and biases in the
+attention."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 from tests import architectures, idefics3
 from tests.multimodal.mm_mappings.suite import FP32, MappingSuite, assert_close, picture
 from tests.reference import Reference
-from vllm_spyre_mm.model_executor.loader import load_model
+from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.models.idefics3_vision import (
     PixelShuffleProjector,
     buckets_are_positions,
@@ -225,6 +225,7 @@ VARIANTS: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
     "larger squares": (architectures.llama(), {"scale_factor": 4}),
     "gelu in the tower": (architectures.llama(), {"vision_config.hidden_act": "gelu"}),
     "another epsilon in the tower": (architectures.llama(), {"vision_config.layer_norm_eps": 1e-2}),
+    "pixels beyond the last patch": (architectures.llama(), {"vision_config.image_size": 70}),
     "Granite": (architectures.granite(), {}),
     "Mistral": (architectures.mistral(), {}),
     "a tied head": (architectures.llama(tie_word_embeddings=True), {}),
@@ -248,7 +249,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "text_config.model_type 'qwen2_moe'": {"text_config": Qwen2MoeConfig()},
     "vision_config.hidden_act 'relu'": {"vision_config.hidden_act": "relu"},
     "scale_factor 3 does not divide the 8 patches": {"scale_factor": 3},
-    "image_size 60 is not a whole number of patches": {"vision_config.image_size": 60},
     "image_size 200 gives 25 patches on a side": {
         "vision_config.image_size": 200,
         "scale_factor": 5,
@@ -262,3 +262,41 @@ def test_what_would_not_be_honoured_is_refused_by_name(named: str) -> None:
     with pytest.raises(UnsupportedModelError) as error:
         get_mm_mapping(idefics3.idefics3(architectures.llama(), **REFUSED[named]))
     assert named in str(error.value)
+
+
+# -- the card ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["heads of 64", "heads of 32 and a tied head"])
+def test_llamas_heads_are_padded_for_the_card(tmp_path: Path, text: str) -> None:
+    """As Granite Docling's are: FMS's Llama cannot, its Granite can."""
+    changes = {
+        "heads of 64": {"num_attention_heads": 2, "num_key_value_heads": 1},
+        "heads of 32 and a tied head": {"tie_word_embeddings": True, "mlp_bias": True},
+    }[text]
+    config = idefics3.idefics3(architectures.llama(**changes))
+    checkpoint = architectures.save_checkpoint(tmp_path, config)
+    mapping = get_mm_mapping(AutoConfig.from_pretrained(checkpoint))
+    assert mapping.kv_cache_options(for_card=True).head_dim == 128
+    options = LoadOptions(torch.float32, torch.float32, for_card=True)
+    model, reference = load_model(mapping, checkpoint, options), Reference(checkpoint)
+    images = [picture(100, 60)]
+    assert_close(*TestIdefics3().logits(mapping, model, reference, images), 1e-4)
+
+
+LLAMA_3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+}
+
+
+@pytest.mark.parametrize("changes", [{"rope_parameters": LLAMA_3}, {"attention_bias": True}])
+def test_heads_that_granite_would_compute_otherwise_are_not_padded(changes: Any) -> None:
+    mapping = get_mm_mapping(idefics3.idefics3(architectures.llama(**changes)))
+    assert mapping.kv_cache_options().head_dim == 32
+    with pytest.raises(UnsupportedModelError, match="heads of 32 cannot be padded"):
+        mapping.kv_cache_options(for_card=True)

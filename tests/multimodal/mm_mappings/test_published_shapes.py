@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    Idefics3Config,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
@@ -21,6 +22,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen3Config,
     Qwen3VLConfig,
+    SmolVLMConfig,
 )
 
 from tests.checkpoints import model_class
@@ -112,6 +114,14 @@ QWEN3_VL_LARGE = {
     "deepstack_visual_indexes": [8, 16, 24],
 }
 QWEN25_VL_TOWER = {"hidden_size": 1280, "intermediate_size": 3420, "in_chans": 3}
+SIGLIP_512 = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 512,
+    "patch_size": 16,
+}
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "LLaVA 1.6 with Mistral 7B": LlavaNextConfig(text_config=dict(MISTRAL)),
@@ -132,6 +142,59 @@ CONFIGS: dict[str, PretrainedConfig] = {
         text_config={"model_type": "ministral3"},
         vision_config=dict(PIXTRAL),
         tie_word_embeddings=False,
+    ),
+    "Granite Docling 258M": Idefics3Config(
+        vision_config=dict(SIGLIP_512),
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "vocab_size": 100352,
+        },
+        image_token_id=100270,
+        scale_factor=4,
+        tie_word_embeddings=True,
+    ),
+    "SmolVLM2 2.2B": SmolVLMConfig(
+        vision_config={
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+        },
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 8192,
+            "vocab_size": 49280,
+        },
+        image_token_id=49190,
+        scale_factor=3,
+    ),
+    "SmolVLM2 256M": SmolVLMConfig(
+        vision_config=dict(SIGLIP_512),
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "vocab_size": 49280,
+        },
+        image_token_id=49190,
+        scale_factor=4,
     ),
     "Mistral 7B": MistralConfig(**MISTRAL),
     "Llama 3.1 8B": LlamaConfig(

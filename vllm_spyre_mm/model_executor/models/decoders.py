@@ -35,6 +35,7 @@ class Decoder:
         biases: the configuration's bias flags that it honours.
         has_head_dim: whether a head's width may differ from ``hidden_size`` / heads.
         pads_heads: whether its adapter pads heads to the card's width.
+        padded: what is built in its place where heads are padded, if its own adapter pads none.
         fuses: whether it may have fused projections.
     """
 
@@ -47,6 +48,7 @@ class Decoder:
     biases: tuple[str, ...] = ()
     has_head_dim: bool = True
     pads_heads: bool = False
+    padded: "Decoder | None" = None
     fuses: bool = True
 
     def config(self, text: Any, *, tied: bool, head_dim: int | None = None) -> ModelConfig:
@@ -77,6 +79,19 @@ def _llama_params(text: Any) -> dict[str, Any]:
     return params
 
 
+def _llama_as_granite_params(text: Any) -> dict[str, Any]:
+    """Parameters of the Granite that is a given Llama: no multiplier but the attention's scale."""
+    params = param_builders.build_llama_params(text)
+    head_dim = head_dim_of(text)
+    multipliers = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
+    fields = {field.name for field in dataclasses.fields(granite.GraniteConfig)}
+    return {name: value for name, value in params.items() if name in fields} | {
+        **dict.fromkeys(multipliers, 1.0),
+        "attention_multiplier": head_dim**-0.5,
+        "head_dim": head_dim,
+    }
+
+
 def _qwen3_params(text: Any) -> dict[str, Any]:
     """FMS's parameters, renamed and restricted to the fields of its configuration."""
     params = param_builders.build_qwen3_embeddings_params(text)
@@ -104,6 +119,15 @@ DECODERS: Mapping[str, Decoder] = {
         rope_types=("default", "llama3"),
         biases=("attention_bias", "mlp_bias"),
         has_head_dim=False,
+        padded=Decoder(
+            granite.Granite,
+            granite.GraniteConfig,
+            _llama_as_granite_params,
+            adapter="llava_next",
+            prefix="language_model.",
+            biases=("mlp_bias",),
+            pads_heads=True,
+        ),
     ),
     "mistral": Decoder(
         mistral.Mistral,
@@ -160,6 +184,19 @@ def decoder_mismatch(text: Any, name: str = "text_config.") -> str | None:
         or _rope_mismatch(decoder, text, name)
         or _layer_mismatch(decoder, text, name)
     )
+
+
+def padding_decoder(text: Any) -> Decoder | None:
+    """What is built for a decoder whose heads are padded for the card; None if they cannot be.
+
+    Args:
+        text: the Transformers configuration; :func:`decoder_mismatch` has accepted it.
+    """
+    decoder = DECODERS[text.model_type]
+    other = decoder if decoder.pads_heads else decoder.padded
+    if other is None or _rope_mismatch(other, text, "") or _layer_mismatch(other, text, ""):
+        return None
+    return other
 
 
 def width_mismatch(part: Any, name: str) -> str | None:

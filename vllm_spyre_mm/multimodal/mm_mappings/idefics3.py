@@ -59,8 +59,6 @@ class Idefics3(VisionLanguageMapping):
         if mismatch is not None:
             return mismatch
         side = vision.image_size // vision.patch_size
-        if vision.image_size % vision.patch_size:
-            return f"vision_config.image_size {vision.image_size} is not a whole number of patches"
         if side % scale:
             return f"scale_factor {scale} does not divide the {side} patches on the side of a tile"
         if not buckets_are_positions(side):

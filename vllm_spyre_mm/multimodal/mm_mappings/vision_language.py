@@ -18,7 +18,12 @@ from vllm_spyre_mm.model_executor.models.composition import (
     Composition,
     CompositionConfig,
 )
-from vllm_spyre_mm.model_executor.models.decoders import DECODERS, decoder_mismatch, head_dim_of
+from vllm_spyre_mm.model_executor.models.decoders import (
+    DECODERS,
+    decoder_mismatch,
+    head_dim_of,
+    padding_decoder,
+)
 from vllm_spyre_mm.model_executor.models.towers import TOWERS, tower_mismatch
 from vllm_spyre_mm.model_executor.spec import FmsModel, KVCacheOptions, LMHead, LoadOverrides
 from vllm_spyre_mm.multimodal.mm_mappings.base import MMUtils, UnsupportedModelError
@@ -97,9 +102,11 @@ class DecoderMapping(MMUtils):
 
     def composition(self, for_card: bool) -> CompositionConfig:
         """The parts of the model; see :meth:`load_overrides` for ``for_card``."""
-        decoder, text = DECODERS[self.text_config.model_type], self.text_config
+        text = self.text_config
         own = head_dim_of(text)
         padded = self._card_head_dim(own) if for_card else own
+        decoder = DECODERS[text.model_type] if padded == own else padding_decoder(text)
+        assert decoder is not None, "the heads can be padded"
         return CompositionConfig(
             decoder=decoder,
             text_config=decoder.config(
@@ -116,7 +123,7 @@ class DecoderMapping(MMUtils):
         Raises:
             UnsupportedModelError: the heads cannot be padded to it.
         """
-        pads = DECODERS[self.text_config.model_type].pads_heads
+        pads = padding_decoder(self.text_config) is not None
         if own != CARD_HEAD_DIM and (not pads or CARD_HEAD_DIM % own):
             raise UnsupportedModelError(
                 f"heads of {own} cannot be padded to the {CARD_HEAD_DIM} that the card wants"
