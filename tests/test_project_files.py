@@ -73,6 +73,13 @@ def test_the_command_says_the_version(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.strip() == version(PROJECT["name"])
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/installation.md"])
+def test_vllm_is_installed_in_the_version_that_is_pinned(page: str) -> None:
+    given = set(re.findall(r"VLLM_VERSION_OVERRIDE=([\d.]+)", (ROOT / page).read_text()))
+    (version_of_vllm,) = given
+    assert f"vllm=={version_of_vllm}" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
 def test_there_are_three_forms() -> None:
     assert [form.stem for form in FORMS] == ["bug", "feature", "model_request"]
 
