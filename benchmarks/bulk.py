@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from benchmarks.measure import Figure, Row, Timing, compare, constant
 from vllm_spyre_mm.cli.embed import AT_ONCE, encode_files
-from vllm_spyre_mm.cli.encoder import VisionEncoder, read_picture
+from vllm_spyre_mm.cli.encoder import VisionEncoder
+from vllm_spyre_mm.cli.media import read_picture
 from vllm_spyre_mm.cli.shards import Shards
 from vllm_spyre_mm.demo import pictures
 from vllm_spyre_mm.host_memory import return_free_memory

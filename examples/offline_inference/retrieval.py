@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vllm_spyre_mm.cli.encoder import VisionEncoder, read_picture
+from vllm_spyre_mm.cli.encoder import VisionEncoder
+from vllm_spyre_mm.cli.media import read_picture
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.demo.pictures import PLACES, Shape, draw_picture
 from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-spyre-mm embed``: features of many pictures, with the vision encoder alone.
+"""``vllm-spyre-mm embed``: features of many pictures and videos, with the vision encoder alone.
 
 A run skips pictures that are in a shard already: after a kill only those of the unfinished shard
 are encoded again, and nothing is lost or duplicated.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
-    from vllm_spyre_mm.cli.encoder import ProcessedPicture, VisionEncoder
+    from vllm_spyre_mm.cli.encoder import ProcessedItem, VisionEncoder
     from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice
 
 SUMMARY = "write the features of pictures to safetensors or Parquet"
@@ -28,7 +28,7 @@ SUMMARY = "write the features of pictures to safetensors or Parquet"
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Suffixes of the files that are taken from a folder."""
 
-Batch = list[tuple[Path, "ProcessedPicture"]]
+Batch = list[tuple[Path, "ProcessedItem"]]
 
 AT_ONCE = 4
 """Pictures that are encoded together; the encoder processes few tiles at a time anyway."""
@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="+",
         metavar="IMAGE",
-        help="a picture, a folder of them, a .jsonl whose lines have an `images` list of paths, or "
+        help="a picture, a video if the model takes some, a folder of pictures, a .jsonl whose "
+        "lines have an `images` list of paths, or "
         "- for paths on standard input, a line each",
     )
     parser.add_argument(
@@ -53,7 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", help="folder or hub name (default: the embedded checkpoint)")
     parser.add_argument("--revision", help="of a hub model")
-    parser.add_argument("--pooling", choices=("raw", "image", "base"), default="raw")
+    parser.add_argument("--pooling", choices=("raw", "image", "frame", "base"), default="raw")
+    parser.add_argument(
+        "--levels",
+        choices=("input", "all"),
+        default="all",
+        help="of a model with deepstack: all columns, or the decoder's input alone (default: all)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "float16", "bfloat16"),
@@ -97,6 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
         "pooling": arguments.pooling,
         "dtype": arguments.dtype,
     }
+    if arguments.levels != "all":
+        made_with["levels"] = arguments.levels
     if arguments.encoder_dtype != "auto":
         made_with["encoder_dtype"] = arguments.encoder_dtype
     try:
@@ -194,7 +203,9 @@ def _encoder(arguments: argparse.Namespace) -> "VisionEncoder":
 def _choice(arguments: argparse.Namespace) -> "EmbeddingChoice":
     from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice
 
-    return EmbeddingChoice(pooling=arguments.pooling, dtype=arguments.dtype)
+    return EmbeddingChoice(
+        pooling=arguments.pooling, levels=arguments.levels, dtype=arguments.dtype
+    )
 
 
 def _features(
@@ -207,15 +218,15 @@ def _features(
     """Features of each picture that can be encoded, in order; the next pictures are prefetched."""
     import torch
 
-    from vllm_spyre_mm.cli.encoder import read_picture
+    from vllm_spyre_mm.cli.media import read_item
 
-    def read(path: Path) -> "ProcessedPicture":
-        return encoder.process(read_picture(path))
+    def read(path: Path) -> "ProcessedItem":
+        return encoder.process(read_item(path, encoder.mapping.modalities))
 
     batch: Batch = []
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as readers:
         remaining = iter(paths)
-        ahead: deque[tuple[Path, Future[ProcessedPicture]]] = deque()
+        ahead: deque[tuple[Path, Future[ProcessedItem]]] = deque()
         while True:
             while len(ahead) < 4 * AT_ONCE and (path := next(remaining, None)) is not None:
                 ahead.append((path, readers.submit(read, path)))

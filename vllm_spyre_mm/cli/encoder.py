@@ -6,15 +6,14 @@ It is loaded, packed and compiled as in the worker, and gets its inputs from vLL
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
+from vllm_spyre_mm.cli.media import Item
 from vllm_spyre_mm.config import BackendName
 from vllm_spyre_mm.frontend.image_processor import register_image_processor
 from vllm_spyre_mm.log import get_logger
@@ -36,20 +35,22 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessedPicture:
-    """A picture as the encoder takes it.
+class ProcessedItem:
+    """A picture or a video as the encoder takes it.
 
     Attributes:
+        modality: vLLM's name, ``image`` or ``video``.
         item: what vLLM's processor makes of it.
         num_features: number of features that it would have in a prompt.
     """
 
+    modality: str
     item: "MultiModalKwargsItem"
     num_features: int
 
 
 class VisionEncoder:
-    """Encodes pictures on the host.
+    """Encodes pictures and videos on the host.
 
     Args:
         model: folder in the Hugging Face layout, or hub name.
@@ -69,12 +70,18 @@ class VisionEncoder:
         backend: BackendName = "inductor",
         revision: str | None = None,
     ) -> None:
-        arguments = EngineArgs(model=model, revision=revision)
+        self.dtype = dtype or host_dtypes()[0]
+        arguments = EngineArgs(
+            model=model,
+            revision=revision,
+            dtype=dtype_name(self.dtype),  # type: ignore[arg-type]  # also that of pixels
+            # Else the processor of some models leaves pixels for vLLM's own tower to normalise.
+            mm_device_do_normalize=False,
+        )
         model_config = arguments.create_model_config()
         self.mapping = get_mm_mapping(model_config.hf_config)
         if self.mapping.image_token_id is None:
             raise UnsupportedModelError(f"{model} is a text model: it has no vision encoder")
-        self.dtype = dtype or host_dtypes()[0]
         checkpoint = find_checkpoint(model_config, arguments.create_load_config())
         options = LoadOptions(decoder_dtype=self.dtype, encoder_dtype=self.dtype, encoder_only=True)
         with mmap_threshold():
@@ -88,56 +95,43 @@ class VisionEncoder:
         register_image_processor(model_config)
         self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)
 
-    def process(self, picture: Image.Image) -> ProcessedPicture:
-        """Process a picture for :meth:`encode`; may run in another thread."""
-        items = self._processor.info.parse_mm_data({"image": [picture]}, validate=False)
-        assert self.mapping.image_token_id is not None, "checked when it was made"
-        processed = self._processor([self.mapping.image_token_id], items)
-        item = processed["mm_kwargs"]["image"][0]
+    def process(self, given: Item) -> ProcessedItem:
+        """Process a picture or a video for :meth:`encode`; may run in another thread."""
+        modality = "video" if isinstance(given, tuple) else "image"
+        items = self._processor.info.parse_mm_data({modality: [given]}, validate=False)
+        prompt = self._processor.dummy_inputs.get_dummy_text({modality: 1})
+        processed = self._processor(prompt, items)
+        item = processed["mm_kwargs"][modality][0]
         assert item is not None, "no cache is in between"
-        (place,) = processed["mm_placeholders"]["image"]
-        return ProcessedPicture(item, place.get_num_embeds())
+        (place,) = processed["mm_placeholders"][modality]
+        return ProcessedItem(modality, item, place.get_num_embeds())
 
     @torch.inference_mode()
-    def encode(
-        self, pictures: Sequence[ProcessedPicture], choice: EmbeddingChoice
-    ) -> list[torch.Tensor]:
-        """Features of processed pictures, pooled and converted.
+    def encode(self, items: Sequence[ProcessedItem], choice: EmbeddingChoice) -> list[torch.Tensor]:
+        """Features of processed pictures and videos, pooled and converted.
 
         Returns:
-            For each picture ``(rows, hidden_size)``, contiguous memory of its own.
+            For each item ``(rows, columns)``, contiguous memory of its own.
 
         Raises:
             FeatureError: features of one of them cannot be used, by the worker's check.
             EmbeddingOverflowError: the chosen dtype cannot hold features of one of them.
         """
-        kwargs: list[tuple[str, Any]] = [("image", each.item) for each in pictures]
+        kwargs: list[tuple[str, Any]] = [(each.modality, each.item) for each in items]
         features = [
             each
             for _, _, batch in group_and_batch_mm_kwargs(kwargs)
             for each in self.mapping.compute_features(self.model, batch)
         ]
-        for picture, each in zip(pictures, features, strict=True):
-            check_features(each, picture.num_features, self.mapping.feature_width)
+        for item, each in zip(items, features, strict=True):
+            check_features(each, item.num_features, self.mapping.feature_width)
         name = dtype_name(self.dtype) if choice.dtype == "auto" else choice.dtype
         rows = (
             pool(
                 choose_levels(each, self.mapping.text_config.hidden_size, choice),
-                self.mapping.feature_layout(picture.item),
+                self.mapping.feature_layout(item.item),
                 choice,
             )
-            for each, picture in zip(features, pictures, strict=True)
+            for each, item in zip(features, items, strict=True)
         )
         return [convert(each, name)[0].contiguous() for each in rows]
-
-
-def read_picture(path: Path) -> Image.Image:
-    """A picture from a file, as vLLM reads it: RGB, turned as its EXIF says, bombs refused.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no picture.
-    """
-    from vllm.multimodal.media.image import ImageMediaIO
-
-    return ImageMediaIO().load_file(path).media

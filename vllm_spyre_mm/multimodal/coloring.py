@@ -62,42 +62,49 @@ def similarity_to(features: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(features.float(), chosen.float(), dim=-1)
 
 
-def colour_maps(colours: torch.Tensor, layout: FeatureLayout) -> list[Image.Image]:
+def colour_maps(colours: torch.Tensor, layout: FeatureLayout, frame: int = 0) -> list[Image.Image]:
     """One small picture for each grid, a pixel for each feature; newline features are left out.
 
     Args:
-        colours: uint8 ``(num_features, 3)`` of one image.
-        layout: of that image.
+        colours: uint8 ``(num_features, 3)`` of one image or video.
+        layout: of it.
+        frame: of the video.
 
     Raises:
         ValueError: the layout has another number of features.
     """
     if len(colours) != layout.num_features:
         raise ValueError(f"{len(colours)} features do not fill {layout}")
-    return [
-        Image.fromarray(colours[grid.indices()].numpy())
-        for grid in (layout.base, layout.fine)
-        if grid is not None
-    ]
+    places = [layout.base_places()[frame]]
+    if layout.fine is not None:
+        places.append(layout.fine.indices())
+    return [Image.fromarray(colours[each].numpy()) for each in places]
 
 
 def place_colours(features: torch.Tensor, layout: FeatureLayout) -> torch.Tensor:
-    """Colours of the features of one image, uint8 ``(num_features, 3)``; black for newlines,
+    """Colours of the features of one item, uint8 ``(num_features, 3)``; black for newlines,
     which would otherwise take the colours' range."""
     colours = torch.zeros(len(features), 3, dtype=torch.uint8)
     colours[layout.places()] = pca_colours(features[layout.places()])
     return colours
 
 
-def laid_over(picture: Image.Image, colours: torch.Tensor, layout: FeatureLayout) -> list[Panel]:
-    """A panel for each grid: its colours blended over the picture."""
+def laid_over(
+    picture: Image.Image, colours: torch.Tensor, layout: FeatureLayout, frame: int = 0
+) -> list[Panel]:
+    """A panel for each grid: its colours blended over the picture, or over a frame of a video."""
     plain = _panel(picture)
-    panels = []
-    for name, small in zip(("base grid", "fine grid"), colour_maps(colours, layout), strict=False):
+    panels, maps = [], colour_maps(colours, layout, frame)
+    for name, small in zip(("base grid", "fine grid"), maps, strict=False):
         large = small.resize(plain.size, Image.Resampling.NEAREST)
         caption = f"{name}, {small.height} x {small.width} features"
         panels.append((caption, Image.blend(plain, large, COLOUR_SHARE)))
     return panels
+
+
+def plain(picture: Image.Image, caption: str) -> Panel:
+    """The picture as it is."""
+    return caption, _panel(picture)
 
 
 def tiles(picture: Image.Image, grid: tuple[int, int], layout: FeatureLayout) -> Panel:
@@ -152,7 +159,7 @@ def figure(rows: Sequence[Sequence[Panel]]) -> Image.Image:
 def pca_figure(picture: Image.Image, features: torch.Tensor, layout: FeatureLayout) -> Image.Image:
     """A picture beside its features as principal components, each grid laid over the picture."""
     colours = place_colours(features, layout)
-    return figure([[("the picture", _panel(picture)), *laid_over(picture, colours, layout)]])
+    return figure([[plain(picture, "the picture"), *laid_over(picture, colours, layout)]])
 
 
 def _panel(picture: Image.Image) -> Image.Image:

@@ -88,7 +88,6 @@ class SpyreModelRunner:
             use_fp64_gumbel=vllm_config.model_config.use_fp64_gumbel,
         )
         self.vocab_size = vllm_config.model_config.get_vocab_size()
-        self.hidden_size: int = model.mapping.text_config.hidden_size
         self.inputs = model.backend.inputs
         self._pending: PendingSample | None = None
 
