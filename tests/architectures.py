@@ -13,6 +13,7 @@ from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     GraniteConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
@@ -113,6 +114,23 @@ def granite(**changes: Any) -> GraniteConfig:
         "logits_scaling": 4.0,
     }
     return GraniteConfig(**DECODER | multipliers | changes)
+
+
+def granite4(**changes: Any) -> GraniteMoeHybridConfig:
+    """A dense one; the widths of the experts and of the state-space layers have no part."""
+    own = {
+        "layer_types": ["full_attention"] * changes.get("num_hidden_layers", 3),
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "position_embedding_type": "rope",
+        "shared_intermediate_size": 306,
+        "mamba_n_heads": 4,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+    }
+    return GraniteMoeHybridConfig(**DECODER | own | changes)
 
 
 def clip(**changes: Any) -> CLIPVisionConfig:

@@ -56,7 +56,11 @@ def larger(config: PretrainedConfig) -> PretrainedConfig:
     """The same architecture with a decoder of 80 M parameters and a tower of 25 M."""
     if config.model_type not in ("llava", "llava_next", "mistral3", *idefics3.MODEL_TYPES):
         layers = {"layer_types": ["full_attention"] * TEXT["num_hidden_layers"]}
-        return with_changes(config, TEXT | (layers if hasattr(config, "layer_types") else {}))
+        changes = TEXT | (layers if hasattr(config, "layer_types") else {})
+        if config.model_type == "granitemoehybrid":
+            changes["shared_intermediate_size"] = TEXT["intermediate_size"]
+            changes["mamba_d_head"] = 2 * TEXT["hidden_size"] // config.mamba_n_heads  # checked
+        return with_changes(config, changes)
     side = 448 if config.model_type == "mistral3" else 224
     changes = {f"text_config.{name}": value for name, value in TEXT.items()}
     changes |= {f"vision_config.{name}": value for name, value in VISION.items()}

@@ -33,6 +33,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "SmolVLM, Llama": idefics3.smolvlm(architectures.llama()),
     "Granite Vision 4, SigLIP, Granite": granite4_vision.granite4_vision(),
     "Granite": architectures.granite(),
+    "Granite 4, dense": architectures.granite4(),
     "Llama": architectures.llama(),
     "Qwen 2": architectures.qwen2(),
     "Qwen 3": architectures.qwen3(),

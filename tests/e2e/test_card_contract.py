@@ -271,6 +271,9 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "Granite": architectures.granite(
         num_attention_heads=1, num_key_value_heads=1, logits_scaling=0.5
     ),
+    "Granite 4, dense": architectures.granite4(
+        num_attention_heads=2, num_key_value_heads=1, logits_scaling=0.5
+    ),
     "Llama": architectures.llama(num_attention_heads=1, num_key_value_heads=1),
     "Mistral": architectures.mistral(head_dim=128),
     "Qwen 2": architectures.qwen2(num_attention_heads=1, num_key_value_heads=1),

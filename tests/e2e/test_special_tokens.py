@@ -116,6 +116,7 @@ def test_text_tokens_of_a_placeholder_need_rows(tmp_path: Path):
 
 DECODERS = {
     "granite": architectures.granite(num_hidden_layers=1),
+    "granitemoehybrid": architectures.granite4(num_hidden_layers=1),
     "llama": architectures.llama(num_hidden_layers=1),
     "mistral": architectures.mistral(num_hidden_layers=1),
     "ministral3": architectures.ministral3(num_hidden_layers=1),

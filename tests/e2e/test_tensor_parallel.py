@@ -116,6 +116,7 @@ def test_a_sampler_that_raises_ends_both_ranks(
     [
         architectures.mistral3(architectures.ministral3()),
         idefics3.idefics3(architectures.llama()),
+        architectures.granite4(),
         architectures.qwen2(),
         architectures.qwen3(),
         qwen_vl.qwen2_5_vl(**{"text_config.num_key_value_heads": 2}),

@@ -36,6 +36,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         architectures.llama(**SMALL | {"vocab_size": 480}), **{"vision_config.num_hidden_layers": 1}
     ),
     "granite": architectures.granite(**SMALL),
+    "granitemoehybrid": architectures.granite4(**SMALL, shared_intermediate_size=64),
     "llama": architectures.llama(**SMALL),
     "mistral": architectures.mistral(**SMALL),
     "qwen2": architectures.qwen2(**SMALL),

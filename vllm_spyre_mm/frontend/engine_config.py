@@ -27,6 +27,7 @@ from vllm_spyre_mm.frontend.flags import SCHEDULER_CLASS, WORKER_CLASS, refuse_u
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.cpu.tier import compiled_for, cpu_tier, detect_tier
 from vllm_spyre_mm.model_executor.cpu.torch_internals import takes_architecture, why_not_compiled
+from vllm_spyre_mm.model_executor.models.decoders import DECODERS
 from vllm_spyre_mm.multimodal.feature_check import dtype_name
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 from vllm_spyre_mm.scheduler.geometry import geometry_of
@@ -169,11 +170,10 @@ def _check_divisible(vllm_config: "VllmConfig", mapping: MMUtils, settings: Spyr
         raise ValueError(
             f"tensor_parallel_size={size} does not divide the model's {num_kv_heads} KV heads"
         )
-    width = mapping.text_config.intermediate_size
+    name = DECODERS[mapping.text_config.model_type].width
+    width = getattr(mapping.text_config, name)
     if width % size:
-        raise ValueError(
-            f"tensor_parallel_size={size} does not divide the model's intermediate_size, {width}"
-        )
+        raise ValueError(f"tensor_parallel_size={size} does not divide the model's {name}, {width}")
 
 
 def _check_embeddings(vllm_config: "VllmConfig", mapping: MMUtils) -> None:

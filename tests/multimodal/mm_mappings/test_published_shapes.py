@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    GraniteMoeHybridConfig,
     Idefics3Config,
     LlamaConfig,
     LlavaConfig,
@@ -203,6 +204,20 @@ CONFIGS: dict[str, PretrainedConfig] = {
         num_key_value_heads=8,
         max_position_embeddings=131072,
         rope_parameters=LLAMA_3,
+    ),
+    "Granite 4.0 micro": GraniteMoeHybridConfig(
+        vocab_size=100352,
+        hidden_size=2560,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        shared_intermediate_size=8192,
+        layer_types=["full_attention"] * 40,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        position_embedding_type="rope",
+        mamba_n_heads=64,
+        tie_word_embeddings=True,
     ),
     "Qwen 2.5 3B": Qwen2Config(
         hidden_size=2048,

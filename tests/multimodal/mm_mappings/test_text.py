@@ -53,6 +53,10 @@ class TestGranite(DecoderSuite):
     text = architectures.granite(head_dim=64)
 
 
+class TestGranite4(DecoderSuite):
+    text = architectures.granite4(num_attention_heads=2, num_key_value_heads=1)
+
+
 class TestLlama(DecoderSuite):
     text = architectures.llama(**NARROW)
 
@@ -112,6 +116,14 @@ REFUSED: dict[str, PretrainedConfig] = {
     ),
     "hidden_act 'gelu'": architectures.llama(hidden_act="gelu"),
     "attention_bias": architectures.granite(attention_bias=True),
+    "num_local_experts 4": architectures.granite4(num_local_experts=4, num_experts_per_tok=2),
+    "position_embedding_type 'nope'": architectures.granite4(position_embedding_type="nope"),
+    "layer_types has 'linear_attention'": architectures.granite4(
+        layer_types=["full_attention", "linear_attention", "full_attention"]
+    ),
+    "shared_intermediate_size": architectures.granite4(
+        hidden_size=116, shared_intermediate_size=1001
+    ),
     "num_attention_heads 4": architectures.mistral(num_key_value_heads=3),
 }
 

@@ -15,6 +15,7 @@ from fms.models.hf.config_utils import param_builders
 from fms.utils.config import ModelConfig
 from torch import nn
 
+from vllm_spyre_mm.model_executor.models import granite_moe_hybrid
 from vllm_spyre_mm.model_executor.models.qwen2 import Qwen2
 from vllm_spyre_mm.model_executor.models.yarn import Ministral3Decoder
 
@@ -36,6 +37,8 @@ class Decoder:
         has_head_dim: whether a head's width may differ from ``hidden_size`` / heads.
         pads_heads: whether its adapter pads heads to the card's width.
         padded: what is built in its place where heads are padded, if its own adapter pads none.
+        width: the configuration's name of the feed-forward width.
+        mismatch: first further property that it would not honour, with a prefix for its name.
         fuses: whether it may have fused projections.
     """
 
@@ -49,6 +52,8 @@ class Decoder:
     has_head_dim: bool = True
     pads_heads: bool = False
     padded: "Decoder | None" = None
+    width: str = "intermediate_size"
+    mismatch: Callable[[Any, str], str | None] = lambda text, name: None
     fuses: bool = True
 
     def config(self, text: Any, *, tied: bool, head_dim: int | None = None) -> ModelConfig:
@@ -155,6 +160,16 @@ DECODERS: Mapping[str, Decoder] = {
         adapter="qwen3",
         fuses=False,
     ),
+    "granitemoehybrid": Decoder(
+        granite.Granite,
+        granite.GraniteConfig,
+        granite_moe_hybrid.params,
+        adapter=granite_moe_hybrid.ARCHITECTURE,
+        prefix="language_model.",
+        pads_heads=True,
+        width=granite_moe_hybrid.WIDTH,
+        mismatch=granite_moe_hybrid.mismatch,
+    ),
 }
 """The decoders by Transformers' ``model_type``."""
 
@@ -179,7 +194,8 @@ def decoder_mismatch(text: Any, name: str = "text_config.") -> str | None:
     """
     decoder = DECODERS[text.model_type]
     return (
-        width_mismatch(text, name)
+        decoder.mismatch(text, name)
+        or width_mismatch(text, name, decoder.width)
         or _attention_mismatch(decoder, text, name)
         or _rope_mismatch(decoder, text, name)
         or _layer_mismatch(decoder, text, name)
@@ -199,11 +215,12 @@ def padding_decoder(text: Any) -> Decoder | None:
     return other
 
 
-def width_mismatch(part: Any, name: str) -> str | None:
-    """Why FMS would build another ``intermediate_size``, or None: it computes it from a ratio."""
-    built = int(part.hidden_size * (part.intermediate_size / part.hidden_size))
-    if built != part.intermediate_size:
-        return f"{name}intermediate_size {part.intermediate_size} would be built as {built}"
+def width_mismatch(part: Any, name: str, width: str = "intermediate_size") -> str | None:
+    """Why FMS would build another feed-forward width, or None: it computes it from a ratio."""
+    wanted = getattr(part, width)
+    built = int(part.hidden_size * (wanted / part.hidden_size))
+    if built != wanted:
+        return f"{name}{width} {wanted} would be built as {built}"
     return None
 
 

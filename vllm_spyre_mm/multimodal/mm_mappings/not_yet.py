@@ -28,7 +28,6 @@ NOT_YET: Mapping[str, str] = {
     "roberta": POOLING,
     "xlm-roberta": POOLING,
     "mpnet": POOLING,
-    "granitemoehybrid": "state-space layers and experts; the dense ones are not fitted in",
     "bamba": "state-space layers, whose state is no KV cache",
     "mixtral": "a mixture of experts",
     "gpt_oss": "a mixture of experts, attention sinks and sliding windows",

@@ -21,13 +21,14 @@ class TextDecoder(DecoderMapping):
         "transformers.Ministral3Config",
         "transformers.Qwen2Config",
         "transformers.Qwen3Config",
+        "transformers.GraniteMoeHybridConfig",
         "fms.GraniteConfig",
         "fms.LLaMAConfig",
         "fms.MistralConfig",
         "fms.Ministral3TextConfig",
         "fms.Qwen3Config",
     )
-    summary = "text models: Granite, Llama, Mistral, Ministral 3, Qwen 2, Qwen 3"
+    summary = "text models: Granite, dense Granite 4, Llama, Mistral, Ministral 3, Qwen 2, Qwen 3"
 
     @classmethod
     def why_not(cls, hf_config: Any) -> str | None:
