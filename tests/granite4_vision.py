@@ -68,6 +68,45 @@ QFORMER = {
     "cross_attention_frequency": 1,
 }
 
+PUBLISHED: dict[str, Any] = {
+    "text_config": {
+        "model_type": "granite4_vision_text",
+        "hidden_size": 2560,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.015625,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 10.0,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000000,
+        "vocab_size": 100353,
+    },
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 16,
+    },
+    "downsample_rate": "4/8",
+    "deepstack_layer_map": [[-19, 9], [-13, 6], [-7, 3], [-1, 0]],
+    "spatial_vision_layer": -1,
+    "spatial_target_layers": [12, 15, 18, 21],
+    "image_grid_pinpoints": [[384, 384], [384, 768], [768, 384], [384, 3840], [3840, 384]],
+    "image_token_index": 100352,
+    "use_image_newline_parameter": True,
+    "use_spatial_sampling": True,
+    "vision_feature_select_strategy": "full",
+}
+"""Arguments of the configuration of Granite Vision 4.1 4B, with some of its grids of tiles."""
+
 
 def granite4_vision(**changes: Any) -> Granite4VisionConfig:
     """Windows of 4 x 4 patches, levels in no order; dotted names change the parts."""

@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig
 from vllm import LLM, RequestOutput
 
-from tests import architectures, idefics3, qwen_vl
+from tests import architectures, granite4_vision, idefics3, qwen_vl
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy
 from tests.reference import Reference
@@ -267,6 +267,9 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "Mistral 3, Ministral 3": architectures.mistral3(architectures.ministral3(head_dim=128)),
     "Idefics 3, Llama": idefics3.idefics3(
         architectures.llama(num_attention_heads=2, num_key_value_heads=1)  # padded from 64
+    ),
+    "Granite Vision 4, SigLIP, Granite": granite4_vision.granite4_vision(
+        text_config__logits_scaling=0.5
     ),
     "Granite": architectures.granite(
         num_attention_heads=1, num_key_value_heads=1, logits_scaling=0.5

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from tests import architectures
+from tests import architectures, granite4_vision
 from tests.checkpoints import llava_next_config
 from vllm_spyre_mm.model_executor.dummy_weights import load_dummy_model
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
@@ -20,6 +20,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llava": architectures.llava(architectures.llama()),
     "llava-next": architectures.llava_next(architectures.mistral()),
     "mistral3": architectures.mistral3(architectures.ministral3()),
+    "granite vision 4": granite4_vision.granite4_vision(),
     "granite": architectures.granite(**TIED),
     "llama": architectures.llama(),
     "mistral": architectures.mistral(**TIED),

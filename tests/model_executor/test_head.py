@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig
 from vllm.config import ModelConfig
 
-from tests import architectures, idefics3
+from tests import architectures, granite4_vision, idefics3
 from tests.checkpoints import edit_config, edit_tensors, model_class, write_index
 from vllm_spyre_mm.frontend.engine_config import _leave_head_to_loader
 from vllm_spyre_mm.model_executor.checkpoint import CheckpointError
@@ -34,6 +34,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral3": architectures.mistral3(architectures.mistral(**SMALL), **VISION),
     "idefics3": idefics3.idefics3(
         architectures.llama(**SMALL | {"vocab_size": 480}), **{"vision_config.num_hidden_layers": 1}
+    ),
+    "granite4_vision": granite4_vision.granite4_vision(
+        **{f"text_config.{name}": value for name, value in SMALL.items()}
+        | {"text_config.num_hidden_layers": 4, "vision_config.num_hidden_layers": 1}
+        | {"deepstack_layer_map": [], "spatial_target_layers": [0, 1, 2, 3]}
     ),
     "granite": architectures.granite(**SMALL),
     "granitemoehybrid": architectures.granite4(**SMALL, shared_intermediate_size=64),

@@ -2,7 +2,6 @@
 """Granite Vision 4: levels of features from windowed Q-Formers, into several decoder layers."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,19 +104,6 @@ class TestGranite4Vision(LlavaNextSuite):
     @pytest.fixture
     def other(self) -> Any:
         return architectures.llava_next(architectures.granite())
-
-    def decoder_arguments(
-        self, mapping: MMUtils, model: Any, inputs: Mapping[str, torch.Tensor]
-    ) -> dict[str, Any]:
-        arguments = super().decoder_arguments(mapping, model, inputs)
-        if "pixel_values" not in inputs:
-            return arguments
-        is_image = inputs["input_ids"] == mapping.image_token_id
-        index = torch.where(is_image, is_image.cumsum(1) - 1, TEXT)
-        given = self.mm_kwargs(mapping.hf_config, inputs)
-        features = torch.cat(mapping.compute_features(model, given))
-        text = torch.zeros(*index.shape, WIDTH)
-        return arguments | {"deepstack": mapping.merge_levels(text, features, index)}
 
     def test_each_level_is_that_of_transformers(
         self, mapping: MMUtils, model: Any, reference: Reference

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    Granite4VisionConfig,
     GraniteMoeHybridConfig,
     Idefics3Config,
     LlamaConfig,
@@ -26,6 +27,7 @@ from transformers import (
     SmolVLMConfig,
 )
 
+from tests import granite4_vision
 from tests.checkpoints import model_class
 from vllm_spyre_mm.model_executor.checkpoint import StoredTensor, WeightFiles
 from vllm_spyre_mm.model_executor.loader import LoadOptions, _check, _settle_head
@@ -197,6 +199,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         image_token_id=49190,
         scale_factor=4,
     ),
+    "Granite Vision 4.1 4B": Granite4VisionConfig(**granite4_vision.PUBLISHED),
     "Mistral 7B": MistralConfig(**MISTRAL),
     "Llama 3.1 8B": LlamaConfig(
         vocab_size=128256,

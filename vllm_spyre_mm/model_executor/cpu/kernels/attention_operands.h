@@ -84,7 +84,8 @@ static inline void prefetch(const Element* row) {
   for (int i = 0; i < HEAD_DIM; i += 64 / sizeof(Element)) __builtin_prefetch(row + i, WRITTEN);
   __builtin_prefetch(row + HEAD_DIM - 1, WRITTEN);
 }
-// Rotates 16 neighbouring pairs by their angles: cosine and sine of each, of which `held` are there.
+// Rotates 16 neighbouring pairs. Angles are the cosine and the sine of each; only those held are
+// read.
 static inline __m512i rotate(__m512i pairs, const float* angles, uint32_t held) {
   auto of_pairs = [](int first) {  // indices of every second number of two vectors
     __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
