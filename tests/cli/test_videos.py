@@ -61,7 +61,7 @@ def test_features_of_a_video_are_those_of_transformers(
     shown = [files["film.mp4"], files["still.png"]]
     film, picture = embed(checkpoint, shown, tmp_path / "features.safetensors").values()
     reference = Reference(checkpoint)
-    frames, metadata = read_video(files["film.mp4"])
+    frames, metadata = read_video(files["film.mp4"], "qwen3_vl")
     decoded = Video(frames, metadata["fps"])
     assert_close(film, reference.video_features(qwen_vl.VIDEO, [decoded]), 1e-4)
     still = [Image.open(files["still.png"])]

@@ -218,10 +218,8 @@ def _features(
     """Features of each picture that can be encoded, in order; the next pictures are prefetched."""
     import torch
 
-    from vllm_spyre_mm.cli.media import read_item
-
     def read(path: Path) -> "ProcessedItem":
-        return encoder.process(read_item(path, encoder.mapping.modalities))
+        return encoder.process(encoder.read(path))
 
     batch: Batch = []
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as readers:

@@ -6,14 +6,17 @@ It is loaded, packed and compiled as in the worker, and gets its inputs from vLL
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
+from vllm.multimodal.video import get_video_loader_backend_for_processor
+from vllm.transformers_utils.processor import get_video_processor_cls_name
 
-from vllm_spyre_mm.cli.media import Item
+from vllm_spyre_mm.cli.media import Item, read_item
 from vllm_spyre_mm.config import BackendName
 from vllm_spyre_mm.frontend.image_processor import register_image_processor
 from vllm_spyre_mm.log import get_logger
@@ -94,6 +97,13 @@ class VisionEncoder:
             compile_encoder(self.model, overrides)
         register_image_processor(model_config)
         self._processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+        self._video_loader = get_video_loader_backend_for_processor(
+            get_video_processor_cls_name(model_config)
+        )
+
+    def read(self, path: Path) -> Item:
+        """A picture, or a video if the model takes some, from a file; see :func:`read_item`."""
+        return read_item(path, self.mapping.modalities, self._video_loader)
 
     def process(self, given: Item) -> ProcessedItem:
         """Process a picture or a video for :meth:`encode`; may run in another thread."""

@@ -14,19 +14,20 @@ Video = tuple[np.ndarray, dict[str, Any]]
 Item = Image.Image | Video
 
 
-def read_item(path: Path, modalities: Collection[str]) -> Item:
+def read_item(path: Path, modalities: Collection[str], video_loader: str | None = None) -> Item:
     """A picture, or a video if the model takes some: then an animated GIF is one too.
 
     Args:
         path: of a file.
         modalities: that the model takes.
+        video_loader: as for :func:`read_video`.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is neither.
     """
     if "video" in modalities and not _is_still(path):
-        return read_video(path)
+        return read_video(path, video_loader)
     return read_picture(path)
 
 
@@ -42,8 +43,12 @@ def read_picture(path: Path) -> Image.Image:
     return ImageMediaIO().load_file(path).media
 
 
-def read_video(path: Path) -> Video:
-    """A video from a file, of which as many frames are taken as the server takes by default.
+def read_video(path: Path, video_loader: str | None = None) -> Video:
+    """A video from a file, with the frames that a server takes of it by default.
+
+    Args:
+        path: of the file.
+        video_loader: vLLM's name of what chooses and reads frames; None for vLLM's default.
 
     Raises:
         OSError: the file cannot be read.
@@ -55,7 +60,8 @@ def read_video(path: Path) -> Video:
     from vllm_spyre_mm.vllm_fixes.video_media import CheckedVideoMediaIO
 
     image_io = ImageMediaIO()
-    frames, metadata = CheckedVideoMediaIO(VideoMediaIO(image_io), image_io).load_file(path).media
+    video_io = VideoMediaIO(image_io, video_backend=video_loader)
+    frames, metadata = CheckedVideoMediaIO(video_io, image_io).load_file(path).media
     assert isinstance(frames, np.ndarray), "decoded on the CPU"
     return frames, metadata
 

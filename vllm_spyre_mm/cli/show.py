@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draw; the exit status is 1 where a picture cannot be encoded or the place is not in it."""
     from vllm_spyre_mm.cli.encoder import VisionEncoder
-    from vllm_spyre_mm.cli.media import read_item
     from vllm_spyre_mm.demo import checkpoint_path
     from vllm_spyre_mm.multimodal.coloring import figure
     from vllm_spyre_mm.multimodal.feature_check import FeatureError
@@ -59,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     paths = [path for path in (arguments.picture, arguments.other) if path is not None]
     try:
-        items = [read_item(path, encoder.mapping.modalities) for path in paths]
+        items = [encoder.read(path) for path in paths]
     except (OSError, ValueError) as error:
         print(f"the picture cannot be read: {error}", file=sys.stderr)
         return 1
