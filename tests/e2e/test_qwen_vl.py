@@ -14,12 +14,14 @@ import pytest
 import torch
 from PIL import Image
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from tests import architectures, qwen_vl
 from tests.e2e.engines import engine, greedy, relative_error
 from tests.multimodal.mm_mappings.suite import picture
 from tests.reference import Reference
 from tests.videos import Video, video
+from vllm_spyre_mm.worker.encoding import ImageEncoder
 
 MAX_TOKENS = 12
 BOUND = 1e-4
@@ -182,6 +184,55 @@ def test_embeddings_are_taken_back(served: Served, llm: LLM) -> None:
     prompt = {"prompt": ask.text, "multi_modal_data": {"image": given}}
     (output,) = llm.generate([prompt], greedy(MAX_TOKENS), use_tqdm=False)
     assert list(output.outputs[0].token_ids) == served.expected[number]
+
+
+def test_embeddings_of_videos_are_taken_back_with_their_times(served: Served, llm: LLM) -> None:
+    number = next(i for i, ask in enumerate(served.asks) if len(ask.videos) == 2)
+    ask = served.asks[number]
+    (output,) = generate(llm, [ask])
+    (first, second), rows = (
+        output.outputs[0].mm_embedding_info.items,
+        output.outputs[0].mm_embedding,
+    )
+    inputs = served.reference.inputs(ask.text, (), ask.videos)
+    grids, given = inputs["video_grid_thw"].tolist(), []
+    for item, film, grid in zip((first, second), ask.videos, grids, strict=True):
+        assert (item.modality, item.layout.frames) == ("video", grid[0])
+        back: dict[str, Any] = {
+            "video_embeds": rows[item.start : item.end],
+            "video_grid_thw": grid,
+        }
+        last = len(film.frames) - 1
+        pairs = [(2 * pair, min(2 * pair + 1, last)) for pair in range(grid[0])]
+        if served.model_type == "qwen3_vl":
+            back["timestamps"] = [sum(pair) / 2 / film.fps for pair in pairs]
+        elif served.model_type == "qwen2_5_vl":
+            back["second_per_grid_ts"] = inputs["second_per_grid_ts"][len(given)].reshape(1)
+        given.append(back)
+    for items in (given, [given[0], ask.videos[1].item], [ask.videos[0].item, given[1]]):
+        llm.reset_prefix_cache()
+        prompt = {"prompt": ask.text, "multi_modal_data": {"video": items}}
+        (output,) = llm.generate([prompt], greedy(MAX_TOKENS), use_tqdm=False)
+        assert list(output.outputs[0].token_ids) == served.expected[number]
+        places = [item.layout for item in output.outputs[0].mm_embedding_info.items]
+        assert places == [first.layout, second.layout]
+
+
+def test_an_engine_for_videos_alone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its encoder is warm: a picture takes the graphs of a video."""
+    encode, encoded = ImageEncoder.encode, []
+
+    def counting(self: Any, images: Any) -> Any:
+        encoded.extend(feature.modality for feature in images.values())
+        return encode(self, images)
+
+    monkeypatch.setattr(ImageEncoder, "encode", counting)
+    number = next(i for i, ask in enumerate(served.asks) if ask.videos and not ask.images)
+    with served.engine(limit_mm_per_prompt={"image": 0, "video": 2}) as llm:
+        assert "image" in encoded
+        assert tokens(llm, [served.asks[number]]) == [served.expected[number]]
+        with pytest.raises(VLLMValidationError, match="At most 0 image"):
+            generate(llm, [next(ask for ask in served.asks if ask.images)])
 
 
 def test_preempted_and_resumed(served: Served) -> None:

@@ -209,7 +209,7 @@ def test_a_vllm_that_is_not_as_expected_is_refused() -> None:
             """A vLLM that calls its parameter otherwise."""
 
     class Processor:
-        apply = _cached_apply_hf_processor = None
+        apply = _cached_apply_hf_processor = get_dummy_inputs = None
 
     with pytest.raises(UnsupportedVllmError, match="no parameter 'mm_data'"):
         check_bases(info=Info)

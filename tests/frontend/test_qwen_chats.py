@@ -189,3 +189,25 @@ def test_numbers_that_are_no_short_list_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="no short list of numbers"):
         render(features(renderer, "image", 1, 4, 6, image_grid_thw=saved(value)))
+
+
+def test_where_no_media_are_allowed_features_are(
+    config: VllmConfig, renderer: ImageRenderer
+) -> None:
+    """vLLM counts none of them, and loads them itself: with grids that are lists."""
+    arguments = EngineArgs(
+        model=config.model_config.model,
+        enable_mm_embeds=True,
+        limit_mm_per_prompt={"image": 0, "video": 0},
+    )
+    alone = renderer_from_config(arguments.create_engine_config())
+    parts = [
+        features(renderer, "image", 1, 4, 6, image_grid_thw=[1, 4, 6]),
+        features(renderer, "video", 2, 4, 6, video_grid_thw=[2, 4, 6]),
+    ]
+    _, (prompt,) = alone.render_chat([[{"role": "user", "content": parts}]], ChatParams())
+    assert (counts(prompt, "image"), counts(prompt, "video")) == ([6], [12])
+    chat = [{"role": "user", "content": [film()]}]
+    with pytest.raises(VLLMValidationError, match="At most 0 video"):
+        alone.render_chat([chat], ChatParams())
+    alone.shutdown()

@@ -179,3 +179,12 @@ def test_least_and_most_pixels_are_a_requests_own(processor: Any) -> None:
         counts.append((picture.get_num_embeds(), film.get_num_embeds()))
     assert all(fewer < more for fewer, more in zip(*counts, strict=True))
     assert counts[0][0] <= 16
+
+
+def test_the_largest_items_are_processed_though_they_exceed_a_prompt(
+    processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM does so at every start, to have its processor warm."""
+    monkeypatch.setattr(processor.info.ctx.model_config, "max_model_len", 64)
+    made = processor.get_dummy_mm_inputs({"image": 1, "video": 1})
+    assert made["mm_placeholders"]["video"][0].length > 64

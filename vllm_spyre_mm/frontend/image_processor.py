@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, MultiModalDataItems
-from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo
+from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo, ProcessorInputs
 from vllm.multimodal.processing.processor import MultiModalProcessingResult
 
 from vllm_spyre_mm.frontend.grid_embeddings import grid_form
@@ -110,6 +110,10 @@ class ImageProcessingInfo(BaseProcessingInfo):
         return form.checked(data, None if mixture is None else mixture.indices(embeddings=True))
 
 
+class DummyInputs(ProcessorInputs):
+    """The largest items of a model, which vLLM processes once: they may exceed a prompt."""
+
+
 class ImageProcessor(BaseMultiModalProcessor[BaseProcessingInfo]):
     """Checks the images and videos of a prompt, and processes mixed ones kind by kind."""
 
@@ -127,9 +131,15 @@ class ImageProcessor(BaseMultiModalProcessor[BaseProcessingInfo]):
                 self._check(items)
         with processing_error():
             processed = super().apply(inputs, timing_ctx)
-        max_model_len = self.info.ctx.model_config.max_model_len
-        validate_length(processed["mm_placeholders"].get("video", ()), max_model_len)
+        if not isinstance(inputs, DummyInputs):
+            max_model_len = self.info.ctx.model_config.max_model_len
+            validate_length(processed["mm_placeholders"].get("video", ()), max_model_len)
         return processed
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        fields = dataclasses.fields(inputs)
+        return DummyInputs(**{field.name: getattr(inputs, field.name) for field in fields})
 
     def _check(self, items: Any, indices: list[int] | None = None) -> None:
         """Check items of one kind, which stand at ``indices`` of the prompt, or are all of it."""
@@ -227,6 +237,7 @@ def check_bases(info: type = BaseProcessingInfo, processor: type = BaseMultiModa
         processor,
         {
             "apply": ("inputs", "timing_ctx"),
+            "get_dummy_inputs": (),
             "_cached_apply_hf_processor": ("inputs", "timing_ctx"),
             "_matched_updates_from_result": ("mm_prompt_updates", "match_result"),
             "_recompute_cached_prompt_update": ("cached_update", "new_item_idx"),

@@ -123,6 +123,8 @@ class ImageRenderer(HfRenderer):
         found = {
             modality: embeddings_to_load(messages, modality, has_grid=modality in fields)
             for modality in modalities
+            # Where no media are allowed embeddings are, and vLLM does not count those.
+            if multimodal.get_limit_per_prompt(modality)
         }
         return {modality: embeddings for modality, embeddings in found.items() if embeddings}
 

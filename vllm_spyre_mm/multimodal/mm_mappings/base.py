@@ -138,7 +138,7 @@ class MMUtils(ABC):
                 names to elements whose ``data`` is the value.
 
         Returns:
-            The layout, or None for an image that was given as an embedding.
+            The layout, or None for an image that was given as an embedding without its grid.
         """
 
     def positions(

@@ -148,12 +148,10 @@ class QwenVL(DecoderMapping):
         return list(model.vision_tower(pixels, grids).split(counts.tolist()))
 
     def feature_layout(self, mm_kwargs: Mapping[str, Any]) -> FeatureLayout | None:
-        if "pixel_values_videos" in mm_kwargs:
-            frames, height, width = mm_kwargs["video_grid_thw"].data.tolist()
-        elif "pixel_values" in mm_kwargs:
-            frames, height, width = mm_kwargs["image_grid_thw"].data.tolist()
-        else:
+        grid_of = mm_kwargs.get("video_grid_thw", mm_kwargs.get("image_grid_thw"))
+        if grid_of is None:
             return None
+        frames, height, width = grid_of.data.tolist()
         rows, columns = height // self.merge_size, width // self.merge_size
         grid = FeatureGrid(0, rows, columns, columns)
         return FeatureLayout(frames * rows * columns, grid, frames=frames)
