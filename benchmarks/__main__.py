@@ -2,6 +2,7 @@
 """Run the benchmark: `python -m benchmarks [--quick]`."""
 
 import argparse
+import itertools
 import os
 import shutil
 import time
@@ -25,6 +26,7 @@ from benchmarks.kernel_rows import kernel_rows  # noqa: E402
 from benchmarks.machine import this_machine  # noqa: E402
 from benchmarks.measure import Row  # noqa: E402
 from benchmarks.others import others_rows  # noqa: E402
+from benchmarks.pages import page_rows  # noqa: E402
 from benchmarks.plots import write_plots  # noqa: E402
 from benchmarks.qwen_encoder import qwen_encoder_rows  # noqa: E402
 from benchmarks.report import write_markdown  # noqa: E402
@@ -117,7 +119,7 @@ def _parts(arguments: argparse.Namespace) -> dict[str, Callable[[], Iterable[Row
     return {
         "attention": lambda: attention_rows(quick),
         "kernels": lambda: kernel_rows(vllm_cpu, quick),
-        "encoder": lambda: encoder_rows(tower(), quick),
+        "encoder": lambda: itertools.chain(encoder_rows(tower(), quick), page_rows(quick)),
         "qwen-encoder": lambda: qwen_encoder_rows(quick),
         "decode": lambda: decode_rows(small(), quick),
         "host-work": lambda: host_work_rows(small(), quick),

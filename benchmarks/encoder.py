@@ -11,13 +11,14 @@ from transformers import AutoConfig
 from benchmarks.ceilings import CeilingProduct
 from benchmarks.checkpoints import TOWER
 from benchmarks.measure import Figure, Row, Timing, compare, constant, interleaved
+from vllm_spyre_mm.config import CardSettings
 from vllm_spyre_mm.model_executor.backend import StepSizes
 from vllm_spyre_mm.model_executor.backends import make_backend
 from vllm_spyre_mm.model_executor.cpu.compile import cpu_compile_context
 from vllm_spyre_mm.model_executor.cpu.memory import mmap_threshold
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
-from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 
 GRIDS = {2: (1, 1), 5: (2, 2), 10: (3, 3)}
 """Rows and columns of tiles, by tiles altogether; LLaVA-Next has a base tile besides the grid."""
@@ -32,20 +33,8 @@ def encoder_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
     Each in turn with the product that is the ceiling, in memory that is set up as the worker's.
     """
     mapping = get_mm_mapping(AutoConfig.from_pretrained(checkpoint))
-    options = LoadOptions(torch.bfloat16, torch.bfloat16)
-    sizes = StepSizes(
-        block_size=64,
-        chunk_size=1536,
-        context_len=4608,
-        max_batch_tkv=4608,
-        max_num_seqs=1,
-        max_blocks=72,
-    )
-    with mmap_threshold():
-        fms_model = load_model(mapping, checkpoint, options)
-        compiled = SpyreModel(fms_model, mapping, make_backend("inductor", sizes))
-    compiled.compile()
-    eager = load_model(mapping, checkpoint, options)
+    compiled = compiled_model(checkpoint)
+    eager = load_model(mapping, checkpoint, LoadOptions(torch.bfloat16, torch.bfloat16))
     product = CeilingProduct()
     with torch.inference_mode():
         with cpu_compile_context():
@@ -71,10 +60,29 @@ def encoder_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
                 timings = interleaved({name: case, CEILING: product}, repeats)
                 floor = constant([part * seconds for seconds in timings[CEILING].seconds])
                 title = f"{tiles} tile{'s' if tiles > 1 else ''}, {name}"
-                yield _row(title, timings[name], floor)
+                yield tower_row(title, timings[name], floor)
 
 
-def _row(name: str, timing: Timing, floor: Timing) -> Row:
+def compiled_model(checkpoint: Path) -> SpyreModel[MMUtils]:
+    """A model as the worker has it, in bf16; its graphs are compiled at their first runs."""
+    mapping = get_mm_mapping(AutoConfig.from_pretrained(checkpoint))
+    sizes = StepSizes(
+        block_size=64,
+        chunk_size=1536,
+        context_len=4608,
+        max_batch_tkv=4608,
+        max_num_seqs=1,
+        max_blocks=72,
+    )
+    with mmap_threshold():
+        fms_model = load_model(mapping, checkpoint, LoadOptions(torch.bfloat16, torch.bfloat16))
+        model = SpyreModel(fms_model, mapping, make_backend("inductor", sizes, CardSettings()))
+    model.compile()
+    return model
+
+
+def tower_row(name: str, timing: Timing, floor: Timing) -> Row:
+    """A row of this part: a tower's time beside that of its products at the ceiling."""
     return compare(
         "vision tower",
         name,
