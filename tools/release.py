@@ -185,7 +185,8 @@ def run(command: list[str], folder: Path = ROOT, **variables: str) -> str:
     )
     if done.returncode:
         lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
-        shown = "\n    ".join(lines[-12:])
+        telling = [line for line in lines if not line.startswith("WARNING")]
+        shown = "\n    ".join(telling[-20:])
         raise ReleaseError(f"{' '.join(command[1:4])} failed:\n    {shown}")
     return done.stdout
 
