@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from tests import architectures, idefics3
+from tests import architectures, granite4_vision, idefics3
 from tests.checkpoints import with_changes
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy, relative_error
@@ -42,7 +42,14 @@ VISION = {
     "num_attention_heads": 8,
     "patch_size": 14,
 }
-
+QFORMER = {
+    "hidden_size": 512,
+    "encoder_hidden_size": 512,
+    "num_attention_heads": 8,
+    "intermediate_size": 3072,
+}
+TOWERS = ("llava", "llava_next", "mistral3", *idefics3.MODEL_TYPES, granite4_vision.MODEL_TYPE)
+"""``model_type`` of the models that have one."""
 
 GRANITE_VISION = architectures.llava_next(
     architectures.granite(),
@@ -54,7 +61,7 @@ GRANITE_VISION = architectures.llava_next(
 
 def larger(config: PretrainedConfig) -> PretrainedConfig:
     """The same architecture with a decoder of 80 M parameters and a tower of 25 M."""
-    if config.model_type not in ("llava", "llava_next", "mistral3", *idefics3.MODEL_TYPES):
+    if config.model_type not in TOWERS:
         layers = {"layer_types": ["full_attention"] * TEXT["num_hidden_layers"]}
         changes = TEXT | (layers if hasattr(config, "layer_types") else {})
         if config.model_type == "granitemoehybrid":
@@ -67,11 +74,13 @@ def larger(config: PretrainedConfig) -> PretrainedConfig:
     changes["vision_config.image_size"] = side
     if config.model_type == "mistral3":
         changes["vision_config.head_dim"] = VISION["hidden_size"] // VISION["num_attention_heads"]
-    if config.model_type == "llava_next":
+    if config.model_type in ("llava_next", granite4_vision.MODEL_TYPE):
         grid = [
             [each // architectures.SIDE * side for each in sides] for sides in architectures.GRID
         ]
         changes["image_grid_pinpoints"] = grid
+    if config.model_type == granite4_vision.MODEL_TYPE:
+        changes |= {f"qformer_config.{name}": value for name, value in QFORMER.items()}
     return with_changes(config, changes)
 
 

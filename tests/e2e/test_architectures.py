@@ -51,7 +51,7 @@ class Served:
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
         self.checkpoint = architectures.save_checkpoint(path, config)
         self.reference = Reference(self.checkpoint)
-        self.takes_embeddings = config.model_type in ("llava", "llava_next")
+        self.takes_embeddings = config.model_type in ("llava", "llava_next", "granite4_vision")
         self.tag = getattr(self.reference.processor, "image_token", None)
         self.asks = [
             replace(ask, tag=self.tag or "")

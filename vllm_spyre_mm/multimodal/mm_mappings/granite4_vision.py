@@ -51,7 +51,6 @@ class Granite4Vision(LlavaNext):
 
     config_classes = ("transformers.Granite4VisionConfig",)
     summary = "granite4_vision: SigLIP 2, windowed Q-Formers, levels into several layers"
-    takes_embeddings = False  # vLLM's processor of this model knows no such input
 
     @classmethod
     def why_not(cls, hf_config: Any) -> str | None:
