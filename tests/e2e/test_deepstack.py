@@ -82,7 +82,7 @@ def serve(model: SpyreModel[Stacked], scale: float | None) -> list[torch.Tensor]
             levels = mapping.merge_levels(embeds, features, chunk.feature_index)
         first = model.forward(inputs.chunk_inputs(chunk, embeds, levels))
         table = np.tile(np.arange(1, 1 + BLOCKS, dtype=np.int32), (SIZES.max_num_seqs, 1))
-        rows = DecodeRows([9], [len(PROMPT)], [[1, 2]], table)
+        rows = DecodeRows([9], [len(PROMPT)], [len(PROMPT)], [[1, 2]], table)
         second = model.forward(inputs.decode_inputs(rows, model.embed))
         return [
             inputs.chunk_logits(first, chunk)[0].float(),

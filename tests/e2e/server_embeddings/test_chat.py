@@ -39,7 +39,10 @@ def test_chat_returns_the_features(client: openai.OpenAI, demo_reference: Refere
     assert (first["index"], second["index"]) == (0, 1)
     assert first["end"] == second["start"]
     assert second["end"] == payload["shape"][0]
-    assert first["layout"]["base"] == {"start": 0, "rows": 6, "columns": 6, "stride": 6}
+    grid = {"start": 0, "rows": 6, "columns": 6, "stride": 6, "tile": None}
+    assert first["layout"]["base"] == grid
+    assert first["layout"]["frames"] == 1
+    assert payload["levels"] == 0
 
 
 def test_nested_floats_are_the_same_numbers(client: openai.OpenAI) -> None:
