@@ -32,7 +32,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tests import granite4_vision, idefics3, qwen_vl
+from tests import granite4_vision, idefics3, llava_onevision, qwen_vl
 from tests.checkpoints import Layout, save_random_checkpoint, with_changes
 from vllm_spyre_mm.demo import checkpoint_path
 
@@ -228,6 +228,8 @@ def save_processor(path: Path, config: PretrainedConfig) -> None:
         qwen_vl.save_qwen_processor(path, config)
     elif config.model_type in idefics3.MODEL_TYPES:
         idefics3.save_processor(path, config, tokenizer)
+    elif config.model_type == llava_onevision.MODEL_TYPE:
+        llava_onevision.save_processor(path, config, tokenizer)
     elif config.model_type == granite4_vision.MODEL_TYPE:
         granite4_vision.save_granite4_processor(path, config)
     else:

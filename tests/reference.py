@@ -167,7 +167,7 @@ class Reference:
         def make() -> torch.Tensor:
             inputs = self.inputs(prompt, (), videos)
             names = ("pixel_values_videos", "video_grid_thw")
-            given = {name: inputs[name] for name in names}
+            given = {name: inputs[name] for name in names if name in inputs}
             return _all_depths(self.model.get_video_features(**given))
 
         return self._once((), videos, "video_features", prompt, make=make)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from tests import architectures, granite4_vision, idefics3
+from tests import architectures, granite4_vision, idefics3, llava_onevision
 from tests.checkpoints import with_changes
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy, relative_error
@@ -48,7 +48,8 @@ QFORMER = {
     "num_attention_heads": 8,
     "intermediate_size": 3072,
 }
-TOWERS = ("llava", "llava_next", "mistral3", *idefics3.MODEL_TYPES, granite4_vision.MODEL_TYPE)
+TILED = ("llava_next", llava_onevision.MODEL_TYPE, granite4_vision.MODEL_TYPE)
+TOWERS = ("llava", "mistral3", *idefics3.MODEL_TYPES, *TILED)
 """``model_type`` of the models that have one."""
 
 GRANITE_VISION = architectures.llava_next(
@@ -74,10 +75,9 @@ def larger(config: PretrainedConfig) -> PretrainedConfig:
     changes["vision_config.image_size"] = side
     if config.model_type == "mistral3":
         changes["vision_config.head_dim"] = VISION["hidden_size"] // VISION["num_attention_heads"]
-    if config.model_type in ("llava_next", granite4_vision.MODEL_TYPE):
-        grid = [
-            [each // architectures.SIDE * side for each in sides] for sides in architectures.GRID
-        ]
+    if config.model_type in TILED:
+        tile = config.vision_config.image_size
+        grid = [[each // tile * side for each in sides] for sides in config.image_grid_pinpoints]
         changes["image_grid_pinpoints"] = grid
     if config.model_type == granite4_vision.MODEL_TYPE:
         changes |= {f"qformer_config.{name}": value for name, value in QFORMER.items()}

@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 from vllm import LLM, RequestOutput
 
-from tests import architectures, granite4_vision, idefics3
+from tests import architectures, granite4_vision, idefics3, llava_onevision
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy, relative_error
 from tests.multimodal.mm_mappings.suite import picture
@@ -26,6 +26,7 @@ BOUND = 1e-4
 ARCHITECTURES: dict[str, PretrainedConfig] = {
     "LLaVA-Next, CLIP, Mistral": architectures.llava_next(architectures.mistral()),
     "LLaVA-Next, CLIP, Llama": architectures.llava_next(architectures.llama()),
+    "LLaVA-OneVision, SigLIP, Qwen 2": llava_onevision.llava_onevision(architectures.qwen2()),
     "LLaVA 1.5, CLIP, Llama": architectures.llava(architectures.llama()),
     "Mistral 3, Mistral": architectures.mistral3(architectures.mistral()),
     "Mistral 3, Ministral 3": architectures.mistral3(architectures.ministral3()),
@@ -40,6 +41,9 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
 }
 
 
+TAKES_EMBEDDINGS = ("llava", "llava_next", "llava_onevision", "granite4_vision")
+
+
 class Served:
     """An architecture in an engine, with its reference.
 
@@ -51,7 +55,7 @@ class Served:
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
         self.checkpoint = architectures.save_checkpoint(path, config)
         self.reference = Reference(self.checkpoint)
-        self.takes_embeddings = config.model_type in ("llava", "llava_next", "granite4_vision")
+        self.takes_embeddings = config.model_type in TAKES_EMBEDDINGS
         self.tag = getattr(self.reference.processor, "image_token", None)
         self.asks = [
             replace(ask, tag=self.tag or "")

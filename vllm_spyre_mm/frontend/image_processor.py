@@ -30,6 +30,7 @@ from vllm_spyre_mm.frontend.image_validation import (
     processing_error,
     validate_image_embeddings,
     validate_images,
+    validate_laid_out,
     validate_length,
     validate_tags,
     validate_takes_embeddings,
@@ -44,7 +45,7 @@ from vllm_spyre_mm.frontend.mixed_images import (
 )
 from vllm_spyre_mm.frontend.tile_grids import TileGrids, makes_grids
 from vllm_spyre_mm.frontend.videos import prepare_videos
-from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 from vllm_spyre_mm.upstream.contract import require_attributes, require_methods
 from vllm_spyre_mm.upstream.marks import is_extended, mark
 from vllm_spyre_mm.vllm_fixes import array_pictures
@@ -106,8 +107,11 @@ class ImageProcessingInfo(BaseProcessingInfo):
 
     def _in_vllms_form(self, modality: str, data: Any, mixture: Mixture | None) -> Any:
         """Embeddings that come with a grid as one object, checked; other items as they are."""
+        if not are_embeddings(data):
+            return data
+        validate_laid_out(mapping_of(self), modality)
         form = grid_form(modality, self, width=feature_width(self))
-        if form is None or not are_embeddings(data):
+        if form is None:
             return data
         validate_takes_embeddings(self.ctx.get_mm_config(), modality)
         return form.checked(data, None if mixture is None else mixture.indices(embeddings=True))
@@ -203,9 +207,14 @@ class ImageProcessor(BaseMultiModalProcessor[BaseProcessingInfo]):
         return super()._matched_updates_from_result(mm_prompt_updates, match_result)
 
 
+def mapping_of(info: BaseProcessingInfo) -> MMUtils:
+    """The mapping of the model."""
+    return get_mm_mapping(info.ctx.model_config.hf_config)
+
+
 def feature_width(info: BaseProcessingInfo) -> int:
     """Elements of a feature of the model, its levels included."""
-    return get_mm_mapping(info.ctx.model_config.hf_config).feature_width
+    return mapping_of(info).feature_width
 
 
 def _restricted(inputs: Any, items: MultiModalDataItems, *, embeddings: bool) -> Any:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vllm.config import MultiModalConfig
     from vllm.multimodal.inputs import PlaceholderRange
 
+    from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
+
 
 def validate_images(images: Iterable[object], indices: Iterable[int] | None = None) -> None:
     """Refuse what is no picture, has no pixels, or some that are no numbers.
@@ -61,6 +63,26 @@ def validate_takes_embeddings(multimodal: "MultiModalConfig", modality: str) -> 
         raise VLLMValidationError(
             f"an item of the prompt ({modality}) is given as an embedding: start the engine with "
             "enable_mm_embeds=True or --enable-mm-embeds",
+            parameter=modality,
+        )
+
+
+def validate_laid_out(mapping: "MMUtils", modality: str) -> None:
+    """Refuse embeddings of a modality for which vLLM's processor makes no placeholder of them.
+
+    Args:
+        mapping: of the model.
+        modality: vLLM's name of what is given so.
+
+    Raises:
+        VLLMValidationError: says what to give instead.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    if modality in set(mapping.modalities) - set(mapping.embedding_modalities):
+        raise VLLMValidationError(
+            f"an item of the prompt ({modality}) is given as an embedding, which vLLM cannot lay "
+            f"out for this model: give the {modality} itself",
             parameter=modality,
         )
 

@@ -47,7 +47,8 @@ class FeatureLayout(msgspec.Struct, frozen=True):
         fine: the grid of the tiles at a higher resolution, without padding; None for a picture
             that has none, and for a video.
         frames: of a video, as the tower merges them: a tower may make one of two frames. Their
-            features follow one another, as many for each. 1 for an image.
+            features follow one another, as many for each; a newline feature may stand behind the
+            last. 1 for an image.
     """
 
     num_features: int

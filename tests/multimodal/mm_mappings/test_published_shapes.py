@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
+    LlavaOnevisionConfig,
     Mistral3Config,
     MistralConfig,
     PretrainedConfig,
@@ -31,7 +32,7 @@ from tests import granite4_vision
 from tests.checkpoints import model_class
 from vllm_spyre_mm.model_executor.checkpoint import StoredTensor, WeightFiles
 from vllm_spyre_mm.model_executor.loader import LoadOptions, _check, _settle_head
-from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError, get_mm_mapping
 
 VICUNA = {
     "model_type": "llama",
@@ -126,6 +127,38 @@ SIGLIP_512 = {
     "patch_size": 16,
 }
 
+
+def llava_onevision(
+    width: int, intermediate_size: int, layers: int, heads: int, kv: int, **top: Any
+) -> LlavaOnevisionConfig:
+    """LLaVA-OneVision with SigLIP's 26 layers, 36 grids of tiles and Qwen 2, as published."""
+    text = {
+        "model_type": "qwen2",
+        "hidden_size": width,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 24,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "rope_theta": 1000000.0,
+        "vocab_size": 152128 if width > 1000 else 152000,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "image_size": 384,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 26,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    return LlavaOnevisionConfig(text_config=text, vision_config=vision, **top)
+
+
 CONFIGS: dict[str, PretrainedConfig] = {
     "LLaVA 1.6 with Mistral 7B": LlavaNextConfig(text_config=dict(MISTRAL)),
     "LLaVA 1.6 with Vicuna 7B": LlavaNextConfig(text_config=dict(VICUNA)),
@@ -139,6 +172,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
             "num_hidden_layers": 40,
         }
     ),
+    "LLaVA-OneVision 0.5B": llava_onevision(896, 4864, 24, 14, 2, tie_word_embeddings=True),
+    "LLaVA-OneVision 7B": llava_onevision(3584, 18944, 28, 28, 4),
     "LLaVA 1.5 with Vicuna 7B": LlavaConfig(text_config=dict(VICUNA)),
     "Mistral Small 3.1 24B": Mistral3Config(tie_word_embeddings=False),
     "Ministral 3 8B": Mistral3Config(
@@ -258,8 +293,15 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-@pytest.mark.parametrize("for_card", [False, True])
-@pytest.mark.parametrize("name", list(CONFIGS))
+NARROW = {"LLaVA-OneVision 0.5B"}
+"""Their decoder's heads are 64 wide, and FMS's adapter does not pad them."""
+
+CASES = [(name, False) for name in CONFIGS] + [
+    (name, True) for name in CONFIGS if name not in NARROW
+]
+
+
+@pytest.mark.parametrize(("name", "for_card"), CASES)
 def test_every_tensor_has_its_place(name: str, for_card: bool) -> None:
     config: Any = CONFIGS[name]
     mapping = get_mm_mapping(config)
@@ -278,4 +320,11 @@ def test_every_tensor_has_its_place(name: str, for_card: bool) -> None:
     options = LoadOptions(torch.bfloat16, torch.bfloat16, for_card=for_card)
     _check(files, overrides, options, tensors)
     assert len(tensors) > 100
-    assert mapping.kv_cache_options(for_card=True).head_dim == 128
+    if name not in NARROW:
+        assert mapping.kv_cache_options(for_card=True).head_dim == 128
+
+
+@pytest.mark.parametrize("name", sorted(NARROW))
+def test_narrow_heads_are_refused_for_a_card(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="heads of 64 cannot be padded to the 128"):
+        get_mm_mapping(CONFIGS[name]).load_overrides(for_card=True)

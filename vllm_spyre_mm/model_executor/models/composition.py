@@ -156,7 +156,7 @@ class TiledComposition(Composition):
 
     image_size_to_num_patches = LlavaNext.image_size_to_num_patches
     select_best_resolution = LlavaNext.select_best_resolution
-    unpad_image = LlavaNext.unpad_image
+    unpad_image: Any = LlavaNext.unpad_image  # a subclass may have its own
     pack_image_features = LlavaNext.pack_image_features
 
 

@@ -12,6 +12,7 @@ from vllm_spyre_mm.multimodal.mm_mappings.granite_vision import GraniteVision
 from vllm_spyre_mm.multimodal.mm_mappings.idefics3 import Idefics3
 from vllm_spyre_mm.multimodal.mm_mappings.llava import Llava
 from vllm_spyre_mm.multimodal.mm_mappings.llava_next import LlavaNext
+from vllm_spyre_mm.multimodal.mm_mappings.llava_onevision import LlavaOnevision
 from vllm_spyre_mm.multimodal.mm_mappings.mistral3 import Mistral3
 from vllm_spyre_mm.multimodal.mm_mappings.not_yet_architectures import why_not_yet
 from vllm_spyre_mm.multimodal.mm_mappings.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
@@ -29,6 +30,7 @@ MAPPINGS: tuple[type[MMUtils], ...] = (
     GraniteVision,
     Granite4Vision,
     LlavaNext,
+    LlavaOnevision,
     Llava,
     Mistral3,
     Idefics3,

@@ -85,6 +85,11 @@ class MMUtils(ABC):
         return tuple(self.feature_token_ids)
 
     @property
+    def embedding_modalities(self) -> tuple[str, ...]:
+        """The modalities of which vLLM's processor lays out items that are given as features."""
+        return self.modalities if self.takes_embeddings else ()
+
+    @property
     def feature_levels(self) -> int:
         """Levels of deepstack, which a feature has beside what replaces a text embedding."""
         return 0

@@ -102,18 +102,23 @@ class LlavaNext(VisionLanguageMapping):
         return model.pack_image_features([tiles], [size], model.image_newline)
 
     def _encode_tiles(self, model: FmsModel, pixels: torch.Tensor) -> torch.Tensor:
-        """Features ``(tiles, patches, hidden_size)`` of ``(tiles, channels, side, side)``.
+        """Features ``(tiles, patches, hidden_size)`` of ``(tiles, channels, side, side)``."""
+        return torch.cat([self.encode_part(model, part) for part in self.parts(pixels)])
+
+    def parts(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Tiles ``(tiles, channels, side, side)`` in parts that are encoded together.
 
         A few tiles at a time, so that memory does not grow with their number. The parts are of
         nearly the same size: two tiles at least, as every image has.
         """
         vision = self.hf_config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        at_once = max(2, PATCHES_AT_ONCE // patches)
-        parts = pixels.tensor_split(-(-len(pixels) // at_once))
-        return torch.cat(
-            [model.multi_modal_projector(model.select_hidden_states(part)) for part in parts]
-        )
+        at_once = max(2, PATCHES_AT_ONCE // (vision.image_size // vision.patch_size) ** 2)
+        return pixels.tensor_split(-(-len(pixels) // at_once))
+
+    def encode_part(self, model: FmsModel, pixels: torch.Tensor) -> torch.Tensor:
+        """Features ``(tiles, patches, hidden_size)`` of the tiles of one part."""
+        features: torch.Tensor = model.multi_modal_projector(model.select_hidden_states(pixels))
+        return features
 
     def feature_layout(self, mm_kwargs: Mapping[str, Any]) -> FeatureLayout | None:
         if "image_sizes" not in mm_kwargs:
@@ -132,18 +137,23 @@ class LlavaNext(VisionLanguageMapping):
         best = select_best_resolution((height, width), self.hf_config.image_grid_pinpoints)
         return best[0] // side, best[1] // side
 
-    def layout_of(self, width: int, height: int) -> FeatureLayout:
-        """The layout of a picture of that size in pixels.
+    def fine_extents(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of the fine grid of a picture of that size in pixels.
 
         The grid of tiles loses the rows or columns that were padding; a picture that is very narrow
         leaves none of them.
         """
         from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-        side = self.tile_side
-        extents = (count * side for count in self._tiles_of(width, height))
+        extents = (count * self.tile_side for count in self._tiles_of(width, height))
         tiles = torch.empty(1, *extents, device="meta")
         _, rows, columns = unpad_image(tiles, (height, width)).shape
+        return rows, columns
+
+    def layout_of(self, width: int, height: int) -> FeatureLayout:
+        """The layout of a picture of that size in pixels."""
+        side = self.tile_side
+        rows, columns = self.fine_extents(width, height)
         base = FeatureGrid(start=0, rows=side, columns=side, stride=side)
         fine = FeatureGrid(start=side * side, rows=rows, columns=columns, stride=columns + 1)
         return FeatureLayout(

@@ -16,7 +16,6 @@ NOT_YET: Mapping[str, str] = {
     "pixtral": MISTRAL_FORMAT,
     "qwen3_vl_moe": "a mixture of experts",
     "llava_next_video": VIDEO,
-    "llava_onevision": VIDEO,
     "video_llava": VIDEO,
     "granite_speech": AUDIO,
     "qwen2_audio": AUDIO,
