@@ -43,7 +43,7 @@ def test_a_prompt_is_answered_rightly_after_its_images_were_embedded_alone(
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        ({"input": [{"type": "text", "text": "hello"}]}, "images alone, not text"),
+        ({"input": [{"type": "text", "text": "hello"}]}, "images and videos alone, not text"),
         ({"input": []}, "input"),
         ({}, "input"),
         ({"input": parts_of(Image.new("RGB", (9, 9))), "return_mm_embedding": False}, "false"),
