@@ -43,6 +43,12 @@ def test_image_embeddings_fit_the_decoder_or_are_refused(embeddings: list[torch.
             validate_image_embeddings(embeddings, 4)
 
 
+def test_the_features_of_a_video_are_named_as_such():
+    with pytest.raises(VLLMValidationError, match="video embedding 2 of the prompt, of") as error:
+        validate_image_embeddings([torch.ones(3, 5)], 4, [2], modality="video")
+    assert error.value.parameter == "video"
+
+
 @pytest.mark.parametrize(("num_items", "num_tags"), [(1, 0), (3, 2)])
 def test_missing_tags_are_refused_with_both_counts(num_items: int, num_tags: int):
     with pytest.raises(VLLMValidationError, match="one tag into the prompt for each") as error:

@@ -21,7 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, MultiModalDataItems
+from vllm.multimodal.parse import (
+    ImageEmbeddingItems,
+    ImageProcessorItems,
+    MultiModalDataItems,
+    VideoEmbeddingItems,
+)
 from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo, ProcessorInputs
 from vllm.multimodal.processing.processor import MultiModalProcessingResult
 
@@ -161,8 +166,9 @@ class ImageProcessor(BaseMultiModalProcessor[BaseProcessingInfo]):
         """Check items of one kind, which stand at ``indices`` of the prompt, or are all of it."""
         if isinstance(items, ImageProcessorItems):
             validate_images(items.get_all(), indices)
-        elif isinstance(items, ImageEmbeddingItems):
-            validate_image_embeddings(items.get_all(), feature_width(self.info), indices)
+        elif isinstance(items, ImageEmbeddingItems | VideoEmbeddingItems):
+            width = feature_width(self.info)
+            validate_image_embeddings(items.get_all(), width, indices, modality=items.modality)
 
     def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process media and embeddings each by themselves where a prompt has both.

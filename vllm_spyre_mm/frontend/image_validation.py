@@ -88,14 +88,18 @@ def validate_laid_out(mapping: "MMUtils", modality: str) -> None:
 
 
 def validate_image_embeddings(
-    embeddings: Iterable[torch.Tensor], hidden_size: int, indices: Iterable[int] | None = None
+    embeddings: Iterable[torch.Tensor],
+    width: int,
+    indices: Iterable[int] | None = None,
+    modality: str = "image",
 ) -> None:
-    """Refuse ready-made image features that the decoder cannot take.
+    """Refuse ready-made features that the decoder cannot take.
 
     Args:
-        embeddings: of a prompt's images, ``(num_features, hidden_size)`` each.
-        hidden_size: of the decoder.
-        indices: where in the prompt they are; None where they are all of its images.
+        embeddings: of a prompt's images or videos, ``(num_features, width)`` each.
+        width: elements of a feature, its levels included.
+        indices: where in the prompt they are; None where they are all of its images or videos.
+        modality: vLLM's name.
 
     Raises:
         VLLMValidationError: says which one, and whether its rank, width, rows, dtype or values.
@@ -103,12 +107,12 @@ def validate_image_embeddings(
     from vllm.exceptions import VLLMValidationError
 
     for index, embedding in zip(indices or itertools.count(), embeddings, strict=False):
-        fault = fault_of_embedding(embedding, hidden_size)
+        fault = fault_of_embedding(embedding, width)
         if fault is not None:
             raise VLLMValidationError(
-                f"image embedding {index} of the prompt, of shape {tuple(embedding.shape)}, cannot "
-                f"be used: {fault}",
-                parameter="image",
+                f"{modality} embedding {index} of the prompt, of shape {tuple(embedding.shape)}, "
+                f"cannot be used: {fault}",
+                parameter=modality,
             )
 
 
