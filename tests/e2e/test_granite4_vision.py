@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM
+from vllm.exceptions import VLLMValidationError
 
 from tests import architectures, granite4_vision
 from tests.e2e.engines import Ask, engine, greedy, relative_error
@@ -113,6 +114,24 @@ def test_an_embedding_has_all_levels_and_says_where_its_features_are(
     assert embedding[newlines].unique(dim=0).shape[0] == 1
     newline = embedding[newlines[0]]
     assert torch.equal(newline, newline[:WIDTH].repeat(LEVELS))
+
+
+def test_levels_and_bytes_of_what_comes_back_may_be_chosen(served: Served, llm: LLM) -> None:
+    def ask(choice: Any) -> Any:
+        params = greedy(1, extra_args={"return_mm_embedding": choice})
+        (output,) = llm.generate([served.asks[1].prompt], params, use_tqdm=False)
+        return output.outputs[0]
+
+    whole, first = ask(True), ask({"levels": "input"})
+    assert whole.mm_embedding_info.levels == LEVELS - 1
+    assert first.mm_embedding_info.levels == 0
+    assert torch.equal(first.mm_embedding, whole.mm_embedding[:, :WIDTH])
+    num_bytes = whole.mm_embedding.nbytes
+    assert torch.equal(ask({"max_bytes": num_bytes}).mm_embedding, whole.mm_embedding)
+    with pytest.raises(VLLMValidationError, match=f"{num_bytes} bytes, more than"):
+        ask({"max_bytes": num_bytes - 1})
+    small = ask({"dtype": "int8"})
+    assert small.mm_embedding_info.scales.shape == (len(whole.mm_embedding), LEVELS)
 
 
 def test_preempted_and_resumed(served: Served) -> None:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from vllm import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from tests import architectures, idefics3, qwen_vl
+from tests import architectures, granite4_vision, idefics3, qwen_vl
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import engine, greedy, relative_error
 from tests.reference import Reference
@@ -117,6 +117,7 @@ def test_a_sampler_that_raises_ends_both_ranks(
         architectures.mistral3(architectures.ministral3()),
         idefics3.idefics3(architectures.llama()),
         architectures.granite4(),
+        granite4_vision.granite4_vision(**{"text_config.num_key_value_heads": 2}),
         architectures.qwen2(),
         architectures.qwen3(),
         qwen_vl.qwen2_5_vl(**{"text_config.num_key_value_heads": 2}),
