@@ -148,7 +148,7 @@ class SpyrePlatform(Platform):
         check_and_resolve(vllm_config, host_dtypes())
         model_config = vllm_config.model_config
         if model_config is not None and model_config.supports_multimodal_inputs:
-            from vllm_spyre_mm.frontend.image_processor import register_image_processor
+            from vllm_spyre_mm.frontend.processor_registration import register_image_processor
 
             register_image_processor(model_config)
 

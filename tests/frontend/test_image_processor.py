@@ -19,10 +19,8 @@ from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from vllm_spyre_mm.demo import checkpoint_path
-from vllm_spyre_mm.frontend import image_processor
-from vllm_spyre_mm.frontend.image_processor import (
-    ImageProcessingInfo,
-    ImageProcessor,
+from vllm_spyre_mm.frontend.image_processor import ImageProcessingInfo, ImageProcessor
+from vllm_spyre_mm.frontend.processor_registration import (
     check_bases,
     register_image_processor,
     register_processor_of,
@@ -216,4 +214,4 @@ def test_a_vllm_that_is_not_as_expected_is_refused() -> None:
     with pytest.raises(UnsupportedVllmError, match="no '_matched_updates_from_result'"):
         check_bases(processor=Processor)
     with pytest.raises(UnsupportedVllmError, match="no '_processor_factory'"):
-        image_processor.register_processor_of(type("Model", (), {}))
+        register_processor_of(type("Model", (), {}))

@@ -13,7 +13,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from tests import qwen_vl
 from tests.videos import video
-from vllm_spyre_mm.frontend.image_processor import feature_width, register_image_processor
+from vllm_spyre_mm.frontend.image_processor import feature_width
+from vllm_spyre_mm.frontend.processor_registration import register_image_processor
 
 PICTURE = Image.new("RGB", (90, 70), "red")
 SHORT = video(5, 100, 80)

@@ -17,7 +17,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from tests import architectures, idefics3
 from vllm_spyre_mm.demo import checkpoint_path
-from vllm_spyre_mm.frontend.image_processor import register_image_processor
+from vllm_spyre_mm.frontend.processor_registration import register_image_processor
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 
 TEXT = architectures.llama(num_hidden_layers=1)

@@ -18,7 +18,7 @@ from vllm.transformers_utils.processor import get_video_processor_cls_name
 
 from vllm_spyre_mm.cli.media import Item, read_item
 from vllm_spyre_mm.config import BackendName
-from vllm_spyre_mm.frontend.image_processor import register_image_processor
+from vllm_spyre_mm.frontend.processor_registration import register_image_processor
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
 from vllm_spyre_mm.model_executor.cpu.encoder import compile_encoder, place_encoder

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 SUMMARY = "list the architectures that are served, or check one model's configuration"
 
 LIMITS = """\
-Limits of all: images only, in one piece; no quantised weights, no LoRA, no sliding windows. A card
+Limits of all: no audio; no quantised weights, no LoRA, no sliding windows. A card
 wants heads of 128; Granite's are padded to it, and Llama's without RoPE scaling and biases in the
 attention."""
 

@@ -146,9 +146,9 @@ def hooks() -> dict[str, Any]:
         from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 
         register_hooks()
-        from vllm_spyre_mm.frontend import image_processor, renderer
+        from vllm_spyre_mm.frontend import processor_registration, renderer
 
-        image_processor.check_bases()
+        processor_registration.check_bases()
         renderer.check_base()
         SpyreScheduler.check_base()
     return {"platform": platform, "ours": platform == PLATFORM_CLASS}

@@ -28,7 +28,7 @@ class TextDecoder(DecoderMapping):
         "fms.Ministral3TextConfig",
         "fms.Qwen3Config",
     )
-    summary = "text models: Granite, dense Granite 4, Llama, Mistral, Ministral 3, Qwen 2, Qwen 3"
+    summary = "text models: Granite, dense 4 too, Llama, Mistral, Ministral 3, Qwen 2 and 3"
 
     @classmethod
     def why_not(cls, hf_config: Any) -> str | None:
