@@ -164,6 +164,8 @@ class QwenVision(nn.Module):
             decoder's input, then those of each level of deepstack.
         """
         sizes = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0).tolist()
+        patches = sum(rows * columns for rows, columns in sizes)
+        assert patches == len(pixel_values), "the grids are of these patches"
         parts, first = [], 0
         for batch in batches([(rows, columns) for rows, columns in sizes], BATCH_PATCHES):
             count = sum(rows * columns for rows, columns in batch)
