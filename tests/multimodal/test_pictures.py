@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tests import architectures, idefics3
+from tests import architectures, granite4_vision, idefics3
 from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.frontend.processor_registration import register_image_processor
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
@@ -28,6 +28,7 @@ CONFIGS: dict[str, PretrainedConfig | None] = {
     "Llava": architectures.llava(TEXT),
     "Mistral3": architectures.mistral3(MISTRAL),
     "Idefics3": idefics3.idefics3(TEXT),
+    "Granite4Vision": granite4_vision.granite4_vision(),
 }
 
 
