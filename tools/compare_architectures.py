@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -27,7 +28,7 @@ from tests.multimodal.mm_mappings.suite import picture
 from tests.reference import Reference
 
 TOKENS = 32
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
     "num_hidden_layers": 8,
@@ -62,15 +63,17 @@ GRANITE_VISION = architectures.llava_next(
 
 def larger(config: PretrainedConfig) -> PretrainedConfig:
     """The same architecture with a decoder of 80 M parameters and a tower of 25 M."""
+    text = TEXT
+    if hasattr(config.get_text_config(), "layer_types"):
+        text = TEXT | {"layer_types": ["full_attention"] * TEXT["num_hidden_layers"]}
     if config.model_type not in TOWERS:
-        layers = {"layer_types": ["full_attention"] * TEXT["num_hidden_layers"]}
-        changes = TEXT | (layers if hasattr(config, "layer_types") else {})
+        changes = dict(text)
         if config.model_type == "granitemoehybrid":
             changes["shared_intermediate_size"] = TEXT["intermediate_size"]
             changes["mamba_d_head"] = 2 * TEXT["hidden_size"] // config.mamba_n_heads  # checked
         return with_changes(config, changes)
     side = 448 if config.model_type == "mistral3" else 224
-    changes = {f"text_config.{name}": value for name, value in TEXT.items()}
+    changes = {f"text_config.{name}": value for name, value in text.items()}
     changes |= {f"vision_config.{name}": value for name, value in VISION.items()}
     changes["vision_config.image_size"] = side
     if config.model_type == "mistral3":
