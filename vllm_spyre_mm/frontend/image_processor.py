@@ -46,7 +46,7 @@ from vllm_spyre_mm.frontend.mixed_images import (
     mixture_of,
 )
 from vllm_spyre_mm.frontend.videos import prepare_videos
-from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
+from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 from vllm_spyre_mm.vllm_fixes import array_pictures
 
 
@@ -105,8 +105,9 @@ class ImageProcessingInfo(BaseProcessingInfo):
         """Embeddings that come with a grid as one object, checked; other items as they are."""
         if not are_embeddings(data):
             return data
-        validate_laid_out(mapping_of(self), modality)
-        form = grid_form(modality, self, width=feature_width(self))
+        mapping = get_mm_mapping(self.ctx.model_config.hf_config)
+        validate_laid_out(mapping, modality)
+        form = grid_form(modality, self, width=mapping.feature_width)
         if form is None:
             return data
         validate_takes_embeddings(self.ctx.get_mm_config(), modality)
@@ -204,14 +205,9 @@ class ImageProcessor(BaseMultiModalProcessor[BaseProcessingInfo]):
         return super()._matched_updates_from_result(mm_prompt_updates, match_result)
 
 
-def mapping_of(info: BaseProcessingInfo) -> MMUtils:
-    """The mapping of the model."""
-    return get_mm_mapping(info.ctx.model_config.hf_config)
-
-
 def feature_width(info: BaseProcessingInfo) -> int:
     """Elements of a feature of the model, its levels included."""
-    return mapping_of(info).feature_width
+    return get_mm_mapping(info.ctx.model_config.hf_config).feature_width
 
 
 def _restricted(inputs: Any, items: MultiModalDataItems, *, embeddings: bool) -> Any:
