@@ -15,9 +15,10 @@ MODULES = {
     each.name: importlib.import_module(f"{vllm_fixes.__name__}.{each.name}")
     for each in pkgutil.iter_modules(vllm_fixes.__path__)
 }
-FIXES: dict[str, Any] = {
-    name: module for name, module in MODULES.items() if name not in ("fault", "media_connector")
-}
+PARTS = ("fault", "media_connector", "media_errors", "video_media")
+"""Parts of fixes."""
+
+FIXES: dict[str, Any] = {name: module for name, module in MODULES.items() if name not in PARTS}
 VLLM = importlib.metadata.version("vllm")
 
 
