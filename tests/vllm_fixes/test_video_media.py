@@ -3,13 +3,16 @@
 
 import asyncio
 import base64
+import io
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 from vllm.multimodal.media.image import ImageMediaIO
@@ -168,6 +171,28 @@ def test_frames_are_together_as_large_as_a_picture_may_be(monkeypatch: pytest.Mo
     assert len(load(data, fps=2).media[0]) == 6
     monkeypatch.setenv("VLLM_MAX_IMAGE_PIXELS", "0")
     assert len(load(data, fps=4).media[0]) == 12
+
+
+def test_a_sequence_of_pictures_is_held_to_that_before_one_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    written = io.BytesIO()
+    Image.fromarray(SHORT.frames[0]).save(written, "JPEG")
+    data, pixels = ",".join([base64.b64encode(written.getvalue()).decode()] * 3), 3 * 96 * 64
+    monkeypatch.setenv("VLLM_MAX_IMAGE_PIXELS", str(pixels))
+    assert len(checked(vllms()).load_base64("video/jpeg", data).media[0]) == 3
+    monkeypatch.setenv("VLLM_MAX_IMAGE_PIXELS", str(pixels - 1))
+    monkeypatch.setattr(np, "stack", None)
+    with pytest.raises(ValueError, match=rf"3 frames of 96x64 \({pixels} pixels\) exceeds"):
+        checked(vllms()).load_base64("video/jpeg", data)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_header_that_claims_billions_of_frames(backend: str):
+    loader = checked(vllms(backend)).video_loader
+    source = SimpleNamespace(total_frames_num=2**31, original_fps=30.0, duration=2**31 / 30)
+    with pytest.raises(ValueError, match="claims 2147483648 frames, more than 1000000"):
+        loader.compute_frames_index_to_sample(source, SimpleNamespace(num_frames=4, fps=2))
 
 
 def test_memory_is_no_fault_of_a_video(monkeypatch: pytest.MonkeyPatch):

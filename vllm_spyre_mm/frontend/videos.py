@@ -5,7 +5,6 @@ A video is its frames, and what is known of them: ``fps`` at least, the frames i
 video. A model that is told the times of its frames needs that.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,9 @@ METADATA = (
     "do_sample_frames",
 )
 """What vLLM's loaders say of a video."""
+
+MOST_RATE = 1e6
+"""Frames in a second, and seconds for a frame: beyond it times are no numbers in fp32."""
 
 HOW = 'give (frames, {"fps": …}) with the number of frames in a second'
 
@@ -176,8 +178,9 @@ def _metadata(given: Any, num_frames: int) -> dict[str, Any]:
 
 
 def _check_rate(fps: Any) -> float:
+    """The frames in a second; raises ValueError for a number that no film has."""
     number = isinstance(fps, (int, float)) and not isinstance(fps, bool)
-    if not number or not math.isfinite(fps) or fps <= 0:
+    if not number or not 1 / MOST_RATE <= fps <= MOST_RATE:  # false for NaN
         raise ValueError(f"has a frame rate (fps) of {fps}: {HOW}")
     return float(fps)
 

@@ -6,10 +6,13 @@ Leans on: ``VideoMediaIO`` decodes a file with its ``video_loader``, whose class
 OpenCV's; a sequence of pictures it decodes with its ``image_io``.
 """
 
+import base64
+import io
 from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 from vllm import envs
 from vllm.multimodal.media.base import MediaWithBytes
 from vllm.multimodal.media.image import ImageMediaIO
@@ -17,6 +20,9 @@ from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.video import VideoLoader
 
 from vllm_spyre_mm.vllm_fixes.media_errors import bytes_error
+
+MOST_FRAMES = 1_000_000
+"""Of a file: nine hours at 30 a second. A header may claim billions, and vLLM tries each one."""
 
 TOLERATED = 1
 """Frames that may be missing: many files say that they have one more than they do."""
@@ -47,7 +53,20 @@ class CheckedVideoMediaIO(VideoMediaIO):
     def load_base64(self, media_type: str, data: str) -> MediaWithBytes[Any]:
         """As :meth:`load_bytes`, or from a sequence of JPEG pictures."""
         with bytes_error("a video"):
+            if media_type.lower() == "video/jpeg":
+                self._check_pictures(data)
             return super().load_base64(media_type, data)
+
+    def _check_pictures(self, data: str) -> None:
+        """Raise ValueError for pictures that are too large together, before one is decoded.
+
+        Args:
+            data: base64 of each, commas between them.
+        """
+        limit = self.num_frames
+        parts = data.split(",", limit)[:limit] if limit > 0 else data.split(",")
+        sizes = [Image.open(io.BytesIO(base64.b64decode(part))).size for part in parts]
+        check_size(len(sizes), *(max(extents) for extents in zip(*sizes, strict=True)))
 
 
 class EveryFrame(VideoLoader):
@@ -58,9 +77,13 @@ class EveryFrame(VideoLoader):
         """Indices of the frames to read.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, or the file claims more than :data:`MOST_FRAMES`.
         """
         count = source.total_frames_num
+        if count > MOST_FRAMES:
+            raise ValueError(
+                f"Failed to load a video: the file claims {count} frames, more than {MOST_FRAMES}"
+            )
         if count < 1:
             raise ValueError("Failed to load a video: the file has no frames")
         try:

@@ -109,10 +109,11 @@ class LlavaNext(VisionLanguageMapping):
         """Tiles ``(tiles, channels, side, side)`` in parts that are encoded together.
 
         A few tiles at a time, so that memory does not grow with their number. The parts are of
-        nearly the same size: two tiles at least, as every image has.
+        nearly the same size, with two tiles at least, as every image has: parts of up to two would
+        leave one of three alone.
         """
         vision = self.hf_config.vision_config
-        at_once = max(2, PATCHES_AT_ONCE // (vision.image_size // vision.patch_size) ** 2)
+        at_once = max(3, PATCHES_AT_ONCE // (vision.image_size // vision.patch_size) ** 2)
         return pixels.tensor_split(-(-len(pixels) // at_once))
 
     def encode_part(self, model: FmsModel, pixels: torch.Tensor) -> torch.Tensor:

@@ -105,7 +105,7 @@ def _faults_of_limits(step: Mapping[str, torch.Tensor], limits: Limits) -> Itera
 
 def _faults_of_blocks(step: Mapping[str, torch.Tensor], limits: Limits) -> Iterator[str]:
     """The KV cache's blocks are a multiple of the batch: S ``platform.py:156-218``. At a batch of 3
-    a card failed with 16 of them, and ran with 15 and with 18 (PR#453, PR#454)."""
+    a card failed with 16 of them, and ran with 15 and with 18."""
     blocks = len(step["past_key_value"])
     if blocks % limits.batch:
         yield f"a KV cache of {blocks} blocks is no multiple of the batch of {limits.batch}"
