@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig
 from vllm import LLM, RequestOutput
 
-from tests import architectures, granite4_vision, idefics3, qwen_vl
+from tests import architectures, granite4_vision, idefics3, llava_onevision, qwen_vl
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy
 from tests.reference import Reference
@@ -273,6 +273,9 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     ),
     "Granite": architectures.granite(
         num_attention_heads=1, num_key_value_heads=1, logits_scaling=0.5
+    ),
+    "LLaVA-OneVision, SigLIP, Qwen 2": llava_onevision.llava_onevision(
+        architectures.qwen2(num_attention_heads=1, num_key_value_heads=1)
     ),
     "Granite 4, dense": architectures.granite4(
         num_attention_heads=2, num_key_value_heads=1, logits_scaling=0.5
