@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """When an image is encoded, and what a failed encoding leaves."""
 
+from pathlib import Path
+
 import pytest
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
-from tests.scheduler.simulation import Simulation, make_request, run
-from vllm_spyre_mm.config import SpyreSettings
+from tests.scheduler.simulation import (
+    Simulation,
+    make_config,
+    make_request,
+    make_scheduler,
+    run,
+)
 from vllm_spyre_mm.scheduler.outputs import FailedEncoding, SpyreModelRunnerOutput
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 
@@ -43,8 +50,8 @@ def test_a_full_prefix_hit_encodes_evicted_images_once(scheduler: SpyreScheduler
     assert third.kinds[0] == ("prefill", "d", 256, 300)
 
 
-def test_without_the_embedding_a_covered_image_is_not_encoded(scheduler: SpyreScheduler) -> None:
-    scheduler.settings = SpyreSettings()
+def test_without_the_embedding_a_covered_image_is_not_encoded(demo_checkpoint: Path) -> None:
+    scheduler = make_scheduler(make_config(demo_checkpoint))
     images = {"x": (5, 100)}
     run(scheduler, make_request("a", 300, images=images))
     run(scheduler, make_request("c", 1000, images={"z": (0, 960)}, fill=8))

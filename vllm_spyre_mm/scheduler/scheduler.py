@@ -63,8 +63,8 @@ class SpyreScheduler(Scheduler):
         if self.policy == SchedulingPolicy.FCFS:
             self.waiting = AlternatingQueue()
         self.geometry = geometry_of(self.vllm_config)
-        self.settings = SpyreSettings.from_vllm_config(self.vllm_config)
-        self._embedding_budget = EmbeddingBudget(self.settings, self.vllm_config.model_config)
+        settings = SpyreSettings.from_vllm_config(self.vllm_config)
+        self._embedding_budget = EmbeddingBudget(settings, self.vllm_config.model_config)
         self._last_step_was_prefill = False
         self._step = Step(False, frozenset())
         # vLLM has processed the largest possible picture to learn its number of tokens.
