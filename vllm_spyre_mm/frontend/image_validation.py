@@ -174,7 +174,8 @@ def processing_error() -> Iterator[None]:
         if error.__cause__ is None or not str(error).startswith("Failed to apply "):
             raise
         raise VLLMValidationError(
-            "the images or videos of the prompt cannot be processed as mm_processor_kwargs say: "
+            "the model's processor refuses the images or videos of the prompt, with the "
+            "mm_processor_kwargs that are given: "
             f"{type(error.__cause__).__name__}: {error.__cause__}",
             parameter="mm_processor_kwargs",
         ) from error
