@@ -326,7 +326,7 @@ def test_each_architecture_is_one_graph_for_prefill_and_one_for_decode(
         certain = reference.certain_tokens(ask.text, list(ask.images), MAX_TOKENS, margin=0.5)
         assert list(output.outputs[0].token_ids)[: len(certain)] == certain
         compared += len(certain)
-    assert compared >= 2 * len(asks)
+    assert compared >= len(asks)
 
 
 def test_an_eager_engine_beside_a_card_leaves_it_alone(card: None, demo_checkpoint: Path) -> None:

@@ -137,8 +137,12 @@ def test_marks_are_those_of_the_table(package: Any, kind: str, step: Step) -> No
     right = DYNAMIC[kind]
     assert not faults_of_graph(marks_of(package, step, right), OPTIONS)
     for name, dims in right.items():
+        given = [tensor for known, tensor in step.items() if name in known]
+        if not given:  # levels of deepstack, of which a model without has none
+            assert name == "deepstack"
+            continue
+        size = given[0].shape
         for other in [(), (0,), (1,)]:
-            size = next(tensor for known, tensor in step.items() if name in known).shape
             if other == dims or any(dim >= len(size) or size[dim] < 2 for dim in other):
                 continue
             faults = faults_of_graph(marks_of(package, step, {**right, name: other}), OPTIONS)

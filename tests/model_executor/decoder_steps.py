@@ -46,7 +46,7 @@ class Served:
         self.model = SpyreModel(load_model(mapping, checkpoint, options), mapping, backend)
         with backend.without_gradients():
             cache = mapping.kv_cache_options(backend.for_card)
-            self.model.kv_cache = allocate_kv_cache(cache, 10, BLOCK, dtype, 1)
+            self.model.kv_cache = allocate_kv_cache(cache, 12, BLOCK, dtype, 1)
         self.inputs = backend.inputs
         self.model.compile()
         for each in self.model.warmup_passes():
