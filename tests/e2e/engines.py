@@ -45,6 +45,17 @@ def engine(checkpoint: Path, *, own_process: bool = False, **arguments: Any) -> 
             gc.collect()
 
 
+@contextlib.contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Asserts that the graphs of a compiled engine's warmup are all that there are afterwards."""
+    counters = torch._dynamo.utils.counters
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    yield
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
 @dataclass(frozen=True)
 class Ask:
     """A request.

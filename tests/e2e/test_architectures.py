@@ -17,7 +17,7 @@ from vllm.exceptions import VLLMValidationError
 
 from tests import architectures, granite4_vision, idefics3, llava_onevision
 from tests.e2e.asks import parity_asks
-from tests.e2e.engines import Ask, engine, greedy, relative_error
+from tests.e2e.engines import Ask, engine, greedy, nothing_compiled, relative_error
 from tests.multimodal.mm_mappings.suite import picture
 from tests.reference import Reference
 
@@ -158,12 +158,9 @@ def test_the_warmups_graphs_serve_pictures_of_every_size(tmp_path: Path, name: s
     served = Served(tmp_path, ARCHITECTURES[name])
     with engine(served.checkpoint, max_num_batched_tokens=128, enforce_eager=False) as llm:
         served.llm = llm
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert graphs > 0
-        outputs = served.ask(served.asks)
-        assert [list(output.outputs[0].token_ids) for output in outputs] == served.expected
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-        assert not torch._dynamo.utils.counters["graph_break"]
+        with nothing_compiled():
+            outputs = served.ask(served.asks)
+            assert [list(output.outputs[0].token_ids) for output in outputs] == served.expected
 
 
 def test_the_page_has_a_row_for_each_of_them() -> None:

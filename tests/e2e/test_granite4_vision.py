@@ -11,7 +11,7 @@ from vllm import LLM
 from vllm.exceptions import VLLMValidationError
 
 from tests import architectures, granite4_vision
-from tests.e2e.engines import Ask, engine, greedy, relative_error
+from tests.e2e.engines import Ask, engine, greedy, nothing_compiled, relative_error
 from tests.multimodal.mm_mappings.suite import picture
 from tests.reference import Reference
 
@@ -144,9 +144,5 @@ def test_preempted_and_resumed(served: Served) -> None:
 
 
 def test_compiled_without_a_graph_for_each_number_of_tiles(served: Served) -> None:
-    with served.engine(enforce_eager=False) as llm:
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert graphs > 0
+    with served.engine(enforce_eager=False) as llm, nothing_compiled():
         assert tokens(llm, served.asks) == served.expected
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-        assert not torch._dynamo.utils.counters["graph_break"]

@@ -16,7 +16,7 @@ from vllm import LLM, RequestOutput
 from vllm.exceptions import VLLMValidationError
 
 from tests import architectures, llava_onevision
-from tests.e2e.engines import engine, greedy, relative_error
+from tests.e2e.engines import engine, greedy, nothing_compiled, relative_error
 from tests.multimodal.mm_mappings.suite import picture
 from tests.reference import Reference
 from tests.videos import Video, video
@@ -172,9 +172,5 @@ def test_a_videos_embedding_is_refused_with_a_sentence(llm: LLM) -> None:
 def test_the_warmups_graphs_serve_videos(served: Served) -> None:
     """Of one frame and of many: no graph is made for them."""
     torch._dynamo.reset()
-    with served.engine(enforce_eager=False) as llm:
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert graphs > 0
+    with served.engine(enforce_eager=False) as llm, nothing_compiled():
         assert tokens(generate(llm, ASKS)) == served.expected
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-        assert not torch._dynamo.utils.counters["graph_break"]

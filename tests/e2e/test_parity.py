@@ -10,7 +10,7 @@ import torch
 from vllm import LLM, RequestOutput
 
 from tests.e2e.asks import parity_asks
-from tests.e2e.engines import Ask, engine, greedy, relative_error
+from tests.e2e.engines import Ask, engine, greedy, nothing_compiled, relative_error
 from tests.reference import Reference
 
 MAX_TOKENS = 16
@@ -111,19 +111,18 @@ def test_compiled_by_inductor_without_prefix_cache(
     demo_checkpoint: Path, demo_asks: list[Ask], demo_expected: list[Expected]
 ) -> None:
     """And warmup has made every graph: none is made while serving."""
-    with engine(
-        demo_checkpoint,
-        enforce_eager=False,
-        enable_prefix_caching=False,
-        max_num_batched_tokens=512,
-    ) as llm:
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert graphs > 0
+    with (
+        engine(
+            demo_checkpoint,
+            enforce_eager=False,
+            enable_prefix_caching=False,
+            max_num_batched_tokens=512,
+        ) as llm,
+        nothing_compiled(),
+    ):
         check(ask_all(llm, demo_asks), demo_expected, FP32_BOUND)
         ask_all(llm, demo_asks[:1])
         llm.generate([{"prompt_token_ids": [100]}], greedy(4, logprobs=2), use_tqdm=False)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-        assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("chunk_size", [64, 256])

@@ -68,9 +68,9 @@ class TextMappingSuite:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def reference(cls) -> Reference:
+    def reference(cls, checkpoint: Path) -> Reference:
         """Transformers on that checkpoint, fp32."""
-        raise NotImplementedError
+        return Reference(checkpoint)
 
     @pytest.fixture
     def other(self) -> Any:

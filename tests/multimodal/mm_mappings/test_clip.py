@@ -36,11 +36,6 @@ class ClipSuite(LlavaNextSuite):
         path = tmp_path_factory.mktemp("clip")
         return architectures.save_checkpoint(path, architectures.llava_next(cls.text))
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def reference(cls, checkpoint: Path) -> Reference:
-        return Reference(checkpoint)
-
     @pytest.fixture
     def other(self) -> Any:
         return with_changes(llava_next_config(), {"vision_feature_layer": [-1, -2]})

@@ -96,11 +96,6 @@ class TestGranite4Vision(LlavaNextSuite):
         config = granite4_vision.granite4_vision()
         return architectures.save_checkpoint(tmp_path_factory.mktemp("granite4"), config)
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def reference(cls, checkpoint: Path) -> Reference:
-        return Reference(checkpoint)
-
     @pytest.fixture
     def other(self) -> Any:
         return architectures.llava_next(architectures.granite())

@@ -34,11 +34,6 @@ class Idefics3Suite(MappingSuite):
         config = cls.config_of(architectures.llama(num_attention_heads=1, num_key_value_heads=1))
         return architectures.save_checkpoint(tmp_path_factory.mktemp("idefics3"), config)
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def reference(cls, checkpoint: Path) -> Reference:
-        return Reference(checkpoint)
-
     @pytest.fixture
     def other(self) -> Any:
         return architectures.llava(architectures.llama())

@@ -27,11 +27,6 @@ class TestLlava(MappingSuite):
         )
         return architectures.save_checkpoint(tmp_path_factory.mktemp("llava"), config)
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def reference(cls, checkpoint: Path) -> Reference:
-        return Reference(checkpoint)
-
     @pytest.fixture
     def other(self) -> Any:
         return architectures.llava_next(architectures.llama())

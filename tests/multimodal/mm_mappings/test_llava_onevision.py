@@ -41,11 +41,6 @@ class TestLlavaOnevision(LlavaNextSuite):
         path = tmp_path_factory.mktemp("llava_onevision")
         return architectures.save_checkpoint(path, llava_onevision.llava_onevision(text))
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def reference(cls, checkpoint: Path) -> Reference:
-        return Reference(checkpoint)
-
     @pytest.fixture
     def other(self) -> Any:
         return architectures.llava_next(architectures.llama())

@@ -26,11 +26,6 @@ class Mistral3Suite(MappingSuite):
         config = architectures.mistral3(cls.text)
         return architectures.save_checkpoint(tmp_path_factory.mktemp("mistral3"), config)
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def reference(cls, checkpoint: Path) -> Reference:
-        return Reference(checkpoint)
-
     @pytest.fixture
     def other(self) -> Any:
         return architectures.llava(architectures.mistral())

@@ -35,11 +35,6 @@ class QwenSuite(MappingSuite):
         config = getattr(qwen_vl, cls.model_type)()
         return architectures.save_checkpoint(tmp_path_factory.mktemp(cls.model_type), config)
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def reference(cls, checkpoint: Path) -> Reference:
-        return Reference(checkpoint)
-
     @pytest.fixture
     def other(self) -> Any:
         return architectures.llava(architectures.llama())

@@ -33,11 +33,6 @@ class DecoderSuite(TextMappingSuite):
     def checkpoint(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return architectures.save_checkpoint(tmp_path_factory.mktemp("text"), cls.text)
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def reference(cls, checkpoint: Path) -> Reference:
-        return Reference(checkpoint)
-
     @pytest.fixture
     def other(self) -> Any:
         return architectures.llava(architectures.llama())
