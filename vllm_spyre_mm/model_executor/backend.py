@@ -82,6 +82,10 @@ class StepInputs(ABC):
     padded: bool
     rotate: Callable[[torch.Tensor], torch.Tensor] | None = None
 
+    def rotated(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """What the decoder takes of int64 ``(axes, tokens)``: those, or ``(1, tokens, ...)``."""
+        return position_ids if self.rotate is None else self.rotate(position_ids)
+
     @abstractmethod
     def chunk_inputs(
         self, chunk: PrefillChunk, embeds: torch.Tensor, deepstack: tuple[torch.Tensor, ...] = ()

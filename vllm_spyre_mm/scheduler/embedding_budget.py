@@ -78,9 +78,11 @@ class EmbeddingBudget:
         """
         if request.request_id in self._held:
             return True
-        num_bytes, held = self.num_bytes(request), self.held(requests)
-        bound = self._settings.max_held_mm_embedding_bytes
-        return num_bytes == 0 or held == 0 or held + num_bytes <= bound
+        num_bytes = self.num_bytes(request)
+        if num_bytes == 0:
+            return True
+        held = self.held(requests)
+        return held == 0 or held + num_bytes <= self._settings.max_held_mm_embedding_bytes
 
     def record_prefill(self, output: "SchedulerOutput", requests: "Mapping[str, Request]") -> None:
         """Count the embeddings that a prefill step admits, and its images.

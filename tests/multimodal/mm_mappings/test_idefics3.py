@@ -152,7 +152,7 @@ def test_tiles_are_encoded_a_few_at_a_time(
     """Never one of several alone: it would need a graph that the warmup does not make."""
     given = kwargs_of(1, count - 1)
     (whole,) = mapping.compute_features(model, given)
-    monkeypatch.setattr("vllm_spyre_mm.multimodal.mm_mappings.idefics3.PATCHES_AT_ONCE", 1)
+    monkeypatch.setattr("vllm_spyre_mm.multimodal.mm_mappings.vision_language.PATCHES_AT_ONCE", 1)
     seen, select = [], type(model).select_hidden_states
 
     def counting(self: Any, pixels: torch.Tensor) -> torch.Tensor:

@@ -124,7 +124,7 @@ class TestLlavaOnevision(LlavaNextSuite):
         monkeypatch: pytest.MonkeyPatch,
     ):
         """One tile would need a graph that the warmup does not make."""
-        name = "vllm_spyre_mm.multimodal.mm_mappings.llava_next.PATCHES_AT_ONCE"
+        name = "vllm_spyre_mm.multimodal.mm_mappings.vision_language.PATCHES_AT_ONCE"
         monkeypatch.setattr(name, 3 * mapping.tile_side**2)
         seen, select = [], type(model).select_hidden_states
 

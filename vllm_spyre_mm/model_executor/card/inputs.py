@@ -44,15 +44,12 @@ class CardInputs(StepInputs):
             "current_tkv_mask": card_input(chunk.current_tkv),
             "left_padded_prompt_mask": card_input(chunk.left_padding),
         }
-        position_ids = chunk.position_ids
-        if self.rotate is not None:
-            position_ids = self.rotate(position_ids)
         # The chunk may end with padding inside its last block: logits are computed for that block.
         last_n_tokens = self.block_size
         levels = deepstack or (torch.zeros_like(embeds),) * self.num_levels
         return DecoderInputs(
             self._by_token(embeds),
-            self._by_token(position_ids),
+            self._by_token(self.rotated(chunk.position_ids)),
             attention,
             last_n_tokens,
             deepstack=tuple(map(self._by_token, levels)),
@@ -83,9 +80,7 @@ class CardInputs(StepInputs):
             "current_tkv_mask": card_input(batch.current_tkv, dynamic=(0,)),
             "left_padded_prompt_mask": card_input(batch.left_padding, dynamic=(0,)),
         }
-        position_ids = batch.position_ids
-        if self.rotate is not None:
-            position_ids = self.rotate(position_ids.T).transpose(0, 1)
+        position_ids = self.rotated(batch.position_ids.T).transpose(0, 1)
         static = (*range(1, position_ids.ndim),)
         position_ids = card_input(position_ids, dynamic=(0,), static=static)
         return DecoderInputs(embeds, position_ids, attention, last_n_tokens=1)

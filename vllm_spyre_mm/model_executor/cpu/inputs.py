@@ -82,7 +82,7 @@ class CpuInputs(StepInputs):
         }
         return DecoderInputs(
             F.pad(embeds, (0, 0, *pad)),
-            self._rotated(F.pad(chunk.position_ids, pad)),
+            self.rotated(F.pad(chunk.position_ids, pad)),
             attention,
             last_n_tokens=1 + missing,
             deepstack=tuple(F.pad(level, (0, 0, *pad)) for level in deepstack),
@@ -97,14 +97,10 @@ class CpuInputs(StepInputs):
         step = self.decode(rows)
         return DecoderInputs(
             embed(step.token_ids),
-            self._rotated(step.position_ids),
+            self.rotated(step.position_ids),
             step.attention,
             last_n_tokens=0,
         )
-
-    def _rotated(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """What the decoder takes of int64 ``(axes, tokens)``."""
-        return position_ids if self.rotate is None else self.rotate(position_ids)
 
     def decode_logits(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Logits of the requests, which are before the padding."""

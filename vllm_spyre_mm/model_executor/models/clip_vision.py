@@ -2,7 +2,6 @@
 """CLIP's vision tower: FMS's SigLIP encoder behind CLIP's own embeddings."""
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from fms.utils.activation import str_to_activation
 from torch import nn
 
 from vllm_spyre_mm.model_executor.cpu.bidirectional import hidden_states
+from vllm_spyre_mm.model_executor.models.names import renaming_step
 
 ARCHITECTURE = "clip_vision"
 """FMS's name of the architecture, by which its adapter is found."""
@@ -117,15 +117,6 @@ NAMES = (
 )
 
 
-def _hf_to_fms_names(input_sd: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-    renamed = {}
-    for name, tensor in input_sd.items():
-        for pattern, replacement in NAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
-
-
 def _weight_fusion(
     input_sd: Mapping[str, Any], model_config: CLIPVisionConfig | None = None, **_: Any
 ) -> Mapping[str, Any]:
@@ -134,6 +125,6 @@ def _weight_fusion(
     return serialization._attn_unfused_to_fused_step(input_sd)
 
 
-serialization.register_adapter_step(ARCHITECTURE, "hf_to_fms_names", _hf_to_fms_names)
+serialization.register_adapter_step(ARCHITECTURE, "hf_to_fms_names", renaming_step(NAMES))
 serialization.register_adapter_step(ARCHITECTURE, "weight_fusion", _weight_fusion)
 serialization.register_adapter(ARCHITECTURE, "hf", ["hf_to_fms_names", "weight_fusion"])

@@ -189,7 +189,7 @@ def decoder_mismatch(text: Any, name: str = "text_config.") -> str | None:
     """First property of a decoder's configuration that FMS would not honour, or None.
 
     Args:
-        text: the Transformers configuration of a decoder in either table.
+        text: the Transformers configuration of one of :data:`DECODERS`.
         name: put before each property, for the reason.
     """
     decoder = DECODERS[text.model_type]

@@ -5,12 +5,13 @@ FMS has the model, but its adapter pads no heads. Here the tensors get Granite's
 the adapter that Granite has here.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from fms.models.hf.config_utils import param_builders
 from fms.utils import serialization
+
+from vllm_spyre_mm.model_executor.models.names import renamed
 
 ARCHITECTURE = "spyre_mm_granite_moe_hybrid"
 """FMS's name of the architecture, by which its adapter is found."""
@@ -55,16 +56,14 @@ NAMES = (
 
 def _adapt(input_sd: Mapping[str, Any], **kwargs: Any) -> Mapping[str, Any]:
     """Rename tensors, divide the two that are stored as one, and give them to Granite's adapter."""
-    renamed: dict[str, Any] = {}
+    granites: dict[str, Any] = {}
     for name, tensor in input_sd.items():
-        ours = name
-        for stored, granites in NAMES:
-            ours = re.sub(stored, granites, ours)
+        ours = renamed(name, NAMES)
         if ".gate_proj." in ours:
-            renamed[ours], renamed[ours.replace("gate_proj", "up_proj")] = tensor.chunk(2, dim=0)
+            granites[ours], granites[ours.replace("gate_proj", "up_proj")] = tensor.chunk(2, dim=0)
         else:
-            renamed[ours] = tensor
-    return serialization.get_adapted("llava_next", "hf", renamed, kwargs)
+            granites[ours] = tensor
+    return serialization.get_adapted("llava_next", "hf", granites, kwargs)
 
 
 serialization.register_adapter_step(ARCHITECTURE, "adapt_granite_moe_hybrid", _adapt)

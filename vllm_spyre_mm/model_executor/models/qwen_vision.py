@@ -6,7 +6,6 @@ within a frame, or within a window of one; the rotation is by a patch's row and 
 patches become features. Qwen3-VL makes features of several depths (deepstack).
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from vllm_spyre_mm.model_executor.cpu.segmented import attend_segments
 from vllm_spyre_mm.model_executor.models.clip_vision import QuickGELU
+from vllm_spyre_mm.model_executor.models.names import renaming_step
 from vllm_spyre_mm.model_executor.models.qwen_vision_config import QwenVisionConfig
 from vllm_spyre_mm.model_executor.models.qwen_vision_layout import BatchLayout, batches
 
@@ -212,15 +212,6 @@ NAMES = (
 )
 
 
-def _hf_to_fms_names(input_sd: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-    renamed = {}
-    for name, tensor in input_sd.items():
-        for pattern, replacement in NAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
-
-
 def _hf_to_fms_layout(
     input_sd: Mapping[str, Any], model_config: QwenVisionConfig | None = None, **_: Any
 ) -> dict[str, Any]:
@@ -245,7 +236,7 @@ def _weight_fusion(
     return serialization._mlp_glu_unfused_to_fused_adapter_step(input_sd)
 
 
-serialization.register_adapter_step(ARCHITECTURE, "hf_to_fms_names", _hf_to_fms_names)
+serialization.register_adapter_step(ARCHITECTURE, "hf_to_fms_names", renaming_step(NAMES))
 serialization.register_adapter_step(ARCHITECTURE, "hf_to_fms_layout", _hf_to_fms_layout)
 serialization.register_adapter_step(ARCHITECTURE, "weight_fusion", _weight_fusion)
 serialization.register_adapter(

@@ -49,13 +49,11 @@ class Encoder:
         build: makes the module from its configuration.
         adapter: FMS's architecture whose adapter reads the checkpoint.
         prefix: prefix that the adapter expects before a tower's names.
-        blocks: the repeated blocks of a tower, and the prefix of their names in a checkpoint.
     """
 
     build: Callable[[Any], nn.Module]
     adapter: str
     prefix: str = ""
-    blocks: tuple[Callable[[Any], nn.ModuleList], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +65,7 @@ class Tower(Encoder):
             output of each layer, ``(tiles, positions, hidden_size)`` each; one after the other, so
             that only those in use take memory.
         config_class: its configuration, in FMS's style.
+        blocks: the repeated blocks of a tower, and the prefix of their names in a checkpoint.
         inner: the part that Transformers 4 writes between ``vision_tower.`` and a tower's name.
         unused: prefixes, below ``inner``, of names that have no part in the hidden states.
         class_token: whether the first position is a class token and not a patch.
@@ -77,6 +76,7 @@ class Tower(Encoder):
 
     hidden_states: Callable[[nn.Module, torch.Tensor], Iterable[torch.Tensor]]
     config_class: Callable[..., ModelConfig]
+    blocks: tuple[Callable[[Any], nn.ModuleList], str]
     inner: str
     unused: tuple[str, ...]
     class_token: bool
@@ -115,7 +115,6 @@ IDEFICS3 = Tower(
     hidden_states=idefics3_vision.states,
     config_class=SiglipVisionConfig,
     adapter="siglip_vision",
-    prefix="",
     inner="vision_model.",
     blocks=(lambda tower: tower.base_model.encoder.layers, "encoder.layers."),
     unused=("embeddings.position_ids",),
@@ -168,11 +167,7 @@ TOWERS: Mapping[str, Tower] = {
 }
 """The towers by Transformers' ``model_type``."""
 
-QWEN_VISION = Encoder(
-    build=QwenVision,
-    adapter=qwen_vision.ARCHITECTURE,
-    blocks=(lambda tower: tower.blocks, "blocks."),
-)
+QWEN_VISION = Encoder(build=QwenVision, adapter=qwen_vision.ARCHITECTURE)
 """The towers of Qwen-VL, which make features themselves."""
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from vllm_spyre_mm.model_executor.models.composition import PROJECTOR, CompositionConfig
 from vllm_spyre_mm.model_executor.models.decoders import decoder_mismatch, width_mismatch
+from vllm_spyre_mm.model_executor.models.names import renamed
 from vllm_spyre_mm.model_executor.models.towers import tower_mismatch
 from vllm_spyre_mm.model_executor.models.window_qformer import (
     SHRINK,
@@ -21,7 +22,11 @@ from vllm_spyre_mm.model_executor.models.window_qformer import (
 from vllm_spyre_mm.model_executor.spec import FmsModel
 from vllm_spyre_mm.multimodal.merge import TEXT, merge_levels
 from vllm_spyre_mm.multimodal.mm_mappings.llava_next import LlavaNext, pinpoint_mismatch
-from vllm_spyre_mm.multimodal.mm_mappings.vision_language import kind_mismatch, select_mismatch
+from vllm_spyre_mm.multimodal.mm_mappings.vision_language import (
+    as_text_model,
+    kind_mismatch,
+    select_mismatch,
+)
 
 CORNERS = SHRINK**2
 """Spatial levels: one for each patch of a square of two by two."""
@@ -130,8 +135,7 @@ class Granite4Vision(LlavaNext):
             number = first + int(spatial[1])
             name = f"layerwise_projectors.{number}.{name[spatial.end() :]}"
         if name.startswith("layerwise_projectors."):
-            for stored, ours in NAMES:
-                name = re.sub(stored, ours, name)
+            name = renamed(name, NAMES)
         return super().rename(name)
 
     def pack(self, model: FmsModel, tiles: torch.Tensor, size: list[int]) -> torch.Tensor:
@@ -151,13 +155,7 @@ class Granite4Vision(LlavaNext):
 
 def _granite(text: Any) -> Any:
     """The decoder's configuration as that of a text model: Granite's, under another name."""
-    from transformers import GraniteConfig
-
-    if text.model_type == "granite":
-        return text
-    given = text.to_dict()
-    del given["model_type"]
-    return GraniteConfig(**given)
+    return text if text.model_type == "granite" else as_text_model(text, "granite")
 
 
 def _tower_layers(config: Any) -> list[int]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Idefics 3 and SmolVLM: a picture as a grid of full tiles and a global one, patches shuffled."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from vllm_spyre_mm.model_executor.models.idefics3_vision import (
     PixelShuffleProjector,
     buckets_are_positions,
 )
+from vllm_spyre_mm.model_executor.models.names import renamed
 from vllm_spyre_mm.model_executor.models.towers import tower_mismatch
 from vllm_spyre_mm.model_executor.spec import FmsModel
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
@@ -21,9 +21,6 @@ from vllm_spyre_mm.multimodal.mm_mappings.vision_language import (
     VisionLanguageMapping,
     kind_mismatch,
 )
-
-PATCHES_AT_ONCE = 3000
-"""Patches that go through the tower together: enough rows for full speed."""
 
 PARTS = (
     (r"^vision_model\.", f"{TOWER}.vision_model."),
@@ -90,10 +87,7 @@ class Idefics3(VisionLanguageMapping):
         )
 
     def rename(self, name: str) -> str:
-        name = name.removeprefix("model.")
-        for stored, ours in PARTS:
-            name = re.sub(stored, ours, name)
-        return super().rename(name)
+        return super().rename(renamed(name.removeprefix("model."), PARTS))
 
     def warmup_image_sizes(self) -> list[tuple[int, int]]:
         # The processor scales every picture up: the most tiles, and one row of them. Their number
@@ -105,7 +99,7 @@ class Idefics3(VisionLanguageMapping):
         counts = mm_kwargs["num_patches"].flatten().tolist()  # vLLM's name of tiles
         self._check_tiles(mm_kwargs)
         tiles = _joined(mm_kwargs["pixel_values"]).split(counts)
-        return [self._encode(model, pixels).flatten(0, 1) for pixels in tiles]
+        return [self.encode_tiles(model, pixels).flatten(0, 1) for pixels in tiles]
 
     def _check_tiles(self, mm_kwargs: Mapping[str, Any]) -> None:
         """Check that tiles are full: padding would need a mask, and its patches other positions.
@@ -126,19 +120,6 @@ class Idefics3(VisionLanguageMapping):
                 "the processor pads tiles (pixel_attention_mask has zeros), but only full ones are "
                 "computed exactly: use the image processor that Transformers has for this model"
             )
-
-    def _encode(self, model: FmsModel, pixels: torch.Tensor) -> torch.Tensor:
-        """Features ``(tiles, features, hidden_size)`` of the tiles of one picture.
-
-        A few tiles at a time, so that memory does not grow with their number. Parts of three at
-        least are made so that none of several tiles is left alone: one tile has a graph of its own.
-        """
-        patches = (self.tile_features * self.hf_config.scale_factor) ** 2
-        at_once = max(3, PATCHES_AT_ONCE // patches)
-        parts = pixels.tensor_split(-(-len(pixels) // at_once))
-        return torch.cat(
-            [model.multi_modal_projector(model.select_hidden_states(part)) for part in parts]
-        )
 
     def tile_grid(self, mm_kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
         rows, columns = mm_kwargs["tile_grid"].data.tolist()

@@ -22,10 +22,6 @@ from vllm_spyre_mm.multimodal.mm_mappings.vision_language import (
     select_mismatch,
 )
 
-PATCHES_AT_ONCE = 3000
-"""Patches that go through the tower together, of four tiles in Granite Vision: enough rows for full
-speed, and activations (25 MB in a layer) that the allocator gives out again rather than back."""
-
 
 class LlavaNext(VisionLanguageMapping):
     """LLaVA-Next with one vision feature layer.
@@ -85,7 +81,7 @@ class LlavaNext(VisionLanguageMapping):
             ]
             for pixels, size in zip(mm_kwargs["pixel_values"], image_sizes, strict=True)
         ]
-        per_image = self._encode_tiles(model, torch.cat(tiles)).split([len(each) for each in tiles])
+        per_image = self.encode_tiles(model, torch.cat(tiles)).split([len(each) for each in tiles])
         return [
             self.pack(model, features, size)
             for features, size in zip(per_image, image_sizes, strict=True)
@@ -100,26 +96,6 @@ class LlavaNext(VisionLanguageMapping):
             size: ``(height, width)`` of the picture in pixels.
         """
         return model.pack_image_features([tiles], [size], model.image_newline)
-
-    def _encode_tiles(self, model: FmsModel, pixels: torch.Tensor) -> torch.Tensor:
-        """Features ``(tiles, patches, hidden_size)`` of ``(tiles, channels, side, side)``."""
-        return torch.cat([self.encode_part(model, part) for part in self.parts(pixels)])
-
-    def parts(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Tiles ``(tiles, channels, side, side)`` in parts that are encoded together.
-
-        A few tiles at a time, so that memory does not grow with their number. The parts are of
-        nearly the same size, with two tiles at least, as every image has: parts of up to two would
-        leave one of three alone.
-        """
-        vision = self.hf_config.vision_config
-        at_once = max(3, PATCHES_AT_ONCE // (vision.image_size // vision.patch_size) ** 2)
-        return pixels.tensor_split(-(-len(pixels) // at_once))
-
-    def encode_part(self, model: FmsModel, pixels: torch.Tensor) -> torch.Tensor:
-        """Features ``(tiles, patches, hidden_size)`` of the tiles of one part."""
-        features: torch.Tensor = model.multi_modal_projector(model.select_hidden_states(pixels))
-        return features
 
     def feature_layout(self, mm_kwargs: Mapping[str, Any]) -> FeatureLayout | None:
         if "image_sizes" not in mm_kwargs:

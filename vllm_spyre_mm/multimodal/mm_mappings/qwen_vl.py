@@ -6,7 +6,6 @@ lie: see :class:`Qwen3VL`, :class:`Qwen25VL` and :class:`Qwen2VL`.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +15,7 @@ import torch
 from vllm_spyre_mm.model_executor.models.composition import DECODER, TOWER, CompositionConfig
 from vllm_spyre_mm.model_executor.models.decoders import decoder_mismatch, head_dim_of
 from vllm_spyre_mm.model_executor.models.mrope import MRope, mrope_mismatch
+from vllm_spyre_mm.model_executor.models.names import renamed
 from vllm_spyre_mm.model_executor.models.qwen_vision_config import (
     qwen_vision_config,
     qwen_vision_mismatch,
@@ -24,13 +24,23 @@ from vllm_spyre_mm.model_executor.models.towers import QWEN_VISION
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 from vllm_spyre_mm.multimodal.mm_mappings.mrope_positions import mrope_positions
-from vllm_spyre_mm.multimodal.mm_mappings.vision_language import DecoderMapping
+from vllm_spyre_mm.multimodal.mm_mappings.vision_language import DecoderMapping, as_text_model
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 MROPE_KEYS = ("mrope_section", "mrope_interleaved", "type")
 """What a decoder's RoPE parameters say beside those of a text model."""
+
+PARTS = (
+    (r"^(model\.)?visual\.", f"{TOWER}."),
+    (r"^model\.(language_model\.)?", f"{DECODER}.model."),
+    (r"^lm_head\.", f"{DECODER}.lm_head."),
+)
+"""The names of the parts in a checkpoint, and here.
+
+Since Transformers 4.52 "visual." is below "model.", beside "language_model.".
+"""
 
 
 class QwenVL(DecoderMapping):
@@ -75,16 +85,10 @@ class QwenVL(DecoderMapping):
     @classmethod
     def _text_config(cls, hf_config: Any) -> Any:
         """The decoder's configuration as that of a text model."""
-        from transformers import AutoConfig
-
-        given = hf_config.text_config.to_dict()
-        rope = {
-            key: value for key, value in given["rope_parameters"].items() if key not in MROPE_KEYS
-        }
+        text = hf_config.text_config
+        rope = {key: value for key, value in text.rope_parameters.items() if key not in MROPE_KEYS}
         tied = hf_config.tie_word_embeddings
-        ours = {"rope_parameters": rope, "tie_word_embeddings": tied}
-        del given["model_type"]
-        return AutoConfig.for_model(cls.decoder_type, **given | ours)
+        return as_text_model(text, cls.decoder_type, rope_parameters=rope, tie_word_embeddings=tied)
 
     @cached_property
     def text_config(self) -> Any:
@@ -130,10 +134,7 @@ class QwenVL(DecoderMapping):
         )
 
     def rename(self, name: str) -> str:
-        # Since Transformers 4.52 "visual." is below "model.", beside "language_model.".
-        name = re.sub(r"^(model\.)?visual\.", f"{TOWER}.", name)
-        name = re.sub(r"^model\.(language_model\.)?", f"{DECODER}.model.", name)
-        return re.sub(r"^lm_head\.", f"{DECODER}.lm_head.", name)
+        return renamed(name, PARTS)
 
     def positions(
         self, token_ids: list[int], mm_features: "Sequence[MultiModalFeatureSpec]"

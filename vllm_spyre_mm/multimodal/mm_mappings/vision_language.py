@@ -41,6 +41,11 @@ HEAD, EMBEDDING = f"{DECODER}.lm_head.weight", f"{DECODER}.model.embed_tokens.we
 """Weights of the LM head and the embedding, as :meth:`DecoderMapping.rename` names them."""
 
 
+PATCHES_AT_ONCE = 3000
+"""Patches that go through the tower together, of four tiles in Granite Vision: enough rows for full
+speed, and activations (25 MB in a layer) that the allocator gives out again rather than back."""
+
+
 class DecoderMapping(MMUtils):
     """Base class of mappings whose model is a :class:`Composition`, with or without a tower."""
 
@@ -195,6 +200,26 @@ class VisionLanguageMapping(DecoderMapping):
                 setattr(config, name, getattr(hf_config, name))
         return config
 
+    def encode_tiles(self, model: FmsModel, pixels: torch.Tensor) -> torch.Tensor:
+        """Features ``(tiles, patches, hidden_size)`` of ``(tiles, channels, side, side)``."""
+        return torch.cat([self.encode_part(model, part) for part in self.parts(pixels)])
+
+    def parts(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Tiles ``(tiles, channels, side, side)`` in parts that are encoded together.
+
+        A few tiles at a time, so that memory does not grow with their number. The parts are of
+        nearly the same size, with two tiles at least, as every image has: parts of up to two would
+        leave one of three alone.
+        """
+        vision = self.hf_config.vision_config
+        at_once = max(3, PATCHES_AT_ONCE // (vision.image_size // vision.patch_size) ** 2)
+        return pixels.tensor_split(-(-len(pixels) // at_once))
+
+    def encode_part(self, model: FmsModel, pixels: torch.Tensor) -> torch.Tensor:
+        """Features ``(tiles, patches, hidden_size)`` of the tiles of one part."""
+        features: torch.Tensor = model.multi_modal_projector(model.select_hidden_states(pixels))
+        return features
+
     def load_overrides(self, for_card: bool = False) -> LoadOverrides:
         tower = TOWERS[self.hf_config.vision_config.model_type]
         return dataclasses.replace(
@@ -222,6 +247,21 @@ class VisionLanguageMapping(DecoderMapping):
         if layer is not None:
             return int(layer[1]) >= max(self.feature_layers)
         return super().is_unused(name)
+
+
+def as_text_model(text: Any, model_type: str, **changes: Any) -> Any:
+    """A decoder's configuration as that of a text model.
+
+    Args:
+        text: the Transformers configuration of a decoder that has a name of its own.
+        model_type: Transformers' name of the text model.
+        changes: values in place of the decoder's.
+    """
+    from transformers import AutoConfig
+
+    given = text.to_dict()
+    del given["model_type"]
+    return AutoConfig.for_model(model_type, **given | changes)
 
 
 def feature_layers_of(config: Any) -> list[int]:
