@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vision tower at Granite Vision 3.x's size, beside the machine's bf16 ceiling."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from benchmarks.ceilings import CeilingProduct
 from benchmarks.checkpoints import TOWER
-from benchmarks.measure import Figure, Row, Timing, compare, constant, interleaved
+from benchmarks.measure import Figure, Row, compare, constant, interleaved
 from vllm_spyre_mm.config import CardSettings
 from vllm_spyre_mm.model_executor.backend import StepSizes
 from vllm_spyre_mm.model_executor.backends import make_backend
@@ -23,7 +23,6 @@ from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 GRIDS = {2: (1, 1), 5: (2, 2), 10: (3, 3)}
 """Rows and columns of tiles, by tiles altogether; LLaVA-Next has a base tile besides the grid."""
 
-CEILING = "ceiling"
 PATCHES = (TOWER.tile // TOWER.patch) ** 2
 
 
@@ -54,13 +53,11 @@ def encoder_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
                 }
             if quick:
                 del cases["eager FMS"]
-            part = _flops(compiled, tiles) / product.flops
+            flops = _flops(compiled, tiles)
             for name, case in cases.items():
                 repeats = 15 if name == "ours" and not quick else 5
-                timings = interleaved({name: case, CEILING: product}, repeats)
-                floor = constant([part * seconds for seconds in timings[CEILING].seconds])
                 title = f"{tiles} tile{'s' if tiles > 1 else ''}, {name}"
-                yield tower_row(title, timings[name], floor)
+                yield beside_ceiling(title, case, flops, product, repeats)
 
 
 def compiled_model(checkpoint: Path) -> SpyreModel[MMUtils]:
@@ -81,13 +78,31 @@ def compiled_model(checkpoint: Path) -> SpyreModel[MMUtils]:
     return model
 
 
-def tower_row(name: str, timing: Timing, floor: Timing) -> Row:
-    """A row of this part: a tower's time beside that of its products at the ceiling."""
+def beside_ceiling(
+    name: str,
+    case: Callable[[], Any],
+    flops: float,
+    product: CeilingProduct,
+    repeats: int,
+    section: str = "vision tower",
+) -> Row:
+    """A row of a tower's time beside that of its products at the ceiling, measured in turn.
+
+    Args:
+        name: of the row.
+        case: runs the tower.
+        flops: of its products.
+        product: whose pace is the ceiling.
+        repeats: of the measurement.
+        section: of the row.
+    """
+    timings = interleaved({"tower": case, "ceiling": product}, repeats)
+    part = flops / product.flops
     return compare(
-        "vision tower",
+        section,
         name,
-        timing,
-        floor,
+        timings["tower"],
+        constant([part * seconds for seconds in timings["ceiling"].seconds]),
         "all operations at the bf16 ceiling",
         Figure.SHARE,
         paired=True,

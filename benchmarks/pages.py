@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, Idefics3Config, Idefics3ForConditionalGeneration
 
 from benchmarks.ceilings import CeilingProduct
-from benchmarks.encoder import CEILING, compiled_model, tower_row
-from benchmarks.measure import Row, constant, interleaved
+from benchmarks.encoder import beside_ceiling, compiled_model
+from benchmarks.measure import Row
 from vllm_spyre_mm.model_executor.cpu.compile import cpu_compile_context
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
@@ -45,10 +45,8 @@ def page_rows(quick: bool) -> Iterator[Row]:
             compiled.encode(page)
         for name, case in cases.items():
             repeats = 15 if name == "ours" and not quick else 5
-            timings = interleaved({name: case, CEILING: product}, repeats)
-            part = _flops() / product.flops
-            floor = constant([part * seconds for seconds in timings[CEILING].seconds])
-            yield tower_row(f"a page of {TILES} tiles of {SIDE}, {name}", timings[name], floor)
+            title = f"a page of {TILES} tiles of {SIDE}, {name}"
+            yield beside_ceiling(title, case, _flops(), product, repeats)
 
 
 def _checkpoint(folder: Path) -> Path:

@@ -10,7 +10,8 @@ from torch import nn
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from benchmarks.ceilings import CeilingProduct
-from benchmarks.measure import Figure, Row, compare, constant, interleaved
+from benchmarks.encoder import beside_ceiling
+from benchmarks.measure import Row
 from vllm_spyre_mm.model_executor.cpu.compile import cpu_compile_context
 from vllm_spyre_mm.model_executor.cpu.encoder import compile_encoder, place_encoder
 from vllm_spyre_mm.model_executor.models.qwen_vision import QwenVision
@@ -49,24 +50,13 @@ def qwen_encoder_rows(quick: bool) -> Iterator[Row]:
             for pictures in (1,) if quick else (1, 4):
                 grids = torch.tensor([(1, side, side)] * pictures)
                 pixels = torch.randn(pictures * side**2, config.patch_values)
-                timings = interleaved(
-                    {
-                        "ours": lambda tower=tower, pixels=pixels, grids=grids: tower(
-                            pixels, grids
-                        ),
-                        "ceiling": product,
-                    },
-                    3 if quick else 9,
-                )
-                part = pictures * _flops(config, side) / product.flops
-                yield compare(
-                    "vision tower of Qwen-VL",
+                yield beside_ceiling(
                     f"{model}, {pictures} picture{'s' if pictures > 1 else ''} of 1 megapixel",
-                    timings["ours"],
-                    constant([part * seconds for seconds in timings["ceiling"].seconds]),
-                    "all operations at the bf16 ceiling",
-                    Figure.SHARE,
-                    paired=True,
+                    lambda tower=tower, pixels=pixels, grids=grids: tower(pixels, grids),
+                    pictures * _flops(config, side),
+                    product,
+                    repeats=3 if quick else 9,
+                    section="vision tower of Qwen-VL",
                 )
 
 

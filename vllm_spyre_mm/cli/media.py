@@ -57,11 +57,10 @@ def read_video(path: Path, video_loader: str | None = None) -> Video:
     from vllm.multimodal.media.image import ImageMediaIO
     from vllm.multimodal.media.video import VideoMediaIO
 
-    from vllm_spyre_mm.vllm_fixes.video_media import CheckedVideoMediaIO
+    from vllm_spyre_mm.vllm_fixes.media_connector import checked
 
-    image_io = ImageMediaIO()
-    video_io = VideoMediaIO(image_io, video_backend=video_loader)
-    frames, metadata = CheckedVideoMediaIO(video_io, image_io).load_file(path).media
+    video_io = checked(VideoMediaIO(ImageMediaIO(), video_backend=video_loader))
+    frames, metadata = video_io.load_file(path).media
     assert isinstance(frames, np.ndarray), "decoded on the CPU"
     return frames, metadata
 
