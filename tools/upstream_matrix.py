@@ -107,6 +107,8 @@ def main() -> int:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     arguments = parser.parse_args()
     names = arguments.names
+    if unknown := [name for name in names if name not in declared]:
+        parser.error(f"no environment {unknown[0]!r}: there are {', '.join(declared)}")
     if not (names or arguments.candidate or arguments.reuse):
         names = list(declared)
     wanted: list[Environment | Path] = [declared[name] for name in names]
