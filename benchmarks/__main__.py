@@ -2,7 +2,6 @@
 """Run the benchmark: `python -m benchmarks [--quick]`."""
 
 import argparse
-import itertools
 import os
 import shutil
 import time
@@ -29,6 +28,7 @@ from benchmarks.others import others_rows  # noqa: E402
 from benchmarks.pages import page_rows  # noqa: E402
 from benchmarks.plots import write_plots  # noqa: E402
 from benchmarks.qwen_encoder import qwen_encoder_rows  # noqa: E402
+from benchmarks.ranks import two_ranks_row  # noqa: E402
 from benchmarks.report import write_markdown  # noqa: E402
 from benchmarks.results import Part, read_results, replace_parts, write_results  # noqa: E402
 from benchmarks.serving import again_row, embedding_row, evicted_rows, serving_rows  # noqa: E402
@@ -106,6 +106,11 @@ def _parts(arguments: argparse.Namespace) -> dict[str, Callable[[], Iterable[Row
     def tower() -> Path:
         return ensure_checkpoint(TOWER, arguments.cache)
 
+    def encoder() -> Iterator[Row]:
+        yield from encoder_rows(tower(), quick)
+        yield from page_rows(quick)
+        yield two_ranks_row(tower(), quick)
+
     def serving() -> Iterator[Row]:
         yield from serving_rows(small(), vllm_cpu, quick)
         yield embedding_row(small(), quick)
@@ -119,7 +124,7 @@ def _parts(arguments: argparse.Namespace) -> dict[str, Callable[[], Iterable[Row
     return {
         "attention": lambda: attention_rows(quick),
         "kernels": lambda: kernel_rows(vllm_cpu, quick),
-        "encoder": lambda: itertools.chain(encoder_rows(tower(), quick), page_rows(quick)),
+        "encoder": encoder,
         "qwen-encoder": lambda: qwen_encoder_rows(quick),
         "decode": lambda: decode_rows(small(), quick),
         "host-work": lambda: host_work_rows(small(), quick),
