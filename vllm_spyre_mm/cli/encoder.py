@@ -26,6 +26,7 @@ from vllm_spyre_mm.model_executor.cpu.memory import mmap_threshold
 from vllm_spyre_mm.model_executor.cpu.tier import host_dtypes
 from vllm_spyre_mm.model_executor.cpu.torch_internals import why_not_compiled
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
+from vllm_spyre_mm.model_executor.parts import ModelPart
 from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice
 from vllm_spyre_mm.multimodal.feature_check import check_features, dtype_name
 from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError, get_mm_mapping
@@ -86,7 +87,7 @@ class VisionEncoder:
         if self.mapping.image_token_id is None:
             raise UnsupportedModelError(f"{model} is a text model: it has no vision encoder")
         checkpoint = find_checkpoint(model_config, arguments.create_load_config())
-        options = LoadOptions(decoder_dtype=self.dtype, encoder_dtype=self.dtype, encoder_only=True)
+        options = LoadOptions(self.dtype, self.dtype, part=ModelPart.ENCODER)
         with mmap_threshold():
             self.model = load_model(self.mapping, checkpoint, options)
             overrides = self.mapping.load_overrides()

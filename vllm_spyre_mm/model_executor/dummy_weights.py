@@ -14,8 +14,8 @@ from vllm_spyre_mm.model_executor.loader import (
     build_model,
     fill_model,
     head_parameter,
-    split_parts,
 )
+from vllm_spyre_mm.model_executor.parts import leave_out, loaded_tensors
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides, ModelSpec
 
 AS_FMS = ""
@@ -29,7 +29,7 @@ def load_dummy_model(mapping: ModelSpec, options: LoadOptions, seed: int) -> Fms
 
     Args:
         mapping: of the model's architecture.
-        options: dtypes and placement; the decoder is never left out.
+        options: dtypes, placement and what is loaded of the model.
         seed: the same one gives the same weights.
 
     Returns:
@@ -37,11 +37,12 @@ def load_dummy_model(mapping: ModelSpec, options: LoadOptions, seed: int) -> Fms
     """
     overrides = mapping.load_overrides(options.for_card)
     model = build_model(overrides, options.decoder_dtype, options.group)
+    leave_out(model, overrides.encoder_modules, options.part)
     tensors = {
         name: functools.partial(_random, name, shape, options.decoder_dtype, seed)
         for name, shape in dummy_shapes(overrides).items()
     }
-    encoder, decoder = split_parts(tensors, overrides.encoder_modules)
+    encoder, decoder = loaded_tensors(tensors, overrides.encoder_modules, options.part)
     for part, dtype in ((encoder, options.encoder_dtype), (decoder, options.decoder_dtype)):
         fill_model(model, overrides.architecture, part, dtype, options.group, source=AS_FMS)
     model.post_init()

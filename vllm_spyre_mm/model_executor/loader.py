@@ -14,10 +14,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import nn
 from torch.distributed import ProcessGroup
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -32,11 +30,10 @@ from vllm_spyre_mm.model_executor.checkpoint import (
     weight_files,
 )
 from vllm_spyre_mm.model_executor.mistral_layout import layout_of
+from vllm_spyre_mm.model_executor.parts import ModelPart, leave_out, loaded_tensors
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides, ModelSpec
 
 logger = get_logger(__name__)
-
-T = TypeVar("T")
 
 SOURCE = "hf"
 """FMS's name for checkpoints in the Hugging Face layout."""
@@ -52,21 +49,14 @@ class LoadOptions:
         for_card: build the decoder as the card's compiler requires: heads of 128 and separate
             projections. On a CPU fused projections are faster.
         group: process group for tensor parallelism, None without.
-        encoder_only: leave the decoder out: its tensors are not read, its modules are removed.
+        part: what is loaded of the model; what is not is None, and its tensors are not read.
     """
 
     decoder_dtype: torch.dtype
     encoder_dtype: torch.dtype
     for_card: bool = False
     group: ProcessGroup | None = None
-    encoder_only: bool = False
-
-
-class NoDecoder(nn.Module):
-    """Takes the place of a decoder that is left out."""
-
-    def post_init(self) -> None:
-        """Do nothing: no head to tie, no table to compute."""
+    part: ModelPart = ModelPart.WHOLE
 
 
 def load_model(mapping: ModelSpec, checkpoint: Path, options: LoadOptions) -> FmsModel:
@@ -88,10 +78,7 @@ def load_model(mapping: ModelSpec, checkpoint: Path, options: LoadOptions) -> Fm
         mapping.load_overrides(options.for_card), files, options
     )
     model = build_model(overrides, options.decoder_dtype, options.group)
-    if options.encoder_only:
-        for name, _ in list(model.named_children()):
-            if name not in overrides.encoder_modules:
-                setattr(model, name, NoDecoder())
+    leave_out(model, overrides.encoder_modules, options.part)
     for part, dtype in ((encoder, options.encoder_dtype), (decoder, options.decoder_dtype)):
         reads = {name: tensor.read for name, tensor in part.items()}
         fill_model(model, overrides.architecture, reads, dtype, options.group)
@@ -131,11 +118,9 @@ def _checked_tensors(
         for name, tensor in open_checkpoint(files, *layout_of(files, overrides)).items()
         if not overrides.is_unused(name)
     }
-    if not options.encoder_only:
+    if options.part.has_decoder:
         overrides = _settle_head(files, tensors, overrides, options.decoder_dtype)
-    encoder, decoder = split_parts(tensors, overrides.encoder_modules)
-    if options.encoder_only:
-        decoder = {}
+    encoder, decoder = loaded_tensors(tensors, overrides.encoder_modules, options.part)
     _check(files, overrides, options, {**encoder, **decoder})
     return overrides, encoder, decoder
 
@@ -201,19 +186,6 @@ def _settle_head(
     return overrides
 
 
-def split_parts(
-    tensors: Mapping[str, T], encoder_modules: tuple[str, ...]
-) -> tuple[dict[str, T], dict[str, T]]:
-    """Separate the encoder's tensors from the decoder's: each part has its dtype, and FMS's adapter
-    pads a decoder's heads only if it is given nothing else."""
-    encoder = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if any(name == module or name.startswith(f"{module}.") for module in encoder_modules)
-    }
-    return encoder, {name: tensors[name] for name in tensors.keys() - encoder.keys()}
-
-
 def _check(
     files: WeightFiles,
     overrides: LoadOverrides,
@@ -243,9 +215,8 @@ def _check(
     expected = whole.state_dict()
     if overrides.head.tied:
         del expected[head_parameter(overrides, whole)]
-    if options.encoder_only:
-        expected, _ = split_parts(expected, overrides.encoder_modules)
-    check_complete(files, adapted, expected)
+    encoder, decoder = loaded_tensors(expected, overrides.encoder_modules, options.part)
+    check_complete(files, adapted, encoder | decoder)
 
 
 def head_parameter(overrides: LoadOverrides, model: FmsModel) -> str:

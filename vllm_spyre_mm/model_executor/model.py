@@ -8,6 +8,7 @@ import torch
 
 from vllm_spyre_mm.model_executor.backend import Backend, WarmupPass
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
+from vllm_spyre_mm.model_executor.parts import ModelPart, overrides_of
 from vllm_spyre_mm.model_executor.spec import FmsModel, ModelSpec
 from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs
 
@@ -21,17 +22,26 @@ class SpyreModel(Generic[Spec]):
         fms_model: as ``loader.load_model`` returns it; the backend replaces layers of it.
         mapping: of its architecture.
         backend: runs the decoder.
+        part: what was loaded of it.
 
     Attributes:
         kv_cache: of the decoder; allocated by the worker.
     """
 
-    def __init__(self, fms_model: FmsModel, mapping: Spec, backend: Backend) -> None:
+    def __init__(
+        self,
+        fms_model: FmsModel,
+        mapping: Spec,
+        backend: Backend,
+        part: ModelPart = ModelPart.WHOLE,
+    ) -> None:
         self.fms_model = fms_model
         self.mapping = mapping
         self.backend = backend
+        self.part = part
         self.kv_cache: KVCache = []
-        self._overrides = mapping.load_overrides()  # the fields used here are the same for the card
+        # The fields used here are the same for the card.
+        self._overrides = overrides_of(mapping.load_overrides(), part)
         backend.place(fms_model, self._overrides)
 
     def compile(self) -> None:

@@ -5,6 +5,7 @@ Transformers on the same checkpoint is the reference for everything that is comp
 """
 
 import copy
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from tests.checkpoints import Layout, rename_tensors, with_changes
 from tests.reference import Reference
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
+from vllm_spyre_mm.model_executor.parts import ModelPart
 from vllm_spyre_mm.multimodal.merge import TEXT
 from vllm_spyre_mm.multimodal.mm_mappings import (
     MAPPINGS,
@@ -354,6 +356,16 @@ class MappingSuite(TextMappingSuite):
         assert_close(*self.logits(mapping, model, reference, images), 1e-4)
 
     # -- what the runner is told -----------------------------------------------------------------
+
+    def test_features_need_the_encoder_alone(
+        self, mapping: MMUtils, model: Any, reference: Reference, checkpoint: Path
+    ):
+        options = dataclasses.replace(FP32, part=ModelPart.ENCODER)
+        alone = load_model(mapping, checkpoint, options)
+        images = [picture(120, 60), picture(40, 100)]
+        found = self.features(mapping, alone, reference, images)
+        expected = self.features(mapping, model, reference, images)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
     def test_the_encoders_modules_are_parts_of_the_model(self, mapping: MMUtils, model: Any):
         parts = {name.partition(".")[0] for name, _ in model.named_parameters()}

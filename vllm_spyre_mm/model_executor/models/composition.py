@@ -110,10 +110,11 @@ class Composition(nn.Module):
             self.image_newline = nn.Parameter(torch.empty(width))
 
     def post_init(self) -> None:
-        """Tie the head and compute tables, now that there is storage."""
-        self.language_model.post_init()
-        if self.config.tower is not None and hasattr(self.vision_tower, "post_init"):
-            self.vision_tower.post_init()
+        """Tie the head and compute tables of what is loaded, now that there is storage."""
+        parts: list[Any] = [self.language_model, getattr(self, TOWER, None)]
+        for part in parts:
+            if hasattr(part, "post_init"):
+                part.post_init()
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Text embeddings ``(batch, length, hidden_size)`` of int64 ``(batch, length)``."""
