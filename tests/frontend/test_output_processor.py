@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedding is shown on the output that ends a completion, however outputs are streamed."""
 
-from types import ModuleType, SimpleNamespace
+import pickle
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,7 +11,11 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput as VllmEngineCoreOutput
 from vllm.v1.engine import EngineCoreRequest, FinishReason
-from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.engine.output_processor import (
+    OutputProcessor,
+    RequestOutputCollector,
+    RequestState,
+)
 
 from vllm_spyre_mm.frontend import output_processor
 from vllm_spyre_mm.scheduler.outputs import EngineCoreOutput
@@ -23,11 +28,14 @@ def installed() -> None:
     output_processor.install()
 
 
-def completion(index: int = 0, embedding: torch.Tensor | None = None) -> CompletionOutput:
-    output = CompletionOutput(index, "text", [1, 2], None, None)
-    if embedding is not None:
-        output.mm_embedding = embedding
-    return output
+def completion(
+    index: int = 0, embedding: torch.Tensor | None = None, *, ended: bool = False
+) -> CompletionOutput:
+    """As the front end makes it of a request that returns ``embedding``."""
+    made = CompletionOutput(
+        index, "text", [1, 2], None, None, finish_reason="stop" if ended else None
+    )
+    return output_processor.CompletionOutput.of(made, embedding, None)
 
 
 def request_output(*completions: CompletionOutput, finished: bool = False) -> RequestOutput:
@@ -37,13 +45,15 @@ def request_output(*completions: CompletionOutput, finished: bool = False) -> Re
 # -- what users see -------------------------------------------------------------------------------
 
 
-def test_a_completion_has_no_embedding_unless_it_is_given_one():
-    """The default is the class's, so that outputs which others construct have it too."""
-    one, other = completion(), completion()
+def test_a_completion_that_others_make_has_no_embedding():
     assert CompletionOutput.mm_embedding is None
-    assert one.mm_embedding is None
-    one.mm_embedding = torch.zeros(1, 1)
-    assert other.mm_embedding is None
+    assert CompletionOutput(0, "text", [1], None, None).mm_embedding is None
+
+
+def test_completions_share_no_embedding():
+    embedding = torch.zeros(1, 1)
+    assert completion(embedding=embedding, ended=True).mm_embedding is embedding
+    assert completion(ended=True).mm_embedding is None
 
 
 def test_the_constructor_of_a_completion_is_vllms():
@@ -71,29 +81,25 @@ def test_repr_shows_shape_and_dtype_but_no_numbers():
 
 
 @pytest.mark.parametrize("aggregate", [True, False])
-def test_an_embedding_that_comes_later_survives_the_merge(aggregate: bool):
+def test_an_embedding_appears_with_the_end_that_is_merged(aggregate: bool):
     embedding = torch.randn(2, 3)
-    merged = request_output(completion())
-    merged.add(request_output(completion(embedding=embedding), finished=True), aggregate)
+    merged = request_output(completion(embedding=embedding))
+    assert merged.outputs[0].mm_embedding is None
+    end = request_output(completion(embedding=embedding, ended=True), finished=True)
+    merged.add(end, aggregate)
     assert merged.outputs[0].mm_embedding is embedding
     assert merged.outputs[0].text == ("texttext" if aggregate else "text")
     assert merged.finished
 
 
-def test_an_embedding_that_is_there_is_not_lost_in_an_aggregate():
-    embedding = torch.randn(2, 3)
-    merged = request_output(completion(embedding=embedding))
-    merged.add(request_output(completion()), aggregate=True)
-    assert merged.outputs[0].mm_embedding is embedding
-
-
 @pytest.mark.parametrize("aggregate", [True, False])
-def test_completions_of_one_request_keep_their_own(aggregate: bool):
+def test_completions_of_one_request_end_each_for_itself(aggregate: bool):
     """With ``n > 1``; one of them is new to the merged output."""
     embeddings = [torch.randn(2, 3) for _ in range(3)]
-    merged = request_output(completion(0), completion(1))
+    merged = request_output(completion(0, embeddings[0]), completion(1, embeddings[1]))
     merged.add(
-        request_output(*(completion(i, embeddings[i]) for i in (2, 0)), finished=True), aggregate
+        request_output(*(completion(i, embeddings[i], ended=True) for i in (2, 0)), finished=True),
+        aggregate,
     )
     by_index = {output.index: output.mm_embedding for output in merged.outputs}
     assert by_index[0] is embeddings[0]
@@ -101,10 +107,34 @@ def test_completions_of_one_request_keep_their_own(aggregate: bool):
     assert by_index[2] is embeddings[2]
 
 
+def test_streamed_outputs_that_nobody_read_are_merged_with_the_embedding():
+    """In vLLM's own queue, which hands out one output for all that came since the last."""
+    queue = RequestOutputCollector(RequestOutputKind.DELTA, "a")
+    processor, embedding = processor_with(RequestOutputKind.DELTA, queue), torch.randn(5, 4)
+    processor.process_outputs([engine_output(10, embedding=embedding)])
+    processor.process_outputs([engine_output(11)])
+    processor.process_outputs([engine_output(12, finished=True)])
+    output = queue.get_nowait()
+    assert output.outputs[0].token_ids == [10, 11, 12]
+    assert output.outputs[0].mm_embedding is embedding
+
+
+def test_a_part_of_an_answer_is_pickled_without_the_embedding():
+    """As programs do that hand streamed outputs to another process."""
+    embedding = torch.randn(300, 4)
+    part = completion(embedding=embedding)
+    assert len(pickle.dumps(part)) < embedding.nbytes
+    assert pickle.loads(pickle.dumps(part)) == part
+    ended = pickle.loads(pickle.dumps(completion(embedding=embedding, ended=True)))
+    assert torch.equal(ended.mm_embedding, embedding)
+
+
 # -- the front end --------------------------------------------------------------------------------
 
 
-def processor_with(kind: RequestOutputKind) -> OutputProcessor:
+def processor_with(
+    kind: RequestOutputKind, queue: RequestOutputCollector | None = None
+) -> OutputProcessor:
     """vLLM's own, with one request whose tokens are not turned into text."""
     processor = OutputProcessor(None, log_stats=False)
     params = SamplingParams(detokenize=False, output_kind=kind, max_tokens=8)
@@ -120,7 +150,7 @@ def processor_with(kind: RequestOutputKind) -> OutputProcessor:
         data_parallel_rank=None,
         external_req_id="a",
     )
-    processor.add_request(request, "prompt")
+    processor.add_request(request, "prompt", queue=queue)
     return processor
 
 
@@ -211,34 +241,27 @@ def test_memory_of_a_message_is_copied_and_memory_of_its_own_is_not():
 
 
 def test_installing_again_wraps_nothing_twice():
-    before = RequestOutput.add, OutputProcessor.process_outputs
-    state = RequestState._new_completion_output
+    process_outputs, state = OutputProcessor.process_outputs, RequestState._new_completion_output
     output_processor.install()
-    after = RequestOutput.add, OutputProcessor.process_outputs
-    assert after == before
+    assert OutputProcessor.process_outputs is process_outputs
     assert RequestState._new_completion_output is state
 
 
 def test_classes_that_are_not_as_expected_are_refused_before_they_are_changed():
-    module = ModuleType("vllm.outputs")
     with pytest.raises(UnsupportedVllmError, match="'CompletionOutput'"):
-        output_processor._extend_outputs(module)
-
-    class Completion:
-        pass
-
-    module.CompletionOutput = Completion
-    module.RequestOutput = SimpleNamespace(add=lambda self, other: None)
-    with pytest.raises(UnsupportedVllmError, match="no parameter 'next_output'"):
-        output_processor._extend_outputs(module)
-    assert not hasattr(Completion, "mm_embedding")
+        output_processor._extend_outputs(ModuleType("vllm.outputs"))
+    module = ModuleType("vllm.v1.engine.output_processor")
+    module.RequestState = type("RequestState", (), {"_new_completion_output": lambda *_: None})
+    module.OutputProcessor = type("OutputProcessor", (), {"process_outputs": lambda self: None})
+    with pytest.raises(UnsupportedVllmError, match="no parameter 'engine_core_outputs'"):
+        output_processor._extend_output_processor(module)
+    assert not hasattr(module.RequestState, "mm_embedding")
 
 
 def test_an_embedding_of_vllms_own_is_not_taken_for_this_one():
     """It would be filled by nobody, or by somebody else."""
     module = ModuleType("vllm.outputs")
     module.CompletionOutput = type("CompletionOutput", (), {"mm_embedding": None})
-    module.RequestOutput = type("RequestOutput", (), {"add": lambda *_: None})
     with pytest.raises(UnsupportedVllmError, match="CompletionOutput has 'mm_embedding' of its"):
         output_processor._extend_outputs(module)
     module.RequestState = type("RequestState", (), {"mm_embedding": None})

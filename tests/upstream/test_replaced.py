@@ -11,7 +11,7 @@ from pathlib import Path
 
 import vllm_spyre_mm
 
-BOUND = 21
+BOUND = 20
 """Of the attributes that are replaced."""
 
 SCAN = """

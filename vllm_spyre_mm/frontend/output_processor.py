@@ -3,12 +3,12 @@
 
 Leans on: ``OutputProcessor.process_outputs`` handles every output of the engine and keeps a
 ``RequestState`` for each request; ``RequestState._new_completion_output`` makes every
-``CompletionOutput`` of a generation, a dataclass; ``RequestOutput.add`` merges streamed outputs
-field by field.
+``CompletionOutput`` of a generation, a dataclass; ``RequestOutput.add`` merges a streamed output
+into one that nobody has read yet, and its ``finish_reason`` with it.
 
 The engine sends the embedding with a request's first output, because the front end may end the
-request by itself (stop strings) and the engine's last output then never comes. It is kept in the
-request's state, and shown on the output that carries ``finish_reason``.
+request by itself (stop strings) and the engine's last output then never comes. Every output of the
+request refers to it, and shows it once the output has a ``finish_reason``.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,12 @@ from vllm.outputs import CompletionOutput as VllmCompletionOutput
 
 from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
 from vllm_spyre_mm.upstream.contract import require, require_attributes, require_parameters
-from vllm_spyre_mm.upstream.marks import extending, is_extended
+from vllm_spyre_mm.upstream.marks import extending, is_extended, mark
 from vllm_spyre_mm.upstream.module_loading import when_loaded
 
 ATTRIBUTE = "mm_embedding"
 
 REPLACED = (
-    "vllm.outputs.RequestOutput.add",
     "vllm.v1.engine.output_processor.OutputProcessor.process_outputs",
     "vllm.v1.engine.output_processor.RequestState._new_completion_output",
 )
@@ -36,10 +35,45 @@ REPLACED = (
 
 
 class CompletionOutput(VllmCompletionOutput):
-    """vLLM's output of one answer, whose text shows the embedding's shape and dtype."""
+    """vLLM's output of one answer, which shows the request's embedding once the answer has ended.
 
-    mm_embedding: torch.Tensor | None
-    mm_embedding_info: MMEmbeddingInfo | None
+    Also where vLLM merges the end of the answer into an output that was made before it.
+    """
+
+    _embedding: torch.Tensor | None = None
+    _info: MMEmbeddingInfo | None = None
+
+    @classmethod
+    def of(
+        cls,
+        made: VllmCompletionOutput,
+        embedding: torch.Tensor | None,
+        info: MMEmbeddingInfo | None,
+    ) -> "CompletionOutput":
+        """An output of vLLM's, with the embedding of its request.
+
+        Args:
+            made: by vLLM.
+            embedding: ``(num_features, hidden_size)``; None if the request returns none.
+            info: the item that each of its rows belongs to.
+        """
+        output = cls(**vars(made))
+        output._embedding, output._info = embedding, info
+        return output
+
+    @property
+    def mm_embedding(self) -> torch.Tensor | None:
+        """The request's embedding; None before the answer's end, or if it returns none."""
+        return None if self.finish_reason is None else self._embedding
+
+    @property
+    def mm_embedding_info(self) -> MMEmbeddingInfo | None:
+        """The item that each row of the embedding belongs to; None without one."""
+        return None if self.finish_reason is None else self._info
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied: a part of an answer travels without the embedding."""
+        return vars(self) | {"_embedding": self.mm_embedding, "_info": self.mm_embedding_info}
 
     def __repr__(self) -> str:
         embedding = self.mm_embedding
@@ -56,36 +90,19 @@ def install() -> None:
 
 
 def _extend_outputs(module: ModuleType) -> None:
-    require_attributes(module, ("CompletionOutput", "RequestOutput"))
-    completion, request = module.CompletionOutput, module.RequestOutput
-    if is_extended(request.add, __name__):
+    """Outputs that others construct have no embedding."""
+    require_attributes(module, ("CompletionOutput",))
+    completion = module.CompletionOutput
+    if is_extended(completion, __name__):
         return
     _require_no_embedding(completion)
-    require_parameters(request.add, ("next_output", "aggregate"))
     completion.mm_embedding = completion.mm_embedding_info = None
-    request.add = _keeping_embedding(request.add)
+    mark(completion, __name__)
 
 
 def _require_no_embedding(cls: type) -> None:
     """A vLLM that has the attribute fills it in a way of its own."""
     require(not hasattr(cls, ATTRIBUTE), f"{cls.__name__} has {ATTRIBUTE!r} of its own")
-
-
-def _keeping_embedding(original: Callable[..., None]) -> Callable[..., None]:
-    @extending(original, __name__)
-    def add(self: Any, next_output: Any, aggregate: bool) -> None:
-        original(self, next_output, aggregate)
-        finished = {
-            completion.index: completion
-            for completion in next_output.outputs
-            if completion.mm_embedding is not None
-        }
-        for completion in self.outputs if finished else ():
-            if completion.index in finished:
-                completion.mm_embedding = finished[completion.index].mm_embedding
-                completion.mm_embedding_info = finished[completion.index].mm_embedding_info
-
-    return add
 
 
 def _extend_output_processor(module: ModuleType) -> None:
@@ -98,7 +115,7 @@ def _extend_output_processor(module: ModuleType) -> None:
     require_parameters(state._new_completion_output, ("token_ids", "finish_reason", "stop_reason"))
     state.mm_embedding = state.mm_embedding_info = None
     processor.process_outputs = _receiving_embedding(processor.process_outputs)
-    state._new_completion_output = _finishing_with_embedding(state._new_completion_output)
+    state._new_completion_output = _referring_to_embedding(state._new_completion_output)
 
 
 def _receiving_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,16 +148,12 @@ def _owned(tensor: torch.Tensor) -> torch.Tensor:
     return owned
 
 
-def _finishing_with_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
+def _referring_to_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
     @extending(original, __name__)
     def _new_completion_output(
         self: Any, token_ids: list[int], finish_reason: Any, stop_reason: Any
     ) -> Any:
         made = original(self, token_ids, finish_reason, stop_reason)
-        completion = CompletionOutput(**vars(made))
-        if finish_reason is not None:
-            completion.mm_embedding = self.mm_embedding
-            completion.mm_embedding_info = self.mm_embedding_info
-        return completion
+        return CompletionOutput.of(made, self.mm_embedding, self.mm_embedding_info)
 
     return _new_completion_output
