@@ -21,9 +21,9 @@ from vllm_spyre_mm.model_executor.models.window_qformer import (
 )
 from vllm_spyre_mm.model_executor.spec import FmsModel
 from vllm_spyre_mm.multimodal.merge import TEXT, merge_levels
+from vllm_spyre_mm.multimodal.mm_mappings.decoder import as_text_model
 from vllm_spyre_mm.multimodal.mm_mappings.llava_next import LlavaNext, pinpoint_mismatch
 from vllm_spyre_mm.multimodal.mm_mappings.vision_language import (
-    as_text_model,
     kind_mismatch,
     select_mismatch,
 )

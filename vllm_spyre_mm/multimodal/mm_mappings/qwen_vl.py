@@ -23,8 +23,8 @@ from vllm_spyre_mm.model_executor.models.qwen_vision_config import (
 from vllm_spyre_mm.model_executor.models.towers import QWEN_VISION
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
+from vllm_spyre_mm.multimodal.mm_mappings.decoder import DecoderMapping, as_text_model
 from vllm_spyre_mm.multimodal.mm_mappings.mrope_positions import mrope_positions
-from vllm_spyre_mm.multimodal.mm_mappings.vision_language import DecoderMapping, as_text_model
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec

@@ -8,7 +8,7 @@ import torch
 
 from vllm_spyre_mm.model_executor.models.decoders import decoder_mismatch
 from vllm_spyre_mm.model_executor.spec import FmsModel
-from vllm_spyre_mm.multimodal.mm_mappings.vision_language import DecoderMapping
+from vllm_spyre_mm.multimodal.mm_mappings.decoder import DecoderMapping
 
 
 class TextDecoder(DecoderMapping):
