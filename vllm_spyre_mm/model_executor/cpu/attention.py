@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention, paged_decode
 from vllm_spyre_mm.model_executor.cpu.kernels.operands import PagedKV
+from vllm_spyre_mm.model_executor.cpu.operators import define_operator, shape_of_first
 
 CPU_ATTENTION = "spyre_mm_cpu_paged_attn"
 """FMS's ``attn_name`` of the algorithm that uses PyTorch's operators."""
@@ -116,23 +117,24 @@ def _compute(
     )
 
 
-@functools.cache
-def define_attention() -> torch.library.Library:
-    """Define the operators; they live as long as the returned library, which the cache keeps."""
-    library = torch.library.Library("spyre_mm", "FRAGMENT")
-    library.define(
+def define_attention() -> None:
+    """Define the operators, if they are not."""
+    define_operator(
         "paged_store(Tensor keys, Tensor values, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-        "Tensor slot_mapping) -> ()"
+        "Tensor slot_mapping) -> ()",
+        CPU=paged_store,
+        Meta=_no_result,
     )
-    library.define(
+    define_operator(
         "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor kv_blocks, "
-        "Tensor kv_lengths, Tensor query_lengths, float scale, bool compiled) -> Tensor"
+        "Tensor kv_lengths, Tensor query_lengths, float scale, bool compiled) -> Tensor",
+        CPU=paged_attention,
+        Meta=shape_of_first,
     )
-    library.impl("paged_store", paged_store, "CPU")
-    library.impl("paged_store", lambda *_: None, "Meta")
-    library.impl("paged_attention", paged_attention, "CPU")
-    library.impl("paged_attention", lambda query, *_: query.new_empty(query.shape), "Meta")
-    return library
+
+
+def _no_result(*_: torch.Tensor) -> None:
+    """For ``Meta``: the operator returns nothing."""
 
 
 def paged_store(

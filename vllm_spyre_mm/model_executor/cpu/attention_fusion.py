@@ -5,7 +5,6 @@ FMS calls them one after the other. Fused, a layer of a decode makes one call in
 parallel region instead of three.
 """
 
-import functools
 import operator
 
 import torch
@@ -14,6 +13,7 @@ from torch import fx
 from vllm_spyre_mm.model_executor.cpu import attention
 from vllm_spyre_mm.model_executor.cpu.kernels import paged_decode, rope
 from vllm_spyre_mm.model_executor.cpu.kernels.operands import NewKV, PagedKV, RopeAngles
+from vllm_spyre_mm.model_executor.cpu.operators import define_operator, shape_of_first
 
 
 def fuse_attention(graph_module: fx.GraphModule) -> None:
@@ -58,18 +58,14 @@ def _fuse(graph: fx.Graph, rope_node: fx.Node, store: fx.Node, attend: fx.Node) 
         graph.erase_node(node)
 
 
-@functools.cache
-def _define_op() -> torch.library.Library:
-    """Define the operator; it lives as long as the returned library, which the cache keeps."""
-    library = torch.library.Library("spyre_mm", "FRAGMENT")
-    library.define(
+def _define_op() -> None:
+    define_operator(
         "rope_store_attend(Tensor query, Tensor keys, Tensor values, Tensor(a!) key_cache, "
         "Tensor(b!) value_cache, Tensor? position_ids, Tensor table, Tensor slot_mapping, "
-        "Tensor kv_blocks, Tensor kv_lengths, Tensor query_lengths, float scale) -> Tensor"
+        "Tensor kv_blocks, Tensor kv_lengths, Tensor query_lengths, float scale) -> Tensor",
+        CPU=rope_store_attend,
+        Meta=shape_of_first,
     )
-    library.impl("rope_store_attend", rope_store_attend, "CPU")
-    library.impl("rope_store_attend", lambda query, *_: query.new_empty(query.shape), "Meta")
-    return library
 
 
 def rope_store_attend(

@@ -5,7 +5,6 @@ FMS's own, ``sdpa_bidirectional``, guesses the layout of keys by comparing their
 number of heads, and is wrong for an image that has as many patches as the tower has heads.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from fms.modules.attention import register_attention_op
 
 from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention
+from vllm_spyre_mm.model_executor.cpu.operators import define_operator, shape_of_first
 
 BIDIRECTIONAL = "spyre_mm_bidirectional"
 """FMS's ``attn_name`` of the algorithm."""
@@ -72,17 +72,9 @@ def _store(*_: Any, **__: Any) -> Any:
     raise NotImplementedError  # a vision tower has no cache
 
 
-@functools.cache
-def _define_op() -> torch.library.Library:
-    """Define the operator; it lives as long as the returned library, which the cache keeps."""
-    library = torch.library.Library("spyre_mm", "FRAGMENT")
-    library.define(
-        "bidirectional_attention(Tensor query, Tensor keys, Tensor values, float scale) -> Tensor"
-    )
-    library.impl("bidirectional_attention", bidirectional_attention, "CPU")
-    library.impl("bidirectional_attention", lambda query, *_: query.new_empty(query.shape), "Meta")
-    return library
-
-
-_define_op()
+define_operator(
+    "bidirectional_attention(Tensor query, Tensor keys, Tensor values, float scale) -> Tensor",
+    CPU=bidirectional_attention,
+    Meta=shape_of_first,
+)
 register_attention_op(BIDIRECTIONAL, store_op=_store, compute_op=_compute)

@@ -11,7 +11,6 @@ The operator is opaque to the compiler, and the weight an input of its graph, so
 every layer.
 """
 
-import functools
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -22,6 +21,7 @@ from torch import nn
 
 from vllm_spyre_mm.host_memory import return_free_memory
 from vllm_spyre_mm.model_executor.cpu.kernels import rows_linear, tiled_linear
+from vllm_spyre_mm.model_executor.cpu.operators import define_operator
 from vllm_spyre_mm.model_executor.cpu.tier import computes_in_bf16
 from vllm_spyre_mm.model_executor.cpu.torch_internals import packs_linears
 
@@ -198,18 +198,15 @@ def replace_linears(module: nn.Module, *, compiled: bool = False) -> None:
     return_free_memory()
 
 
-@functools.cache
-def define_linear() -> torch.library.Library:
-    """Define the operator; it lives as long as the returned library, which the cache keeps."""
-    library = torch.library.Library("spyre_mm", "FRAGMENT")
-    library.define(
+def define_linear() -> None:
+    """Define the operator, if it is not."""
+    define_operator(
         "linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, "
-        "str? activation) -> Tensor"
+        "str? activation) -> Tensor",
+        MkldnnCPU=_linear_packed,
+        CPU=_linear_dense,
+        Meta=_linear_shape,
     )
-    library.impl("linear", _linear_packed, "MkldnnCPU")
-    library.impl("linear", _linear_dense, "CPU")
-    library.impl("linear", _linear_shape, "Meta")
-    return library
 
 
 def _linear_packed(

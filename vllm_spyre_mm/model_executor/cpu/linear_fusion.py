@@ -7,7 +7,6 @@ tiled linear layer normalises rows as it packs them and adds the residual in its
 finds them in the graph of a block, whatever its class.
 """
 
-import functools
 import operator
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import fx, nn
 
 from vllm_spyre_mm.model_executor.cpu.kernels import tiled_linear
 from vllm_spyre_mm.model_executor.cpu.linear import define_linear, linear_tiled
+from vllm_spyre_mm.model_executor.cpu.operators import define_operator, shape_of_first
 
 ADD = (operator.add, torch.add)
 MULTIPLY = (operator.mul, torch.mul)
@@ -136,23 +136,19 @@ def _example(node: Any) -> torch.Tensor:
     return value
 
 
-@functools.cache
-def _define_ops() -> torch.library.Library:
-    """Define the operators; they live as long as the returned library, which the cache keeps."""
-    library = torch.library.Library("spyre_mm", "FRAGMENT")
-    library.define(
-        "norm(Tensor x, Tensor weight, Tensor? bias, bool centered, float epsilon) -> Tensor"
+def _define_ops() -> None:
+    define_operator(
+        "norm(Tensor x, Tensor weight, Tensor? bias, bool centered, float epsilon) -> Tensor",
+        CPU=_norm,
+        Meta=shape_of_first,
     )
-    library.impl("norm", _norm, "CPU")
-    library.impl("norm", lambda x, *_: x.new_empty(x.shape), "Meta")
-    library.define(
+    define_operator(
         "linear_in_block(Tensor x, Tensor? norm_weight, Tensor? norm_bias, bool centered, "
         "float epsilon, Tensor weight, Tensor? bias, SymInt out_features, str? activation, "
-        "Tensor? residual, float scale) -> Tensor"
+        "Tensor? residual, float scale) -> Tensor",
+        CPU=linear_in_block,
+        Meta=_linear_in_block_shape,
     )
-    library.impl("linear_in_block", linear_in_block, "CPU")
-    library.impl("linear_in_block", _linear_in_block_shape, "Meta")
-    return library
 
 
 def _norm(

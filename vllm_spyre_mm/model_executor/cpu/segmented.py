@@ -4,13 +4,13 @@
 Queries and keys are rotated first (RoPE of neighbouring pairs).
 """
 
-import functools
 import itertools
 
 import torch
 import torch.nn.functional as F
 
 from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention
+from vllm_spyre_mm.model_executor.cpu.operators import define_operator, shape_of_first
 
 
 def attend_segments(
@@ -74,19 +74,6 @@ def _rotate(x: torch.Tensor, rope_table: torch.Tensor) -> torch.Tensor:
     return torch.stack(pairs, dim=-1).flatten(-2).to(x.dtype)
 
 
-@functools.cache
-def _define_op() -> torch.library.Library:
-    """Define the operator; it lives as long as the returned library, which the cache keeps."""
-    library = torch.library.Library("spyre_mm", "FRAGMENT")
-    library.define(
-        "segmented_attention(Tensor query, Tensor keys, Tensor values, Tensor rope_table, "
-        "Tensor segments, float scale) -> Tensor"
-    )
-    library.impl("segmented_attention", segmented_attention, "CPU")
-    library.impl("segmented_attention", lambda query, *_: query.new_empty(query.shape), "Meta")
-    return library
-
-
 def segmented_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -103,4 +90,9 @@ def segmented_attention(
     return _attend_with_sdpa(query, keys, values, rope_table, segments, scale)
 
 
-_define_op()
+define_operator(
+    "segmented_attention(Tensor query, Tensor keys, Tensor values, Tensor rope_table, "
+    "Tensor segments, float scale) -> Tensor",
+    CPU=segmented_attention,
+    Meta=shape_of_first,
+)

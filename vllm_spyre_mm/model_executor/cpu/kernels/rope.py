@@ -5,7 +5,6 @@ FMS's RoPE is interleaved (it rotates neighbouring pairs), which Inductor does n
 tenth of a prefill. The kernel computes the same, in the order of FMS's weights.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from vllm_spyre_mm.model_executor.cpu.kernels.kernel import (
 )
 from vllm_spyre_mm.model_executor.cpu.kernels.operands import RopeAngles
 from vllm_spyre_mm.model_executor.cpu.memory import empty_result
+from vllm_spyre_mm.model_executor.cpu.operators import define_operator
 from vllm_spyre_mm.model_executor.models.mrope import StepRope
 
 LANES = 16
@@ -111,16 +111,19 @@ def _replacement(original: PositionEncoder) -> PositionEncoder | None:
     return CpuRope(original)
 
 
-@functools.cache
-def define_rope() -> torch.library.Library:
-    """Define the operator; it lives as long as the returned library, which the cache keeps."""
-    library = torch.library.Library("spyre_mm", "FRAGMENT")
-    library.define(
-        "rope(Tensor query, Tensor keys, Tensor? position_ids, Tensor table) -> (Tensor, Tensor)"
+def define_rope() -> None:
+    """Define the operator, if it is not."""
+    define_operator(
+        "rope(Tensor query, Tensor keys, Tensor? position_ids, Tensor table) -> (Tensor, Tensor)",
+        CPU=rotate,
+        Meta=_rotated_shapes,
     )
-    library.impl("rope", rotate, "CPU")
-    library.impl("rope", lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)), "Meta")
-    return library
+
+
+def _rotated_shapes(
+    query: torch.Tensor, keys: torch.Tensor, *_: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), keys.new_empty(keys.shape)
 
 
 def rotate(
