@@ -3,4 +3,6 @@
 
 import pytest
 
-pytest.register_assert_rewrite(f"{__name__}.suite")
+pytest.register_assert_rewrite(
+    *(f"{__name__}.{suite}" for suite in ("text_suite", "suite", "llava_next_suite"))
+)

@@ -11,7 +11,8 @@ from transformers import CLIPVisionModel as TransformersCLIP
 
 from tests import architectures
 from tests.checkpoints import llava_next_config, with_changes
-from tests.multimodal.mm_mappings.suite import FP32, LlavaNextSuite, assert_close, picture
+from tests.multimodal.mm_mappings.llava_next_suite import LlavaNextSuite
+from tests.multimodal.mm_mappings.suite import FP32, assert_close, picture
 from tests.reference import Reference
 from vllm_spyre_mm.model_executor.loader import load_model
 from vllm_spyre_mm.model_executor.models.clip_vision import CLIPVision

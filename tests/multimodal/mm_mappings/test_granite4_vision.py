@@ -12,7 +12,8 @@ from transformers import AutoConfig, Dinov2Config, GraniteConfig, GraniteMoeHybr
 
 from tests import architectures, granite4_vision
 from tests.checkpoints import with_changes
-from tests.multimodal.mm_mappings.suite import FP32, LlavaNextSuite, assert_close, picture
+from tests.multimodal.mm_mappings.llava_next_suite import LlavaNextSuite
+from tests.multimodal.mm_mappings.suite import FP32, assert_close, picture
 from tests.reference import Reference
 from vllm_spyre_mm.model_executor.loader import load_model
 from vllm_spyre_mm.multimodal.merge import TEXT

@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoConfig
 
 from tests.checkpoints import llava_next_config, save_random_checkpoint
-from tests.multimodal.mm_mappings.suite import FP32, LlavaNextSuite, assert_close, picture
+from tests.multimodal.mm_mappings.llava_next_suite import LlavaNextSuite
+from tests.multimodal.mm_mappings.suite import FP32, assert_close, picture
 from tests.reference import Reference
 from vllm_spyre_mm.model_executor.loader import load_model
 from vllm_spyre_mm.multimodal.mm_mappings import LlavaNext, get_mm_mapping

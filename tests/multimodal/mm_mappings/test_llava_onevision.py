@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from tests import architectures, llava_onevision
-from tests.multimodal.mm_mappings.suite import BF16, FP32, LlavaNextSuite, assert_close, picture
+from tests.multimodal.mm_mappings.llava_next_suite import LlavaNextSuite
+from tests.multimodal.mm_mappings.suite import BF16, FP32, assert_close, picture
 from tests.reference import Reference
 from tests.videos import video
 from vllm_spyre_mm.model_executor.loader import load_model

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from tests import architectures
 from tests.checkpoints import with_changes
-from tests.multimodal.mm_mappings.suite import FP32, TextMappingSuite, assert_close
+from tests.multimodal.mm_mappings.text_suite import FP32, TextMappingSuite, assert_close
 from tests.reference import Reference
 from vllm_spyre_mm.model_executor.loader import load_model
 from vllm_spyre_mm.model_executor.models.decoders import DECODERS
