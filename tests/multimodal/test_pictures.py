@@ -11,6 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from transformers import PretrainedConfig
+from transformers.models.auto.image_processing_auto import (
+    DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS as RESIZED_BY_PILLOW,
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -135,8 +138,12 @@ FLOATS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("what", list(FLOATS))
-def test_floating_point_pixels_are_scaled_as_the_others(processor: Callable[[Any], Any], what: str):
+def test_floating_point_pixels_are_scaled_as_the_others(
+    request: pytest.FixtureRequest, processor: Callable[[Any], Any], what: str
+):
     """They are not rounded after they were resized: that is all that differs."""
+    if f"{request.node.callspec.params['processor']}ImageProcessor" in RESIZED_BY_PILLOW:
+        pytest.skip("beside torchvision before 0.27 Pillow resizes, which takes no such pixels")
     images, array = FLOATS[what]
     given, expected = processor(images), processor([Image.fromarray(array)])
     assert given["prompt_token_ids"] == expected["prompt_token_ids"]
