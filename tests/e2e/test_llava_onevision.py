@@ -11,49 +11,33 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from vllm import LLM, RequestOutput
 from vllm.exceptions import VLLMValidationError
 
 from tests import architectures, llava_onevision
 from tests.e2e.engines import engine, greedy, nothing_compiled, relative_error
+from tests.e2e.video_asks import VideoAsk
 from tests.multimodal.mm_mappings.suite import picture
 from tests.reference import Reference
-from tests.videos import Video, video
+from tests.videos import video
 
 MAX_TOKENS = 12
 BOUND = 1e-4
 
 
-@dataclass(frozen=True)
-class VideoAsk:
-    """A request: its pictures and videos come before its question."""
-
-    question: str
-    images: tuple[Image.Image, ...] = ()
-    videos: tuple[Video, ...] = ()
-
-    @property
-    def text(self) -> str:
-        images = llava_onevision.IMAGE * len(self.images)
-        return f"<|user|>\n{images}{llava_onevision.VIDEO * len(self.videos)}\n{self.question}\n"
-
-    @property
-    def prompt(self) -> dict[str, Any]:
-        data: dict[str, Any] = {"video": [each.frames for each in self.videos]}
-        if self.images:
-            data["image"] = list(self.images)
-        return {"prompt": self.text, "multi_modal_data": data}
+class OnevisionAsk(VideoAsk):
+    image_tag, video_tag = llava_onevision.IMAGE, llava_onevision.VIDEO
+    template = "<|user|>\n{items}\n{question}\n"
 
 
 ASKS = [
-    VideoAsk("What happens?", (), (video(6, 80, 64),)),
-    VideoAsk("And in one frame?", (), (video(1, 40, 90),)),
-    VideoAsk("Say what you see.", (), (video(40, 64, 48),)),
+    OnevisionAsk("What happens?", (), (video(6, 80, 64),)),
+    OnevisionAsk("And in one frame?", (), (video(1, 40, 90),)),
+    OnevisionAsk("Say what you see.", (), (video(40, 64, 48),)),
     # Of as many frames: Transformers makes one tensor of the videos of a prompt.
-    VideoAsk("Which of them?", (), (video(3, 64, 90), video(3, 128, 64))),
-    VideoAsk("Is it in both?", (picture(190, 150),), (video(4, 100, 60),)),
-    VideoAsk("Where?", (picture(60, 50), picture(170, 30)), (video(2, 30, 30),)),
+    OnevisionAsk("Which of them?", (), (video(3, 64, 90), video(3, 128, 64))),
+    OnevisionAsk("Is it in both?", (picture(190, 150),), (video(4, 100, 60),)),
+    OnevisionAsk("Where?", (picture(60, 50), picture(170, 30)), (video(2, 30, 30),)),
 ]
 
 
@@ -79,9 +63,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     config = llava_onevision.llava_onevision(architectures.qwen2())
     checkpoint = architectures.save_checkpoint(tmp_path_factory.mktemp("onevision"), config)
     reference = Reference(checkpoint)
-    expected = [
-        reference.generate(ask.text, ask.images, MAX_TOKENS, videos=ask.videos) for ask in ASKS
-    ]
+    expected = [ask.expected(reference, MAX_TOKENS) for ask in ASKS]
     return Served(checkpoint, reference, expected)
 
 
@@ -91,7 +73,7 @@ def llm(served: Served) -> Iterator[LLM]:
         yield llm
 
 
-def generate(llm: LLM, asks: list[VideoAsk]) -> list[RequestOutput]:
+def generate(llm: LLM, asks: list[OnevisionAsk]) -> list[RequestOutput]:
     return llm.generate([ask.prompt for ask in asks], greedy(MAX_TOKENS), use_tqdm=False)
 
 
@@ -127,13 +109,8 @@ def test_alone_and_from_a_prefix_cache_that_ends_inside_a_video(served: Served, 
 
 def test_embeddings_are_those_of_transformers(served: Served, llm: LLM) -> None:
     for ask, output in zip(ASKS, generate(llm, ASKS), strict=True):
-        of_videos = VideoAsk(ask.question, (), ask.videos).text
-        parts = [served.reference.video_features(of_videos, ask.videos)]
-        if ask.images:
-            of_images = VideoAsk(ask.question, ask.images).text
-            parts.insert(0, served.reference.features(of_images, ask.images))
         completion = output.outputs[0]
-        assert relative_error(completion.mm_embedding, torch.cat(parts)) < BOUND
+        assert relative_error(completion.mm_embedding, ask.features(served.reference)) < BOUND
         items = completion.mm_embedding_info.items
         frames = [item.layout.frames for item in items if item.modality == "video"]
         assert frames == [len(each.frames) for each in ask.videos]

@@ -6,18 +6,16 @@ with features that are given back.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from PIL import Image
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from tests import architectures, qwen_vl
 from tests.e2e.engines import engine, greedy, nothing_compiled, relative_error
+from tests.e2e.video_asks import VideoAsk
 from tests.multimodal.mm_mappings.suite import picture
 from tests.reference import Reference
 from tests.videos import Video, video
@@ -30,39 +28,13 @@ BF16_BOUND = 2e-2
 QUESTIONS = ("What is it?", "Where does it stand, and why?", "Say what you see.", "And now?")
 
 
-@dataclass(frozen=True)
-class QwenAsk:
-    """A request: its pictures and videos come before its question."""
+class QwenAsk(VideoAsk):
+    image_tag, video_tag = qwen_vl.IMAGE, qwen_vl.VIDEO
+    template = "<|im_start|>user\n{items}{question}<|im_end|>\n<|im_start|>assistant\n"
 
-    question: str
-    images: tuple[Image.Image, ...] = ()
-    videos: tuple[Video, ...] = ()
-
-    @property
-    def text(self) -> str:
-        items = qwen_vl.IMAGE * len(self.images) + qwen_vl.VIDEO * len(self.videos)
-        return f"<|im_start|>user\n{items}{self.question}<|im_end|>\n<|im_start|>assistant\n"
-
-    @property
-    def prompt(self) -> dict[str, Any]:
-        data: dict[str, Any] = {}
-        if self.images:
-            data["image"] = list(self.images)
-        if self.videos:
-            data["video"] = [each.item for each in self.videos]
-        return {"prompt": self.text} | ({"multi_modal_data": data} if data else {})
-
-    def expected(self, reference: Reference) -> list[int]:
-        return reference.generate(self.text, self.images, MAX_TOKENS, self.videos)
-
-    def features(self, reference: Reference) -> torch.Tensor | None:
-        parts = []
-        if self.images:
-            parts.append(reference.features(self.text, self.images))
-        if self.videos:
-            text = QwenAsk(self.question, (), self.videos).text
-            parts.append(reference.video_features(text, self.videos))
-        return torch.cat(parts) if parts else None
+    @staticmethod
+    def given(video: Video) -> Any:
+        return video.item
 
 
 def asks() -> list[QwenAsk]:
@@ -95,7 +67,7 @@ class Served:
         self.checkpoint = architectures.save_checkpoint(path, getattr(qwen_vl, model_type)())
         self.reference = Reference(self.checkpoint)
         self.asks = asks()
-        self.expected = [ask.expected(self.reference) for ask in self.asks]
+        self.expected = [ask.expected(self.reference, MAX_TOKENS) for ask in self.asks]
 
     def engine(self, **arguments: Any) -> Any:
         """An engine whose chunks have two blocks; it takes embeddings."""
@@ -238,7 +210,7 @@ def test_an_engine_for_videos_alone(served: Served, monkeypatch: pytest.MonkeyPa
 def test_preempted_and_resumed(served: Served) -> None:
     """Blocks for about half of the requests: some lose theirs while they decode."""
     asked = [ask for ask in served.asks if ask.images or ask.videos] * 2
-    expected = [ask.expected(served.reference) for ask in asked]
+    expected = [ask.expected(served.reference, MAX_TOKENS) for ask in asked]
     with served.engine(
         num_gpu_blocks_override=26, max_model_len=1024, enable_prefix_caching=False
     ) as llm:

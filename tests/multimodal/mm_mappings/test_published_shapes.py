@@ -127,6 +127,17 @@ SIGLIP_512 = {
     "patch_size": 16,
 }
 
+SMOL_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+}
+"""The decoder of Granite Docling and of the small SmolVLM."""
+
 
 def llava_onevision(
     width: int, intermediate_size: int, layers: int, heads: int, kv: int, **top: Any
@@ -183,16 +194,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "Granite Docling 258M": Idefics3Config(
         vision_config=dict(SIGLIP_512),
-        text_config={
-            "model_type": "llama",
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "max_position_embeddings": 8192,
-            "vocab_size": 100352,
-        },
+        text_config=SMOL_LLAMA | {"vocab_size": 100352},
         image_token_id=100270,
         scale_factor=4,
         tie_word_embeddings=True,
@@ -221,16 +223,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "SmolVLM2 256M": SmolVLMConfig(
         vision_config=dict(SIGLIP_512),
-        text_config={
-            "model_type": "llama",
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "max_position_embeddings": 8192,
-            "vocab_size": 49280,
-        },
+        text_config=SMOL_LLAMA | {"vocab_size": 49280},
         image_token_id=49190,
         scale_factor=4,
     ),
