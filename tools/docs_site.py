@@ -26,8 +26,8 @@ BESIDE = {
 }
 """Pages that do not stand in ``docs/``: by their path in the repository, that on the site."""
 
-PICTURES = "benchmarks"
-"""Folder whose pictures these pages show."""
+PICTURES, PICTURE = "benchmarks", ".png"
+"""Folder whose pictures these pages show, beside those of ``docs/``, and the suffix of them."""
 
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 HELP = re.compile(r"^<!-- help:(?P<command>[\w ]*) -->$", re.M)
@@ -44,13 +44,15 @@ def site_path(path: str) -> str | None:
     if path in BESIDE:
         return BESIDE[path]
     folder, _, name = path.partition("/")
-    if folder == "docs" and name.endswith(".md"):
+    if folder == "docs" and name.endswith((".md", PICTURE)):
         return name
-    return path if folder == PICTURES and path.endswith(".png") else None
+    return path if folder == PICTURES and path.endswith(PICTURE) else None
 
 
 def repository_path(path: str) -> str:
-    """Where a page of the site is in the repository."""
+    """Where a page or a picture of the site is in the repository."""
+    if path.startswith(f"{PICTURES}/") and path.endswith(PICTURE):
+        return path
     beside = {on_site: source for source, on_site in BESIDE.items()}
     return beside.get(path, f"docs/{path}")
 
