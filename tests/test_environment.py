@@ -111,6 +111,39 @@ def test_the_cards_runtime_is_told_of_its_rank(world_size: int, expected: dict[s
     assert exported() == expected
 
 
+def test_ranks_of_other_engines_meet_elsewhere(unset: pytest.MonkeyPatch):
+    unset.delenv("MASTER_PORT", raising=False)
+    environment.export_rank_environment(rank=0, world_size=2, num_threads=6, engine=3)
+    assert os.environ["MASTER_PORT"] == "12358"
+
+
+@pytest.mark.parametrize("listed", [None, "a,b,c,d"])
+def test_an_engine_is_named_its_own_cards(monkeypatch: pytest.MonkeyPatch, listed: str | None):
+    for number in range(4):
+        monkeypatch.setenv(f"AIU_WORLD_RANK_{number}", f"card {number}")
+    monkeypatch.setenv("AIU_WORLD_SIZE", "4")
+    monkeypatch.delenv("SPYRE_DEVICES", raising=False)
+    if listed:
+        monkeypatch.setenv("SPYRE_DEVICES", listed)
+    environment.export_cards_of_engine(1, 2)
+    found = {name: value for name, value in os.environ.items() if name.startswith("AIU_WORLD_")}
+    assert found == {
+        "AIU_WORLD_RANK_0": "card 2",
+        "AIU_WORLD_RANK_1": "card 3",
+        "AIU_WORLD_SIZE": "2",
+    }
+    assert os.environ.get("SPYRE_DEVICES") == (listed and "c,d")
+    assert environment.cards_named() == 2
+
+
+def test_devices_that_are_not_the_cards_are_refused(monkeypatch: pytest.MonkeyPatch):
+    for number in range(4):
+        monkeypatch.setenv(f"AIU_WORLD_RANK_{number}", f"card {number}")
+    monkeypatch.setenv("SPYRE_DEVICES", "0,1")
+    with pytest.raises(ValueError, match=r"SPYRE_DEVICES lists 2 devices, and .* name 4 cards"):
+        environment.export_cards_of_engine(1, 2)
+
+
 @pytest.mark.parametrize(("name", "value"), [("RANK", "0"), ("WORLD_SIZE", "1")])
 def test_a_rank_that_every_rank_inherits_is_refused(
     unset: pytest.MonkeyPatch, name: str, value: str

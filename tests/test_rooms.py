@@ -13,7 +13,7 @@ PACKAGE = Path(vllm_spyre_mm.__path__[0])
 ROOMS = (
     *("cli", "doctor", "demo", "platform", "frontend", "payload", "vllm_fixes"),
     *("worker", "scheduler", "multimodal", "model_executor"),
-    *("upstream", "host_memory", "compat", "environment", "config", "log"),
+    *("upstream", "host_memory", "host_cores", "compat", "environment", "config", "log"),
 )
 """Folders and modules of the package from the top down; its entry points stand above them all."""
 

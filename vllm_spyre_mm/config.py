@@ -43,7 +43,7 @@ CARD_MAX_BATCH_TKV = 131072
 """Bound on rows times padded length of the card's decodes unless the user gives it, in tokens."""
 
 
-NOT_FOR_USERS = ("max_num_seqs_given", "resolved")
+NOT_FOR_USERS = ("max_num_seqs_given", "num_local_engines", "engine_memory_bytes", "resolved")
 """Settings with which the platform's parts tell each other what they have done."""
 
 
@@ -91,6 +91,9 @@ class SpyreSettings(BaseModel):
         max_num_seqs_given: set where vLLM's arguments are read, not by users: whether the user gave
             ``max_num_seqs``, which a known configuration of a card replaces otherwise.
         card: :class:`CardSettings`; without effect on a CPU.
+        num_local_engines: set at start, not by users: data-parallel engines that share this host.
+        engine_memory_bytes: set at start, not by users: what each of them may take of the host's
+            memory, in bytes; None where there is one.
         resolved: set by :meth:`resolve`, not by users: nothing is ``auto`` any more.
     """
 
@@ -107,6 +110,8 @@ class SpyreSettings(BaseModel):
     max_batch_tkv: int | None = Field(default=None, gt=0)
     max_num_seqs_given: bool = True
     card: CardSettings = CardSettings()
+    num_local_engines: int = Field(default=1, ge=1)
+    engine_memory_bytes: int | None = None
     resolved: bool = False
 
     @classmethod

@@ -6,6 +6,7 @@ It is imported with the package, before PyTorch and vLLM may be, and imports nei
 
 import importlib.metadata
 import importlib.util
+import itertools
 import logging
 import os
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ THREAD_COUNTS = (
 )
 """Threads of the card's compiler, which reads the first alone, and of what it calls."""
 
+
+CARD = "AIU_WORLD_RANK_{}"
+"""Name of the variable with the PCI address of a card, by the card's number from 0."""
 
 HDMA_BYTES = {"FLEX_HDMA_P2PSIZE": 256 << 20, "FLEX_HDMA_COLLSIZE": 32 << 20}
 """Sizes of transfers between cards with which four of them are known to run."""
@@ -163,7 +167,42 @@ def export_card_environment(
     os.environ.setdefault("FLEX_OVERWRITE_NMB_FRAME", "true")
 
 
-def export_rank_environment(*, rank: int, world_size: int, num_threads: int) -> None:
+def cards_named() -> int:
+    """How many cards the environment names, in ``AIU_WORLD_RANK_0`` and those after it."""
+    return next(number for number in itertools.count() if CARD.format(number) not in os.environ)
+
+
+def export_cards_of_engine(engine: int, world_size: int) -> None:
+    """Name to the card's runtime the cards of one of several engines as if there were no others.
+
+    Must run before ``torch_sendnn`` is imported, and once in a process.
+
+    Args:
+        engine: number of the engine on this host; those before it have the cards before its.
+        world_size: its ranks, a card each.
+
+    Raises:
+        ValueError: ``SPYRE_DEVICES`` lists too few devices.
+    """
+    first, named = engine * world_size, cards_named()
+    if listed := os.environ.get("SPYRE_DEVICES"):
+        devices = listed.split(",")
+        if len(devices) != named:
+            raise ValueError(
+                f"SPYRE_DEVICES lists {len(devices)} devices, and AIU_WORLD_RANK_n name {named} "
+                "cards: which are whose cannot be said"
+            )
+        os.environ["SPYRE_DEVICES"] = ",".join(devices[first : first + world_size])
+    own = [os.environ[CARD.format(first + rank)] for rank in range(world_size)]
+    for number in range(named):
+        del os.environ[CARD.format(number)]
+    os.environ.update({CARD.format(rank): address for rank, address in enumerate(own)})
+    os.environ["AIU_WORLD_SIZE"] = str(world_size)
+
+
+def export_rank_environment(
+    *, rank: int, world_size: int, num_threads: int, engine: int = 0
+) -> None:
     """Set what the card's runtime has to know of a rank; must run before ``torch_sendnn`` is
     imported. What is set already stays as it is.
 
@@ -171,6 +210,7 @@ def export_rank_environment(*, rank: int, world_size: int, num_threads: int) -> 
         rank: of this process.
         world_size: ranks of the model, a card each.
         num_threads: that this rank may take of the host.
+        engine: number of the engine on this host, whose ranks meet at a port of their own.
 
     Raises:
         ValueError: ``RANK`` or ``WORLD_SIZE`` is set to that of another rank or model.
@@ -186,7 +226,7 @@ def export_rank_environment(*, rank: int, world_size: int, num_threads: int) -> 
                 f"rank {rank} of {world_size}: unset it"
             )
     os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "12355")
+    os.environ.setdefault("MASTER_PORT", str(12355 + engine))
     if world_size >= 4:  # collectives of four ranks exceed the defaults
         for name, size in HDMA_BYTES.items():
             os.environ.setdefault(name, str(size))

@@ -85,6 +85,14 @@ def _reclaimable_of_cgroup() -> int:
     return sum(sizes.get(f"total_{name}", sizes.get(name, 0)) for name in CGROUP_RECLAIMABLE)
 
 
+def process_memory() -> int:
+    """Bytes that this process has to itself: not those of files, which others may share."""
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared
+
+
 def return_free_memory() -> None:
     """Return free heap memory to the operating system (``malloc_trim``); glibc would keep it.
 

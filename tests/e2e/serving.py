@@ -83,6 +83,13 @@ class Served:
         pytest.fail(f"the server did not start:\n{self.log.read_text()[-4000:]}")
 
 
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @contextlib.contextmanager
 def starting_server(
     checkpoint: Path,
@@ -102,9 +109,7 @@ def starting_server(
         environment: more of it.
         defaults: as for :func:`serve_command`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     path = [*map(str, plugins), *filter(None, [os.environ.get("PYTHONPATH")])]
     with (
         log.open("w") as output,
@@ -170,12 +175,18 @@ def chat(client: openai.OpenAI, question: str, *urls: str, **more: Any) -> str:
 
 
 def metrics(server: str) -> dict[str, float]:
-    """The platform's metrics of a server, by name; no key is asked for them."""
+    """The platform's metrics of a server with one engine, by name; no key is asked for them."""
+    (found,) = metrics_by_engine(server).values()
+    return found
+
+
+def metrics_by_engine(server: str) -> dict[str, dict[str, float]]:
+    """The platform's metrics of a server, by the number of the engine and by name."""
     with urllib.request.urlopen(f"{server}/metrics", timeout=60) as response:
         families = text_string_to_metric_families(response.read().decode())
-    return {
-        sample.name.removeprefix("vllm:spyre_"): sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name.startswith("vllm:spyre_") and not sample.name.endswith("_created")
-    }
+    found: dict[str, dict[str, float]] = {}
+    for sample in (sample for family in families for sample in family.samples):
+        if sample.name.startswith("vllm:spyre_") and not sample.name.endswith("_created"):
+            name = sample.name.removeprefix("vllm:spyre_")
+            found.setdefault(sample.labels["engine"], {})[name] = sample.value
+    return found

@@ -271,7 +271,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "speculative decoding",
     ),
     "pipeline parallelism": ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-    "data parallelism": ({"data_parallel_size": 2}, "data parallelism"),
     "fp16 on a CPU": (
         {"dtype": "float16"},
         "dtype='float16' is not supported by the CPU's backends",
@@ -312,6 +311,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "offloaded weights": ({"cpu_offload_gb": 1}, "--cpu-offload-gb"),
     "KV offloading": ({"kv_offloading_size": 1.0}, "KV offloading|KV transfer"),
     "pickled weights": ({"load_format": "pt"}, "load-format='pt'"),
+    "devices": ({"device_ids": "0"}, r"a choice of devices \(--device-ids\)"),
     "worker class": ({"worker_cls": "some.Worker"}, "a worker of your own"),
     "Ray": ({"distributed_executor_backend": "ray"}, "'ray'|[Rr]ay"),
     "profiler": (

@@ -88,6 +88,19 @@ def test_blocks_that_are_not_used_take_no_memory():
     assert process.memory_info().rss - before < GIB // 16
 
 
+def test_an_engine_among_others_has_its_share_less_what_is_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """What others have taken by then is theirs."""
+    host(monkeypatch, total=16, available=0)
+    monkeypatch.setattr(kv_cache, "process_memory", lambda: GIB // 2)
+    many = config(max_num_seqs=100_000, max_model_len=100_000, world_size=2)
+    assert kv_cache_bytes(many, spec(2), share=4 * GIB) == 2 * GIB - GIB // 2 - GIB // 2
+    with pytest.raises(ValueError, match="Start fewer data-parallel engines") as error:
+        kv_cache_bytes(many, spec(2), share=2 * GIB)
+    assert "share of it is 1.0 GiB, of which 0.5 GiB are taken" in str(error.value)
+
+
 def test_what_the_user_gives_wins(monkeypatch: pytest.MonkeyPatch):
     host(monkeypatch, total=8, available=0)
     assert kv_cache_bytes(config(explicit=12345), spec()) == 12345

@@ -23,6 +23,7 @@ from vllm_spyre_mm.environment import (
     vllm_fixes_enabled,
 )
 from vllm_spyre_mm.frontend.card_limits import size_card_cache, take_known_configuration
+from vllm_spyre_mm.frontend.data_parallel import divide_host
 from vllm_spyre_mm.frontend.flags import SCHEDULER_CLASS, WORKER_CLASS, refuse_unsupported
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.cpu.tier import compiled_for, cpu_tier, detect_tier
@@ -76,6 +77,8 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
         max_num_seqs=scheduler_config.max_num_seqs,
         can_compile=why_not_compiled() is None,
     )
+    if is_new:
+        settings = divide_host(vllm_config, settings)
     _check_backend(settings, dtype, scheduler_config.max_num_batched_tokens, host_dtypes)
     _check_divisible(vllm_config, mapping, settings)
     _check_embeddings(vllm_config, mapping)
@@ -113,6 +116,7 @@ def _log_summary(
             max_num_seqs=scheduler_config.max_num_seqs,
             max_model_len=vllm_config.model_config.max_model_len,
             tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
+            data_parallel_size=vllm_config.parallel_config.data_parallel_size,
             prefix_caching=cache_config.enable_prefix_caching,
             vllm_fixes=vllm_fixes_enabled(),
         ),

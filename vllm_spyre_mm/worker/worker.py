@@ -36,6 +36,7 @@ from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.upstream.processes import is_engine_process
 from vllm_spyre_mm.worker.encoding import ImageEncodingError
+from vllm_spyre_mm.worker.host_share import take_share
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 from vllm_spyre_mm.worker.ranks import Ranks
 from vllm_spyre_mm.worker.unsupported_operations import RefusingWorker
@@ -109,15 +110,29 @@ class SpyreWorker(RefusingWorker):
         self.device = torch.device("cpu")
         if is_engine_process():
             _read_little_endian()
+            self._take_share_of_host()
             if self.backend.for_card:
                 export_rank_environment(
                     rank=self.rank,
                     world_size=self.parallel_config.world_size,
                     num_threads=torch.get_num_threads(),
+                    engine=self.parallel_config.data_parallel_rank_local or 0,
                 )
         self.backend.prepare()
         self._join_process_group()
         set_random_seed(self.model_config.seed)
+
+    def _take_share_of_host(self) -> None:
+        if self.settings.num_local_engines > 1:
+            engine = self.parallel_config.data_parallel_rank_local
+            assert engine is not None, "vLLM numbers data-parallel engines"
+            take_share(
+                engine=engine,
+                num_engines=self.settings.num_local_engines,
+                rank=self.rank,
+                world_size=self.parallel_config.world_size,
+                card=self.backend.for_card,
+            )
 
     def _join_process_group(self) -> None:
         # vLLM's GPU worker has a function for this, but its module imports what only GPUs need.
@@ -199,7 +214,9 @@ class SpyreWorker(RefusingWorker):
 
     def determine_available_memory(self) -> int:
         """Bytes available for this rank's KV cache."""
-        return kv_cache_bytes(self.vllm_config, self.get_kv_cache_spec())
+        return kv_cache_bytes(
+            self.vllm_config, self.get_kv_cache_spec(), self.settings.engine_memory_bytes
+        )
 
     def update_max_model_len(self, max_model_len: int) -> None:
         """Take the ``max_model_len`` that vLLM fitted to the memory (``--max-model-len auto``)."""
@@ -263,4 +280,4 @@ class SpyreWorker(RefusingWorker):
         self.model_runner.reset_encoder_cache()
 
     def execute_dummy_batch(self) -> None:
-        """Do nothing: only data parallelism, which is refused, runs dummy batches."""
+        """Do nothing: data-parallel engines do not wait for each other's steps."""

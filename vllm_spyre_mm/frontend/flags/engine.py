@@ -133,7 +133,7 @@ SCHEDULER = Decisions(
     without_effect={
         "a threshold below a chunk is refused": ("long_prefill_token_threshold_adaptive",),
         "all layers have one kind of attention": ("disable_hybrid_kv_cache_manager",),
-        "there is no data parallelism": ("prefill_schedule_interval",),
+        "data-parallel engines do not wait for each other": ("prefill_schedule_interval",),
         "the runner is synchronous": ("async_scheduling",),
     },
     derived=words(

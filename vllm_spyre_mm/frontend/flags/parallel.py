@@ -2,11 +2,22 @@
 """The decisions on ``ParallelConfig``, and on flags that are no field of a configuration."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
+from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.frontend.flags.decision import Decisions, Refused, only, unset, words
 from vllm_spyre_mm.frontend.flags.engine import MAMBA, MIXTURES
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 WORKER_CLASS = "vllm_spyre_mm.worker.worker.SpyreWorker"
+
+
+def _not_by_the_user(value: list[int] | None, vllm_config: "VllmConfig") -> bool:
+    """vLLM numbers the devices of data-parallel engines after the start's check, for GPUs."""
+    return not value or SpyreSettings.from_vllm_config(vllm_config).resolved
+
 
 PARALLEL = Decisions(
     path="parallel_config",
@@ -14,7 +25,11 @@ PARALLEL = Decisions(
         Refused(
             "pipeline_parallel_size", "pipeline parallelism (--pipeline-parallel-size)", only(1)
         ),
-        Refused("data_parallel_size", "data parallelism (--data-parallel-size)", only(1)),
+        Refused(
+            "data_parallel_backend",
+            "data-parallel-backend={value!r} (only 'mp'): start a headless server on each host",
+            only("mp"),
+        ),
         Refused("prefill_context_parallel_size", "prefill context parallelism", only(1)),
         Refused("decode_context_parallel_size", "decode context parallelism", only(1)),
         Refused("enable_dbo", "dual batch overlap (--enable-dbo)", unset),
@@ -26,7 +41,9 @@ PARALLEL = Decisions(
         ),
         Refused("worker_cls", "a worker of your own (--worker-cls)", only("auto", WORKER_CLASS)),
         Refused("numa_bind", "binding to NUMA nodes (--numa-bind): start with numactl", unset),
-        Refused("assigned_physical_gpu_ids", "a choice of devices (--device-ids)", unset),
+        Refused(
+            "assigned_physical_gpu_ids", "a choice of devices (--device-ids)", _not_by_the_user
+        ),
         Refused(
             "enable_batch_sharded_sampling",
             "sampling on all ranks (--enable-batch-sharded-sampling)",
@@ -37,14 +54,13 @@ PARALLEL = Decisions(
     ),
     honoured=words(
         "tensor_parallel_size worker_extension_cls distributed_timeout_seconds "
-        "cpu_distributed_timeout_seconds enable_shm_tensor_arena"
+        "cpu_distributed_timeout_seconds enable_shm_tensor_arena data_parallel_size "
+        "data_parallel_size_local data_parallel_rank data_parallel_master_ip "
+        "data_parallel_rpc_port data_parallel_external_lb data_parallel_hybrid_lb"
     ),
     without_effect={
-        "data parallelism is refused": words(
-            "data_parallel_size_local data_parallel_rank data_parallel_rank_local "
-            "data_parallel_master_ip data_parallel_rpc_port dp_sync_interval "
-            "data_parallel_master_port data_parallel_backend data_parallel_external_lb "
-            "data_parallel_hybrid_lb disable_nccl_for_dp_synchronization"
+        "data-parallel engines do not wait for each other": words(
+            "dp_sync_interval data_parallel_master_port disable_nccl_for_dp_synchronization"
         ),
         MIXTURES: words(
             "enable_hc_sp enable_expert_parallel enable_ep_weight_filter enable_eplb eplb_config "
@@ -66,6 +82,7 @@ PARALLEL = Decisions(
     },
     derived=words(
         "is_moe_model world_size rank _data_parallel_master_port_list _coord_store_port "
+        "data_parallel_rank_local "
         "_allow_auto_resolve_cp_interleave_size data_parallel_index _api_process_count "
         "_api_process_rank"
     ),
