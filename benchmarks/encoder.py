@@ -18,6 +18,7 @@ from vllm_spyre_mm.model_executor.cpu.compile import cpu_compile_context
 from vllm_spyre_mm.model_executor.cpu.memory import mmap_threshold
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
+from vllm_spyre_mm.model_executor.pieces import whole
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 
 GRIDS = {2: (1, 1), 5: (2, 2), 10: (3, 3)}
@@ -110,7 +111,7 @@ def beside_ceiling(
 
 
 def _encode_tile(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    features: torch.Tensor = model.multi_modal_projector(model.select_hidden_states(pixels))
+    features: torch.Tensor = model.multi_modal_projector(whole(model.select_hidden_states(pixels)))
     return features
 
 

@@ -9,6 +9,7 @@ import torch
 from vllm_spyre_mm.model_executor.backend import Backend, WarmupPass
 from vllm_spyre_mm.model_executor.kv_cache import KVCache
 from vllm_spyre_mm.model_executor.parts import ModelPart, overrides_of
+from vllm_spyre_mm.model_executor.pieces import Pieces, whole
 from vllm_spyre_mm.model_executor.spec import FmsModel, ModelSpec
 from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs
 
@@ -58,7 +59,11 @@ class SpyreModel(Generic[Spec]):
 
     def encode(self, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """Features of each image, ``(num_features, hidden_size)``, in the encoder's dtype."""
-        return self.mapping.compute_features(self.fms_model, mm_kwargs)
+        return whole(self.encode_pieces(mm_kwargs))
+
+    def encode_pieces(self, mm_kwargs: Mapping[str, Any]) -> Pieces[list[torch.Tensor]]:
+        """As :meth:`encode`, in pieces: yields after each layer of the encoder."""
+        return self.mapping.feature_pieces(self.fms_model, mm_kwargs)
 
     def forward(self, inputs: DecoderInputs) -> torch.Tensor:
         """Run the decoder and write to its KV cache.

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from vllm_spyre_mm.model_executor.pieces import Pieces
+
 FmsModel = Any
 """An FMS model; its mapping knows the names of its submodules."""
 
@@ -113,5 +115,7 @@ class ModelSpec(Protocol):
     def embed_tokens(self, model: FmsModel, token_ids: torch.Tensor) -> torch.Tensor:
         """Text embeddings ``(batch, length, hidden_size)`` of int64 ``(batch, length)``."""
 
-    def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    def feature_pieces(
+        self, model: FmsModel, mm_kwargs: Mapping[str, Any]
+    ) -> Pieces[list[torch.Tensor]]:
         """Features of each image, ``(num_features, hidden_size)``, in the encoder's dtype."""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from transformers import AutoConfig
 
 from tests.checkpoints import Layout, rename_tensors
@@ -91,6 +92,35 @@ class MappingSuite(TextMappingSuite):
         assert mm_kwargs.keys() == before.keys()
         for name, value in mm_kwargs.items():
             assert all(torch.equal(*pair) for pair in zip(value, before[name], strict=True))
+
+    def test_pictures_are_encoded_in_pieces_of_at_most_a_layer(
+        self, mapping: MMUtils, model: Any, reference: Reference
+    ):
+        """Two of them in turn: neither notices the other, and a layer computes no second time."""
+        blocks = mapping.load_overrides().encoder_blocks(model)
+        calls: list[nn.Module] = []
+        hooks = [each.register_forward_hook(lambda *call: calls.append(call[0])) for each in blocks]
+        given = [
+            self.mm_kwargs(
+                mapping.hf_config, reference.inputs(self.prompt(reference, 1), [picture(*size)])
+            )
+            for size in ((48, 48), (90, 40))
+        ]
+        under_way = {i: mapping.feature_pieces(model, each) for i, each in enumerate(given)}
+        results: dict[int, list[torch.Tensor]] = {}
+        while len(results) < len(given):
+            for i in under_way.keys() - results.keys():
+                before = len(calls)
+                try:
+                    next(under_way[i])
+                except StopIteration as end:
+                    results[i] = end.value
+                assert len(calls) - before <= 1
+        for hook in hooks:
+            hook.remove()
+        for i, each in enumerate(given):
+            (features,), (expected,) = results[i], mapping.compute_features(model, each)
+            assert torch.equal(features, expected)
 
     # -- checkpoints -----------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from vllm_spyre_mm.model_executor.models.idefics3_vision import (
     PixelShuffleProjector,
     buckets_are_positions,
 )
+from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.multimodal.mm_mappings import Idefics3, UnsupportedModelError, get_mm_mapping
 
 
@@ -155,7 +156,7 @@ def test_tiles_are_encoded_a_few_at_a_time(
     monkeypatch.setattr("vllm_spyre_mm.multimodal.mm_mappings.vision_language.PATCHES_AT_ONCE", 1)
     seen, select = [], type(model).select_hidden_states
 
-    def counting(self: Any, pixels: torch.Tensor) -> torch.Tensor:
+    def counting(self: Any, pixels: torch.Tensor) -> Pieces[torch.Tensor]:
         seen.append(len(pixels))
         return select(self, pixels)
 

@@ -15,6 +15,7 @@ from tests.multimodal.mm_mappings.suite import BF16, FP32, assert_close, picture
 from tests.reference import Reference
 from tests.videos import video
 from vllm_spyre_mm.model_executor.loader import load_model
+from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.multimodal.mm_mappings import UnsupportedModelError, get_mm_mapping
 from vllm_spyre_mm.multimodal.mm_mappings.llava_onevision import LlavaOnevision, shrunk
 
@@ -129,7 +130,7 @@ class TestLlavaOnevision(LlavaNextSuite):
         monkeypatch.setattr(name, 3 * mapping.tile_side**2)
         seen, select = [], type(model).select_hidden_states
 
-        def counting(self: Any, pixels: torch.Tensor) -> torch.Tensor:
+        def counting(self: Any, pixels: torch.Tensor) -> Pieces[torch.Tensor]:
             seen.append(len(pixels))
             return select(self, pixels)
 

@@ -19,15 +19,20 @@ BIDIRECTIONAL = "spyre_mm_bidirectional"
 """FMS's ``attn_name`` of the algorithm."""
 
 
-def hidden_states(embeddings: torch.Tensor, layers: Any) -> Iterator[torch.Tensor]:
-    """Yield the embeddings, then the output of each layer of FMS's SigLIP encoder.
+def hidden_states(embeddings: torch.Tensor, layers: Any, **given: Any) -> Iterator[torch.Tensor]:
+    """Yield the embeddings, then the output of each layer of one of FMS's encoders.
 
     The encoder itself would keep all of them in memory.
+
+    Args:
+        embeddings: what comes into the first layer.
+        layers: of the encoder.
+        given: what each layer takes beside the hidden states.
     """
     states = embeddings
     yield states
     for layer in layers:
-        states = layer(hidden_states=states, attn_name=BIDIRECTIONAL)
+        states = layer(hidden_states=states, attn_name=BIDIRECTIONAL, **given)
         yield states
 
 

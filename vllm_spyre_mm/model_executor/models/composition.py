@@ -22,6 +22,7 @@ from vllm_spyre_mm.model_executor.models.decoders import Decoder
 from vllm_spyre_mm.model_executor.models.deepstack import Deepstack
 from vllm_spyre_mm.model_executor.models.mrope import MRope, set_step_rope
 from vllm_spyre_mm.model_executor.models.towers import Encoder, Tower
+from vllm_spyre_mm.model_executor.pieces import Pieces
 
 ARCHITECTURE = "spyre_mm_composition"
 """FMS's name of the architecture, by which its adapter is found."""
@@ -120,13 +121,20 @@ class Composition(nn.Module):
         """Text embeddings ``(batch, length, hidden_size)`` of int64 ``(batch, length)``."""
         return self.language_model.base_model.embedding(token_ids)
 
-    def select_hidden_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The projector's input ``(tiles, patches, layers * hidden_size)``, from the tower."""
+    def select_hidden_states(self, pixel_values: torch.Tensor) -> Pieces[torch.Tensor]:
+        """The projector's input ``(tiles, patches, layers * hidden_size)``, from the tower.
+
+        It yields after the embeddings and after each layer.
+        """
         assert isinstance(self.config.tower, Tower), "another encoder makes features itself"
         states = self.config.tower.hidden_states(self.vision_tower, pixel_values)
         layers = self.config.vision_feature_layer
         wanted = [layers] if isinstance(layers, int) else layers
-        kept = {i: state for i, state in enumerate(states) if i in wanted}
+        kept = {}
+        for i, state in enumerate(states):
+            if i in wanted:
+                kept[i] = state
+            yield
         selected = torch.cat([kept[i] for i in wanted], dim=-1)
         return selected[:, 1:] if self.config.drop_class_token else selected
 

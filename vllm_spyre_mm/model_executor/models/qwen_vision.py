@@ -21,6 +21,7 @@ from vllm_spyre_mm.model_executor.models.clip_vision import QuickGELU
 from vllm_spyre_mm.model_executor.models.names import renaming_step
 from vllm_spyre_mm.model_executor.models.qwen_vision_config import QwenVisionConfig
 from vllm_spyre_mm.model_executor.models.qwen_vision_layout import BatchLayout, batches
+from vllm_spyre_mm.model_executor.pieces import Pieces, whole
 
 ARCHITECTURE = "spyre_mm_qwen_vision"
 """FMS's name of the architecture, by which its adapter is found."""
@@ -152,7 +153,11 @@ class QwenVision(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """Encode pictures and videos of any number and size.
+        """Encode at once; see :meth:`pieces`."""
+        return whole(self.pieces(pixel_values, grid_thw))
+
+    def pieces(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> Pieces[torch.Tensor]:
+        """Encode pictures and videos of any number and size; yields after each block.
 
         Args:
             pixel_values: ``(patches, channels * temporal * patch * patch)`` of all items, in the
@@ -170,11 +175,11 @@ class QwenVision(nn.Module):
         for batch in batches([(rows, columns) for rows, columns in sizes], BATCH_PATCHES):
             count = sum(rows * columns for rows, columns in batch)
             layout = BatchLayout(batch, self.config)
-            parts.append(self._encode(pixel_values[first : first + count], layout))
+            parts.append((yield from self._encode(pixel_values[first : first + count], layout)))
             first += count
         return torch.cat(parts)
 
-    def _encode(self, pixel_values: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+    def _encode(self, pixel_values: torch.Tensor, layout: BatchLayout) -> Pieces[torch.Tensor]:
         config = self.config
         order = layout.square_order() if config.window else None
         pixels = pixel_values.to(self.patch_embed.weight.dtype)
@@ -191,6 +196,7 @@ class QwenVision(nn.Module):
             x = block(x=x, rope_table=rope_table, segments=segments)
             if i in config.deepstack_layers:
                 levels.append(self.deepstack_mergers[len(levels)](x))
+            yield
         features = torch.cat([self.merger(x), *levels], dim=-1)
         return features if order is None else features.index_select(0, order.argsort())
 

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vision towers, and which Transformers configurations they compute exactly."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fms.models.pixtral_vision import PixtralVisionConfig, PixtralVisionModel
+from fms.models.pixtral_vision import (
+    PixtralVisionConfig,
+    PixtralVisionModel,
+    get_positions_in_meshgrid,
+)
 from fms.models.siglip_vision import SiglipVision, SiglipVisionConfig
 from fms.utils.config import ModelConfig
 from torch import nn
 
-from vllm_spyre_mm.model_executor.cpu.bidirectional import BIDIRECTIONAL, hidden_states
+from vllm_spyre_mm.model_executor.cpu.bidirectional import hidden_states
 from vllm_spyre_mm.model_executor.models import clip_vision, idefics3_vision, qwen_vision
 from vllm_spyre_mm.model_executor.models.clip_vision import CLIPVision, CLIPVisionConfig
 from vllm_spyre_mm.model_executor.models.decoders import width_mismatch
@@ -34,11 +38,12 @@ def _clip_states(tower: Any, pixel_values: torch.Tensor) -> Iterator[torch.Tenso
     return tower(pixel_values)
 
 
-def _pixtral_states(tower: Any, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
+def _pixtral_states(tower: Any, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
     """Hidden states of one picture: with several, FMS lets their patches attend to each other."""
-    assert len(pixel_values) == 1, "one picture at a time"
-    sizes = [tuple(pixel_values.shape[-2:])]
-    return tower(pixel_values, sizes, output_hidden_states=True, attn_name=BIDIRECTIONAL)[1]
+    (patches,) = tower.patch_conv(pixel_values.to(tower.patch_conv.weight.dtype))
+    positions = get_positions_in_meshgrid([patches])
+    embeddings = tower.ln_pre(patches.flatten(1).T.unsqueeze(0))
+    return hidden_states(embeddings, tower.transformer.layers, position_ids=positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

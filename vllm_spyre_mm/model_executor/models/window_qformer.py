@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from fms.modules.feedforward import FeedForwardBlock
 from torch import nn
 
+from vllm_spyre_mm.model_executor.pieces import Pieces, whole
+
 SHRINK = 2
 """Patches on the side of the square that becomes one feature."""
 
@@ -157,7 +159,11 @@ class LevelProjector(nn.Module):
         self.levels = nn.ModuleList(WindowQFormer(config, level.corner) for level in levels)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Features of tiles.
+        """All levels at once; see :meth:`pieces`."""
+        return whole(self.pieces(states))
+
+    def pieces(self, states: torch.Tensor) -> Pieces[torch.Tensor]:
+        """Features of tiles; yields after each level.
 
         Args:
             states: ``(tiles, patches, states * hidden_size)``, the tower's hidden states side by
@@ -167,9 +173,10 @@ class LevelProjector(nn.Module):
             ``(tiles, features, levels * out_features)``, row by row.
         """
         windows = [self._windows(state) for state in states.split(self.hidden_size, dim=-1)]
-        columns = [
-            level(windows[state]) for level, state in zip(self.levels, self.states, strict=True)
-        ]
+        columns = []
+        for level, state in zip(self.levels, self.states, strict=True):
+            columns.append(level(windows[state]))
+            yield
         few = self.window // SHRINK
         grid = torch.cat(columns, dim=-1).unflatten(0, (-1, self.across, self.across))
         return grid.unflatten(3, (few, few)).transpose(2, 3).flatten(1, 4)

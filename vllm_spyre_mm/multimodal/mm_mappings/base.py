@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from vllm_spyre_mm.model_executor.pieces import Pieces, whole
 from vllm_spyre_mm.model_executor.spec import FmsModel, KVCacheOptions, LoadOverrides
 from vllm_spyre_mm.multimodal.feature_layout import FeatureLayout
 from vllm_spyre_mm.multimodal.merge import merge_embeddings, merge_levels
@@ -121,9 +122,15 @@ class MMUtils(ABC):
     def warmup_image_sizes(self) -> list[tuple[int, int]]:
         """``(width, height)`` of pictures whose shapes cover every encoder graph."""
 
-    @abstractmethod
     def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Encode images.
+        """Encode images at once; see :meth:`feature_pieces`."""
+        return whole(self.feature_pieces(model, mm_kwargs))
+
+    @abstractmethod
+    def feature_pieces(
+        self, model: FmsModel, mm_kwargs: Mapping[str, Any]
+    ) -> Pieces[list[torch.Tensor]]:
+        """Encode images in pieces: yields after each layer of the encoder.
 
         Args:
             model: the FMS model.

@@ -19,6 +19,7 @@ from vllm_spyre_mm.model_executor.models.window_qformer import (
     LevelProjector,
     WindowQFormerConfig,
 )
+from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.model_executor.spec import FmsModel
 from vllm_spyre_mm.multimodal.merge import TEXT, merge_levels
 from vllm_spyre_mm.multimodal.mm_mappings.decoder import as_text_model
@@ -126,6 +127,10 @@ class Granite4Vision(LlavaNext):
         states = [self.feature_layers.index(layer) for layer in _tower_layers(self.hf_config)]
         corners = [None] * (len(states) - CORNERS) + list(range(CORNERS))
         return LevelProjector(sizes, tuple(map(Level, states, corners)))
+
+    def encode_part(self, model: FmsModel, pixels: torch.Tensor) -> Pieces[torch.Tensor]:
+        states = yield from model.select_hidden_states(pixels)
+        return (yield from model.multi_modal_projector.pieces(states))
 
     def rename(self, name: str) -> str:
         name = name.removeprefix("model.")

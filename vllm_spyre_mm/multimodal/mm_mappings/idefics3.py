@@ -15,6 +15,7 @@ from vllm_spyre_mm.model_executor.models.idefics3_vision import (
 )
 from vllm_spyre_mm.model_executor.models.names import renamed
 from vllm_spyre_mm.model_executor.models.towers import tower_mismatch
+from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.model_executor.spec import FmsModel
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 from vllm_spyre_mm.multimodal.mm_mappings.vision_language import (
@@ -95,11 +96,17 @@ class Idefics3(VisionLanguageMapping):
         side = self.hf_config.vision_config.image_size
         return [(side, side), (side, max(1, side // WARMUP_ASPECT))]
 
-    def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    def feature_pieces(
+        self, model: FmsModel, mm_kwargs: Mapping[str, Any]
+    ) -> Pieces[list[torch.Tensor]]:
         counts = mm_kwargs["num_patches"].flatten().tolist()  # vLLM's name of tiles
         self._check_tiles(mm_kwargs)
         tiles = _joined(mm_kwargs["pixel_values"]).split(counts)
-        return [self.encode_tiles(model, pixels).flatten(0, 1) for pixels in tiles]
+        features = []
+        for pixels in tiles:
+            encoded = yield from self.encode_tiles(model, pixels)
+            features.append(encoded.flatten(0, 1))
+        return features
 
     def _check_tiles(self, mm_kwargs: Mapping[str, Any]) -> None:
         """Check that tiles are full: padding would need a mask, and its patches other positions.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vllm_spyre_mm.model_executor.models.composition import CompositionConfig
+from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.model_executor.spec import FmsModel
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 from vllm_spyre_mm.multimodal.mm_mappings.vision_language import (
@@ -47,12 +48,15 @@ class Llava(VisionLanguageMapping):
         side = self.hf_config.vision_config.image_size
         return [(side, side)]
 
-    def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    def feature_pieces(
+        self, model: FmsModel, mm_kwargs: Mapping[str, Any]
+    ) -> Pieces[list[torch.Tensor]]:
         # One at a time: the graph that the warmup made for one picture then serves any number.
-        return [
-            model.multi_modal_projector(model.select_hidden_states(pixels.unsqueeze(0)))[0]
-            for pixels in mm_kwargs["pixel_values"]
-        ]
+        features = []
+        for pixels in mm_kwargs["pixel_values"]:
+            states = yield from model.select_hidden_states(pixels.unsqueeze(0))
+            features.append(model.multi_modal_projector(states)[0])
+        return features
 
     def feature_layout(self, mm_kwargs: Mapping[str, Any]) -> FeatureLayout | None:
         if "pixel_values" not in mm_kwargs:

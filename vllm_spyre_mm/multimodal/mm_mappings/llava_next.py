@@ -13,6 +13,7 @@ from vllm_spyre_mm.model_executor.models.composition import (
     CompositionConfig,
     TiledComposition,
 )
+from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 from vllm_spyre_mm.multimodal.mm_mappings.vision_language import (
@@ -71,7 +72,9 @@ class LlavaNext(VisionLanguageMapping):
         areas = sorted(self.hf_config.image_grid_pinpoints, key=lambda size: size[0] * size[1])
         return [(width, height) for height, width in (areas[-1], areas[0])]
 
-    def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    def feature_pieces(
+        self, model: FmsModel, mm_kwargs: Mapping[str, Any]
+    ) -> Pieces[list[torch.Tensor]]:
         image_sizes = mm_kwargs["image_sizes"].tolist()
         side = self.hf_config.vision_config.image_size
         # The processor pads an image's tiles to the most that any image of its prompt has.
@@ -81,7 +84,8 @@ class LlavaNext(VisionLanguageMapping):
             ]
             for pixels, size in zip(mm_kwargs["pixel_values"], image_sizes, strict=True)
         ]
-        per_image = self.encode_tiles(model, torch.cat(tiles)).split([len(each) for each in tiles])
+        encoded = yield from self.encode_tiles(model, torch.cat(tiles))
+        per_image = encoded.split([len(each) for each in tiles])
         return [
             self.pack(model, features, size)
             for features, size in zip(per_image, image_sizes, strict=True)

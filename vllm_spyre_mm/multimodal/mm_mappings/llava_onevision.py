@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_spyre_mm.model_executor.models.composition import TiledComposition
+from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.model_executor.spec import FmsModel
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 from vllm_spyre_mm.multimodal.mm_mappings.llava_next import LlavaNext, llava_next_mismatch
@@ -95,16 +96,23 @@ class LlavaOnevision(LlavaNext):
     def fine_extents(self, width: int, height: int) -> tuple[int, int]:
         return shrunk(*super().fine_extents(width, height), self.tile_side)
 
-    def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    def feature_pieces(
+        self, model: FmsModel, mm_kwargs: Mapping[str, Any]
+    ) -> Pieces[list[torch.Tensor]]:
         if "pixel_values_videos" not in mm_kwargs:
-            return super().compute_features(model, mm_kwargs)
-        return [self._encode_video(model, frames) for frames in mm_kwargs["pixel_values_videos"]]
+            return (yield from super().feature_pieces(model, mm_kwargs))
+        features = []
+        for frames in mm_kwargs["pixel_values_videos"]:
+            features.append((yield from self._encode_video(model, frames)))
+        return features
 
-    def _encode_video(self, model: FmsModel, frames: torch.Tensor) -> torch.Tensor:
+    def _encode_video(self, model: FmsModel, frames: torch.Tensor) -> Pieces[torch.Tensor]:
         """Features ``(num_features, hidden_size)`` of ``(frames, channels, side, side)``."""
         # The graphs of the warmup are for two tiles and more: one frame alone is encoded twice.
         given = frames if len(frames) > 1 else frames.repeat(2, 1, 1, 1)
-        pooled = [self._pool(self.encode_part(model, part)) for part in self.parts(given)]
+        pooled = []
+        for part in self.parts(given):
+            pooled.append(self._pool((yield from self.encode_part(model, part))))
         newline = model.image_newline.unsqueeze(0)
         return torch.cat([*torch.cat(pooled)[: len(frames)], newline.to(pooled[0].dtype)])
 

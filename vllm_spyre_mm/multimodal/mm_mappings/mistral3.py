@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vllm_spyre_mm.model_executor.models.composition import CompositionConfig
+from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.model_executor.spec import FmsModel
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 from vllm_spyre_mm.multimodal.mm_mappings.vision_language import (
@@ -64,8 +65,13 @@ class Mistral3(VisionLanguageMapping):
         # number of patches is dynamic; the smallest picture is one square.
         return [(2 * self.longest_side, 2 * self.longest_side), (self.square, self.square)]
 
-    def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        return [self._encode(model, pixels) for pixels in mm_kwargs["pixel_values"]]
+    def feature_pieces(
+        self, model: FmsModel, mm_kwargs: Mapping[str, Any]
+    ) -> Pieces[list[torch.Tensor]]:
+        features = []
+        for pixels in mm_kwargs["pixel_values"]:
+            features.append((yield from self._encode(model, pixels)))
+        return features
 
     def feature_layout(self, mm_kwargs: Mapping[str, Any]) -> FeatureLayout | None:
         if "pixel_values" not in mm_kwargs:
@@ -74,7 +80,7 @@ class Mistral3(VisionLanguageMapping):
         rows, columns = height // self.square, width // self.square
         return FeatureLayout(rows * columns, FeatureGrid(0, rows, columns, columns))
 
-    def _encode(self, model: FmsModel, pixels: torch.Tensor) -> torch.Tensor:
+    def _encode(self, model: FmsModel, pixels: torch.Tensor) -> Pieces[torch.Tensor]:
         height, width = pixels.shape[-2:]
         if max(height, width) > self.longest_side:
             raise ValueError(
@@ -82,5 +88,6 @@ class Mistral3(VisionLanguageMapping):
                 f"positions for {self.longest_side}: set size.longest_edge in the checkpoint's "
                 "processor configuration to the tower's image_size"
             )
-        states = model.select_hidden_states(pixels.unsqueeze(0))
-        return model.multi_modal_projector(states[0], [(height, width)])
+        states = yield from model.select_hidden_states(pixels.unsqueeze(0))
+        features: torch.Tensor = model.multi_modal_projector(states[0], [(height, width)])
+        return features

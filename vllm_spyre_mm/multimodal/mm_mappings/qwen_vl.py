@@ -21,6 +21,7 @@ from vllm_spyre_mm.model_executor.models.qwen_vision_config import (
     qwen_vision_mismatch,
 )
 from vllm_spyre_mm.model_executor.models.towers import QWEN_VISION
+from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
 from vllm_spyre_mm.multimodal.mm_mappings.decoder import DecoderMapping, as_text_model
@@ -141,12 +142,15 @@ class QwenVL(DecoderMapping):
     ) -> tuple[torch.Tensor, int]:
         return mrope_positions(self.hf_config, token_ids, mm_features)
 
-    def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    def feature_pieces(
+        self, model: FmsModel, mm_kwargs: Mapping[str, Any]
+    ) -> Pieces[list[torch.Tensor]]:
         is_video = "pixel_values_videos" in mm_kwargs
         pixels = mm_kwargs["pixel_values_videos" if is_video else "pixel_values"]
         grids = mm_kwargs["video_grid_thw" if is_video else "image_grid_thw"]
         counts = grids.prod(dim=-1) // self.merge_size**2
-        return list(model.vision_tower(pixels, grids).split(counts.tolist()))
+        features = yield from model.vision_tower.pieces(pixels, grids)
+        return list(features.split(counts.tolist()))
 
     def feature_layout(self, mm_kwargs: Mapping[str, Any]) -> FeatureLayout | None:
         grid_of = mm_kwargs.get("video_grid_thw", mm_kwargs.get("image_grid_thw"))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vllm_spyre_mm.model_executor.models.decoders import decoder_mismatch
+from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.model_executor.spec import FmsModel
 from vllm_spyre_mm.multimodal.mm_mappings.decoder import DecoderMapping
 
@@ -45,8 +46,11 @@ class TextDecoder(DecoderMapping):
     def warmup_image_sizes(self) -> list[tuple[int, int]]:
         return []
 
-    def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    def feature_pieces(
+        self, model: FmsModel, mm_kwargs: Mapping[str, Any]
+    ) -> Pieces[list[torch.Tensor]]:
         assert not mm_kwargs, "vLLM takes no pictures for a text model"
+        yield from ()
         return []
 
     def feature_layout(self, mm_kwargs: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from vllm_spyre_mm.model_executor.models.composition import (
 )
 from vllm_spyre_mm.model_executor.models.decoders import DECODERS, decoder_mismatch
 from vllm_spyre_mm.model_executor.models.towers import TOWERS, tower_mismatch
+from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides
 from vllm_spyre_mm.multimodal.mm_mappings.decoder import DecoderMapping
 
@@ -78,9 +79,12 @@ class VisionLanguageMapping(DecoderMapping):
                 setattr(config, name, getattr(hf_config, name))
         return config
 
-    def encode_tiles(self, model: FmsModel, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_tiles(self, model: FmsModel, pixels: torch.Tensor) -> Pieces[torch.Tensor]:
         """Features ``(tiles, patches, hidden_size)`` of ``(tiles, channels, side, side)``."""
-        return torch.cat([self.encode_part(model, part) for part in self.parts(pixels)])
+        features = []
+        for part in self.parts(pixels):
+            features.append((yield from self.encode_part(model, part)))
+        return torch.cat(features)
 
     def parts(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Tiles ``(tiles, channels, side, side)`` in parts that are encoded together.
@@ -93,9 +97,10 @@ class VisionLanguageMapping(DecoderMapping):
         at_once = max(3, PATCHES_AT_ONCE // (vision.image_size // vision.patch_size) ** 2)
         return pixels.tensor_split(-(-len(pixels) // at_once))
 
-    def encode_part(self, model: FmsModel, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_part(self, model: FmsModel, pixels: torch.Tensor) -> Pieces[torch.Tensor]:
         """Features ``(tiles, patches, hidden_size)`` of the tiles of one part."""
-        features: torch.Tensor = model.multi_modal_projector(model.select_hidden_states(pixels))
+        states = yield from model.select_hidden_states(pixels)
+        features: torch.Tensor = model.multi_modal_projector(states)
         return features
 
     def load_overrides(self, for_card: bool = False) -> LoadOverrides:
