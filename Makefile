@@ -9,7 +9,7 @@ export VLLM_TARGET_DEVICE := empty
 VLLM_VERSION := $(shell sed -n 's/^vllm==//p' constraints.txt)
 export VLLM_VERSION_OVERRIDE := $(VLLM_VERSION)
 
-.PHONY: setup demo test asan soak hostile lint wheel release docs image-check clean bench bench-reference bench-openvino upstream
+.PHONY: setup demo test asan soak hostile lint wheel release docs ray image-check clean bench bench-reference bench-openvino upstream
 
 setup: $(VENV)/.ready
 
@@ -71,6 +71,19 @@ $(DOCS)/.ready: tools/docs-requirements.txt pyproject.toml
 	$(DOCS)/bin/python -m pip install --quiet --no-deps --editable .  # its commands print their help
 	touch $@
 
+# Ranks on two nodes of a Ray cluster. Ray stands in an environment of its own above the first one.
+RAY ?= .venv-ray
+
+ray: $(RAY)/.ready
+	$(RAY)/bin/python -m pytest tests/e2e/test_ray.py $(ARGS)
+
+$(RAY)/.ready: $(VENV)/.ready
+	$(BIN)/python -m venv $(RAY)
+	$(BIN)/python -c 'import site; print(*site.getsitepackages())' > \
+		$$($(RAY)/bin/python -c 'import site; print(site.getsitepackages()[0])')/below.pth
+	$(RAY)/bin/python -m pip install --quiet ray==2.60.0
+	touch $@
+
 # A linter of the Dockerfile, which needs no builder.
 HADOLINT ?= .venv-hadolint
 
@@ -85,7 +98,7 @@ upstream:
 	$(PYTHON) tools/upstream_matrix.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(REFERENCE) $(OPENVINO) $(DOCS) $(HADOLINT) .venv-upstream .reference_cache build dist site *.egg-info
+	rm -rf $(VENV) $(REFERENCE) $(OPENVINO) $(DOCS) $(RAY) $(HADOLINT) .venv-upstream .reference_cache build dist site *.egg-info
 
 # What this project is measured beside has environments of its own: two builds of vLLM do not share
 # one, and OpenVINO's converter wants an older Transformers. What is not there is left out.

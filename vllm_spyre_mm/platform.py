@@ -44,6 +44,8 @@ class SpyrePlatform(Platform):
     device_type = "cpu"
     dispatch_key = "CPU"
     dist_backend = "gloo"
+    # Ray counts by its own names alone: a rank of a model takes one "GPU" of its node, card or not.
+    ray_device_key = "GPU"
     # vLLM compiles some of its sampling helpers with this: on the host that would be a compile
     # at the first request that uses them.
     simple_compile_backend = "eager"

@@ -313,7 +313,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pickled weights": ({"load_format": "pt"}, "load-format='pt'"),
     "devices": ({"device_ids": "0"}, r"a choice of devices \(--device-ids\)"),
     "worker class": ({"worker_cls": "some.Worker"}, "a worker of your own"),
-    "Ray": ({"distributed_executor_backend": "ray"}, "'ray'|[Rr]ay"),
+    "Ray, where it is not installed": ({"distributed_executor_backend": "ray"}, "import Ray"),
     "profiler": (
         {"profiler_config": {"profiler": "torch", "torch_profiler_dir": "/nowhere"}},
         "--profiler-config",
@@ -334,6 +334,15 @@ def test_refused_with_a_sentence(demo_checkpoint: Path, what: str) -> None:
     arguments, sentence = REFUSED[what]
     with pytest.raises(ValueError, match=sentence):
         configure(demo_checkpoint, **arguments)
+
+
+def test_ray_is_for_cpus(demo_checkpoint: Path) -> None:
+    """vLLM refuses it before, where it is not installed."""
+    parallel = configure(demo_checkpoint).parallel_config
+    parallel.distributed_executor_backend = "ray"
+    engine_config._check_executor(SpyreSettings(backend="inductor"), parallel)
+    with pytest.raises(ValueError, match="cards exchange within one host"):
+        engine_config._check_executor(SpyreSettings(backend="sendnn"), parallel)
 
 
 def test_quantised_checkpoints_are_refused(demo_checkpoint: Path, tmp_path: Path) -> None:

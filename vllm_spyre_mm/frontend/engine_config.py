@@ -80,6 +80,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     if is_new:
         settings = divide_host(vllm_config, settings)
     _check_backend(settings, dtype, scheduler_config.max_num_batched_tokens, host_dtypes)
+    _check_executor(settings, vllm_config.parallel_config)
     _check_divisible(vllm_config, mapping, settings)
     _check_embeddings(vllm_config, mapping)
     _check_tokenizer(vllm_config, mapping)
@@ -224,6 +225,14 @@ def _check_backend(
         )
 
 
+def _check_executor(settings: SpyreSettings, parallel: "ParallelConfig") -> None:
+    if settings.backend == "sendnn" and parallel.distributed_executor_backend == "ray":
+        raise ValueError(
+            "cards exchange within one host, whose ranks are started as processes: drop "
+            "--distributed-executor-backend ray"
+        )
+
+
 def _take_over_execution(vllm_config: "VllmConfig") -> None:
     """Put the platform's scheduler and worker in place and turn vLLM's own compilation off."""
     from vllm.config import CompilationMode, CUDAGraphMode
@@ -233,7 +242,7 @@ def _take_over_execution(vllm_config: "VllmConfig") -> None:
     # The runner hands its tokens over before the next step is scheduled.
     scheduler_config.async_scheduling = False
     parallel.worker_cls = WORKER_CLASS
-    if parallel.world_size == 1:
+    if parallel.world_size == 1 and parallel.distributed_executor_backend != "ray":
         parallel.distributed_executor_backend = "uni"
     parallel.disable_custom_all_reduce = True
     vllm_config.compilation_config.mode = CompilationMode.NONE

@@ -86,7 +86,7 @@ VALUES: dict[str, Any] = {
     "config_format": "mistral",
     "data_parallel_backend": "ray",
     "disable_chunked_mm_input": True,
-    "distributed_executor_backend": "ray",
+    "distributed_executor_backend": "external_launcher",
     "ec_manager_config.encoder_cache_manager_cls": "a.B",
     "enable_chunked_prefill": False,
     "load_format": "pt",
@@ -139,6 +139,13 @@ def test_what_is_not_supported_is_refused_by_name(
     with pytest.raises(ValueError, match="not supported on Spyre: ") as raised:
         refuse_unsupported(config)
     assert str(raised.value).endswith(refused.what.format(value=value))
+
+
+def test_ray_is_for_one_engine(vllm_config: VllmConfig) -> None:
+    config = set_copy(vllm_config, "parallel_config.distributed_executor_backend", "ray")
+    refuse_unsupported(config)
+    with pytest.raises(ValueError, match="distributed-executor-backend='ray'"):
+        refuse_unsupported(set_copy(config, "parallel_config.data_parallel_size", 2))
 
 
 @pytest.mark.parametrize("name", ["max_num_scheduled_tokens", "long_prefill_token_threshold"])

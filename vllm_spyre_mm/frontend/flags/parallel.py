@@ -2,7 +2,7 @@
 """The decisions on ``ParallelConfig``, and on flags that are no field of a configuration."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.frontend.flags.decision import Decisions, Refused, only, unset, words
@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 WORKER_CLASS = "vllm_spyre_mm.worker.worker.SpyreWorker"
+
+
+def _known_executor(value: Any, vllm_config: "VllmConfig") -> bool:
+    alone = vllm_config.parallel_config.data_parallel_size == 1
+    return value in (None, "mp", "uni") or (value == "ray" and alone)
 
 
 def _not_by_the_user(value: list[int] | None, vllm_config: "VllmConfig") -> bool:
@@ -36,8 +41,8 @@ PARALLEL = Decisions(
         Refused("nnodes", "several hosts (--nnodes)", only(1)),
         Refused(
             "distributed_executor_backend",
-            "distributed-executor-backend={value!r} (only 'mp' and 'uni')",
-            only(None, "mp", "uni"),
+            "distributed-executor-backend={value!r} (only 'mp' and 'uni', or 'ray' for one engine)",
+            _known_executor,
         ),
         Refused("worker_cls", "a worker of your own (--worker-cls)", only("auto", WORKER_CLASS)),
         Refused("numa_bind", "binding to NUMA nodes (--numa-bind): start with numactl", unset),
@@ -56,7 +61,8 @@ PARALLEL = Decisions(
         "tensor_parallel_size worker_extension_cls distributed_timeout_seconds "
         "cpu_distributed_timeout_seconds enable_shm_tensor_arena data_parallel_size "
         "data_parallel_size_local data_parallel_rank data_parallel_master_ip "
-        "data_parallel_rpc_port data_parallel_external_lb data_parallel_hybrid_lb"
+        "data_parallel_rpc_port data_parallel_external_lb data_parallel_hybrid_lb "
+        "ray_runtime_env placement_group"
     ),
     without_effect={
         "data-parallel engines do not wait for each other": words(
@@ -74,7 +80,7 @@ PARALLEL = Decisions(
             "cp_kv_cache_interleave_size"
         ),
         "several hosts are refused": words("master_addr master_port node_rank"),
-        "Ray is refused": words("ray_workers_use_nsight ray_runtime_env placement_group"),
+        "Nsight looks at GPUs": ("ray_workers_use_nsight",),
         "binding to NUMA nodes is refused": words("numa_bind_nodes numa_bind_cpus"),
         "ranks exchange through Gloo": ("disable_custom_all_reduce",),
         "fault tolerance is refused": ("fault_tolerance_config",),
