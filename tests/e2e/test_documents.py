@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 from vllm import LLM
 
 from tests import architectures, idefics3
 from tests.checkpoints import save_random_checkpoint
-from tests.e2e.engines import Ask, engine, greedy, relative_error
+from tests.e2e.engines import Ask, engine, greedy, nothing_compiled, relative_error
 from tests.multimodal.mm_mappings.suite import picture
 from tests.reference import Reference
 from vllm_spyre_mm.demo import checkpoint_path
@@ -40,22 +41,36 @@ class Served:
     reference: Reference
 
 
-@pytest.fixture(scope="module", params=list(TOKENS))
-def served(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
-    tokens = TOKENS[request.param]
-
+def save_checkpoint(path: Path, tokens: tuple[str, ...]) -> Path:
     def save_processor(path: Path, config: object) -> None:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
         idefics3.save_processor(path, config, tokenizer, tiles=4, tokens=tokens)
 
-    checkpoint = save_random_checkpoint(
-        tmp_path_factory.mktemp("documents"),
-        idefics3.idefics3(architectures.llama()),
-        processor=save_processor,
-    )
+    config = idefics3.idefics3(architectures.llama())
+    return save_random_checkpoint(path, config, processor=save_processor)
+
+
+@pytest.fixture(scope="module", params=list(TOKENS))
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    path = tmp_path_factory.mktemp("documents")
+    checkpoint = save_checkpoint(path, TOKENS[request.param])
     with engine(checkpoint, max_num_batched_tokens=CHUNK, max_model_len=4096) as llm:
+        yield Served(llm, Reference(checkpoint))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["many tiles", "one tile"])
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """An engine that has compiled what requests need, whose processor makes many tiles or one."""
+    checkpoint = save_checkpoint(tmp_path_factory.mktemp("compiled"), idefics3.TOKENS)
+    unasked = {"do_image_splitting": request.param}
+    torch._dynamo.reset()
+    with engine(
+        checkpoint, max_model_len=4096, enforce_eager=False, mm_processor_kwargs=unasked
+    ) as llm:
         yield Served(llm, Reference(checkpoint))
 
 
@@ -123,6 +138,25 @@ def test_a_chunk_may_end_anywhere_in_an_image(served: Served) -> None:
         assert len(answer.mm_embedding) == 13 * 16
         ends |= ends_of_chunks(output.prompt_token_ids)
     assert ends == {"before the first feature", "in a tile", "between tiles"}
+
+
+def test_the_warmups_graphs_serve_pages_of_one_tile_and_of_many(compiled: Served) -> None:
+    reference, ask = compiled.reference, Ask("What is it?", PAGES[:2])
+    given = {"text": ask.text, "images": list(PAGES[:2]), "return_tensors": "pt"}
+    for tiles, kwargs in {
+        2: {"do_image_splitting": False},
+        13 + 13: {"do_image_splitting": True},
+        5 + 5: {"do_image_splitting": True, "size": {"longest_edge": 128}},
+    }.items():
+        inputs = reference.processor(**given, **kwargs)
+        assert inputs["pixel_values"].shape[1] == tiles
+        expected = reference.model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
+        prompt = {**ask.prompt, "mm_processor_kwargs": kwargs}
+        with nothing_compiled():
+            (output,) = compiled.llm.generate([prompt], greedy(MAX_TOKENS), use_tqdm=False)
+        assert output.prompt_token_ids == inputs["input_ids"][0].tolist()
+        answer = list(output.outputs[0].token_ids)
+        assert answer == expected[0, len(output.prompt_token_ids) :].tolist()
 
 
 def ends_of_chunks(token_ids: list[int]) -> set[str]:

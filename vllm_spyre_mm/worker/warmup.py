@@ -9,7 +9,7 @@ A backend may have the encoder, or the decoder's graphs, run alone before.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -70,7 +70,7 @@ def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
 
 
 def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[WarmupRequest]:
-    """Text alone, then a picture of each size that the mapping names.
+    """Text alone, then the pictures that the mapping names.
 
     A video takes the graphs of a picture: a picture is shown also where only videos may be.
     """
@@ -87,21 +87,31 @@ def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[W
     from PIL import Image
 
     processor = MULTIMODAL_REGISTRY.create_processor(model_config)
-    for width, height in mapping.warmup_image_sizes():
+    for (width, height), kwargs in _pictures(mapping):
         picture = Image.new("RGB", (width, height))
         items = processor.info.parse_mm_data({"image": [picture]}, validate=False)
-        processed = processor([image_token_id], items)
+        processed = processor([image_token_id], items, hf_processor_mm_kwargs=kwargs)
         token_ids = processed["prompt_token_ids"]
         if len(token_ids) > model_config.max_model_len - 4:
             continue  # no request can hold such a picture
+        given = f" with {', '.join(kwargs)}" if kwargs else ""
+        name = f"picture of {width}x{height}{given}"
         feature = MultiModalFeatureSpec(
             data=processed["mm_kwargs"]["image"][0],
             modality="image",
-            identifier=f"warmup-{width}x{height}",
+            identifier=f"warmup-{name}",
             mm_position=processed["mm_placeholders"]["image"][0],
         )
         _check_rows(token_ids, feature, mapping.text_config.vocab_size)
-        yield WarmupRequest(f"picture of {width}x{height}", token_ids, [feature])
+        yield WarmupRequest(name, token_ids, [feature])
+
+
+def _pictures(mapping: MMUtils) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    """Width and height of each picture, and what the processor is given with it."""
+    sizes = mapping.warmup_image_sizes()
+    if kwargs := mapping.warmup_processor_kwargs():
+        yield sizes[-1], kwargs
+    yield from ((size, {}) for size in sizes)
 
 
 def _check_rows(token_ids: list[int], feature: MultiModalFeatureSpec, num_rows: int) -> None:

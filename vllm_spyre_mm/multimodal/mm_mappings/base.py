@@ -122,6 +122,15 @@ class MMUtils(ABC):
     def warmup_image_sizes(self) -> list[tuple[int, int]]:
         """``(width, height)`` of pictures whose shapes cover every encoder graph."""
 
+    def warmup_processor_kwargs(self) -> dict[str, Any]:
+        """``mm_processor_kwargs`` of one more picture, of the last size, before the others.
+
+        The encoder's graph takes any number of tiles if it is made of several. A processor may make
+        one of every picture where a request does not ask for more, as these kwargs do. If they are
+        empty there is no such picture.
+        """
+        return {}
+
     def compute_features(self, model: FmsModel, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """Encode images at once; see :meth:`feature_pieces`."""
         return whole(self.feature_pieces(model, mm_kwargs))

@@ -96,6 +96,15 @@ class Idefics3(VisionLanguageMapping):
         side = self.hf_config.vision_config.image_size
         return [(side, side), (side, max(1, side // WARMUP_ASPECT))]
 
+    def warmup_processor_kwargs(self) -> dict[str, Any]:
+        # Two tiles in a row and the global one, the least that is more than one.
+        side = self.hf_config.vision_config.image_size
+        return {
+            "do_image_splitting": True,
+            "size": {"longest_edge": 2 * side},
+            "max_image_size": {"longest_edge": side},
+        }
+
     def feature_pieces(
         self, model: FmsModel, mm_kwargs: Mapping[str, Any]
     ) -> Pieces[list[torch.Tensor]]:
