@@ -2,6 +2,7 @@
 """The embedding is shown on the output that ends a completion, however outputs are streamed."""
 
 import pickle
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -32,10 +33,11 @@ def completion(
     index: int = 0, embedding: torch.Tensor | None = None, *, ended: bool = False
 ) -> CompletionOutput:
     """As the front end makes it of a request that returns ``embedding``."""
-    made = CompletionOutput(
+    made = output_processor.CompletionOutput(
         index, "text", [1, 2], None, None, finish_reason="stop" if ended else None
     )
-    return output_processor.CompletionOutput.of(made, embedding, None)
+    made.returned = output_processor.ReturnedEmbedding(embedding, None)
+    return made
 
 
 def request_output(*completions: CompletionOutput, finished: bool = False) -> RequestOutput:
@@ -54,6 +56,18 @@ def test_completions_share_no_embedding():
     embedding = torch.zeros(1, 1)
     assert completion(embedding=embedding, ended=True).mm_embedding is embedding
     assert completion(ended=True).mm_embedding is None
+
+
+def test_who_drops_an_embedding_frees_its_memory():
+    """Also where the parts of the answer are kept."""
+    processor = processor_with(RequestOutputKind.DELTA)
+    (part,) = feed(processor, engine_output(10, embedding=torch.zeros(1, 1)))
+    (end,) = feed(processor, engine_output(11, finished=True))
+    memory = weakref.ref(end.outputs[0].mm_embedding)
+    end.outputs[0].mm_embedding = None
+    assert end.outputs[0].mm_embedding is None
+    assert part.outputs[0].returned is end.outputs[0].returned
+    assert memory() is None
 
 
 def test_the_constructor_of_a_completion_is_vllms():
@@ -226,7 +240,7 @@ def test_memory_of_a_message_is_copied_and_memory_of_its_own_is_not():
     for embedding, is_copied in [(in_frame, True), (owned, False)]:
         processor = processor_with(RequestOutputKind.FINAL_ONLY)
         feed(processor, engine_output(10, embedding=embedding))
-        kept = processor.request_states["a"].mm_embedding
+        kept = processor.request_states["a"].returned.embedding
         assert (kept.data_ptr() != embedding.data_ptr()) == is_copied
         assert kept.dtype == embedding.dtype
     frame[:] = bytes(len(frame))
@@ -234,7 +248,7 @@ def test_memory_of_a_message_is_copied_and_memory_of_its_own_is_not():
     in_frame.fill_(3)
     feed(processor, engine_output(10, embedding=in_frame))
     frame[:] = bytes(len(frame))
-    assert (processor.request_states["a"].mm_embedding == 3).all()
+    assert (processor.request_states["a"].returned.embedding == 3).all()
 
 
 # -- installing -----------------------------------------------------------------------------------
@@ -255,7 +269,7 @@ def test_classes_that_are_not_as_expected_are_refused_before_they_are_changed():
     module.OutputProcessor = type("OutputProcessor", (), {"process_outputs": lambda self: None})
     with pytest.raises(UnsupportedVllmError, match="no parameter 'engine_core_outputs'"):
         output_processor._extend_output_processor(module)
-    assert not hasattr(module.RequestState, "mm_embedding")
+    assert not hasattr(module.RequestState, "returned")
 
 
 def test_an_embedding_of_vllms_own_is_not_taken_for_this_one():
@@ -264,7 +278,7 @@ def test_an_embedding_of_vllms_own_is_not_taken_for_this_one():
     module.CompletionOutput = type("CompletionOutput", (), {"mm_embedding": None})
     with pytest.raises(UnsupportedVllmError, match="CompletionOutput has 'mm_embedding' of its"):
         output_processor._extend_outputs(module)
-    module.RequestState = type("RequestState", (), {"mm_embedding": None})
+    module.RequestState = type("RequestState", (), {"returned": None})
     module.OutputProcessor = type("OutputProcessor", (), {"process_outputs": lambda *_: None})
-    with pytest.raises(UnsupportedVllmError, match="RequestState has 'mm_embedding' of its own"):
+    with pytest.raises(UnsupportedVllmError, match="RequestState has 'returned' of its own"):
         output_processor._extend_output_processor(module)

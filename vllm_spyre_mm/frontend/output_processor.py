@@ -12,6 +12,7 @@ request refers to it, and shows it once the output has a ``finish_reason``.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -34,46 +35,54 @@ REPLACED = (
 """Attributes of vLLM's that are replaced."""
 
 
+@dataclass(slots=True)
+class ReturnedEmbedding:
+    """What a request returns, shared by all outputs of its answer.
+
+    Attributes:
+        embedding: ``(num_features, hidden_size)``; None once somebody has dropped it.
+        info: the item that each of its rows belongs to.
+    """
+
+    embedding: torch.Tensor | None
+    info: MMEmbeddingInfo | None
+
+
 class CompletionOutput(VllmCompletionOutput):
     """vLLM's output of one answer, which shows the request's embedding once the answer has ended.
 
     Also where vLLM merges the end of the answer into an output that was made before it.
+
+    Attributes:
+        returned: what the request returns; None if it is nothing.
     """
 
-    _embedding: torch.Tensor | None = None
-    _info: MMEmbeddingInfo | None = None
-
-    @classmethod
-    def of(
-        cls,
-        made: VllmCompletionOutput,
-        embedding: torch.Tensor | None,
-        info: MMEmbeddingInfo | None,
-    ) -> "CompletionOutput":
-        """An output of vLLM's, with the embedding of its request.
-
-        Args:
-            made: by vLLM.
-            embedding: ``(num_features, hidden_size)``; None if the request returns none.
-            info: the item that each of its rows belongs to.
-        """
-        output = cls(**vars(made))
-        output._embedding, output._info = embedding, info
-        return output
+    returned: ReturnedEmbedding | None = None
 
     @property
     def mm_embedding(self) -> torch.Tensor | None:
-        """The request's embedding; None before the answer's end, or if it returns none."""
-        return None if self.finish_reason is None else self._embedding
+        """The request's embedding; None before the answer's end, or if it returns none.
+
+        Whoever sets it to None drops it, for all outputs of the answer.
+        """
+        ended = self.finish_reason is not None
+        return self.returned.embedding if ended and self.returned is not None else None
+
+    @mm_embedding.setter
+    def mm_embedding(self, embedding: torch.Tensor | None) -> None:
+        if self.returned is None:
+            self.returned = ReturnedEmbedding(None, None)
+        self.returned.embedding = embedding
 
     @property
     def mm_embedding_info(self) -> MMEmbeddingInfo | None:
         """The item that each row of the embedding belongs to; None without one."""
-        return None if self.finish_reason is None else self._info
+        ended = self.finish_reason is not None
+        return self.returned.info if ended and self.returned is not None else None
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled or copied: a part of an answer travels without the embedding."""
-        return vars(self) | {"_embedding": self.mm_embedding, "_info": self.mm_embedding_info}
+        return vars(self) if self.finish_reason is not None else vars(self) | {"returned": None}
 
     def __repr__(self) -> str:
         embedding = self.mm_embedding
@@ -95,14 +104,12 @@ def _extend_outputs(module: ModuleType) -> None:
     completion = module.CompletionOutput
     if is_extended(completion, __name__):
         return
-    _require_no_embedding(completion)
+    # A vLLM that has the attribute fills it in a way of its own.
+    require(
+        not hasattr(completion, ATTRIBUTE), f"{completion.__name__} has {ATTRIBUTE!r} of its own"
+    )
     completion.mm_embedding = completion.mm_embedding_info = None
     mark(completion, __name__)
-
-
-def _require_no_embedding(cls: type) -> None:
-    """A vLLM that has the attribute fills it in a way of its own."""
-    require(not hasattr(cls, ATTRIBUTE), f"{cls.__name__} has {ATTRIBUTE!r} of its own")
 
 
 def _extend_output_processor(module: ModuleType) -> None:
@@ -110,10 +117,10 @@ def _extend_output_processor(module: ModuleType) -> None:
     state, processor = module.RequestState, module.OutputProcessor
     if is_extended(processor.process_outputs, __name__):
         return
-    _require_no_embedding(state)
+    require(not hasattr(state, "returned"), "RequestState has 'returned' of its own")
     require_parameters(processor.process_outputs, ("engine_core_outputs",))
     require_parameters(state._new_completion_output, ("token_ids", "finish_reason", "stop_reason"))
-    state.mm_embedding = state.mm_embedding_info = None
+    state.returned = None
     processor.process_outputs = _receiving_embedding(processor.process_outputs)
     state._new_completion_output = _referring_to_embedding(state._new_completion_output)
 
@@ -126,12 +133,11 @@ def _receiving_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
         for output in engine_core_outputs:
             embedding = getattr(output, ATTRIBUTE, None)
             if embedding is not None and output.request_id in self.request_states:
-                state = self.request_states[output.request_id]
-                state.mm_embedding = _owned(embedding)
                 info = output.mm_embedding_info
                 if info is not None and info.scales is not None:
                     info = msgspec.structs.replace(info, scales=_owned(info.scales))
-                state.mm_embedding_info = info
+                state = self.request_states[output.request_id]
+                state.returned = ReturnedEmbedding(_owned(embedding), info)
         return original(self, engine_core_outputs, *args, **kwargs)
 
     return process_outputs
@@ -153,7 +159,8 @@ def _referring_to_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
     def _new_completion_output(
         self: Any, token_ids: list[int], finish_reason: Any, stop_reason: Any
     ) -> Any:
-        made = original(self, token_ids, finish_reason, stop_reason)
-        return CompletionOutput.of(made, self.mm_embedding, self.mm_embedding_info)
+        completion = CompletionOutput(**vars(original(self, token_ids, finish_reason, stop_reason)))
+        completion.returned = self.returned
+        return completion
 
     return _new_completion_output
