@@ -10,47 +10,29 @@ import torch
 import torch.nn.functional as F
 
 from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention
+from vllm_spyre_mm.model_executor.cpu.kernels.operands import SegmentedRow
 from vllm_spyre_mm.model_executor.cpu.operators import define_operator, shape_of_first
 
 
-def attend_segments(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    rope_table: torch.Tensor,
-    segments: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
+def attend_segments(row: SegmentedRow, scale: float) -> torch.Tensor:
     """Attention of every position of a segment to every other, without a mask over all of them.
 
     Args:
-        query: ``(1, positions, heads, head_dim)``.
-        keys: likewise.
-        values: likewise.
-        rope_table: fp32 ``(positions, head_dim)``, cosine and sine of each pair of a head.
-        segments: int32 ``(segments + 1,)``, bounds of the segments, from 0 to ``positions``.
+        row: the segments.
         scale: factor of the scores.
 
     Returns:
-        Shaped like ``query``, contiguous.
+        Shaped like its queries, contiguous.
     """
     # In eager mode the C++ kernel must not be needed.
     if torch.compiler.is_compiling():
-        return torch.ops.spyre_mm.segmented_attention(
-            query, keys, values, rope_table, segments, scale
-        )
-    return _attend_with_sdpa(query, keys, values, rope_table, segments, scale)
+        return torch.ops.spyre_mm.segmented_attention(*row, scale)
+    return _attend_with_sdpa(row, scale)
 
 
-def _attend_with_sdpa(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    rope_table: torch.Tensor,
-    segments: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
+def _attend_with_sdpa(row: SegmentedRow, scale: float) -> torch.Tensor:
     """With PyTorch's attention, one call for neighbours of the same length."""
+    query, keys, values, rope_table, segments = row
     query, keys = _rotate(query, rope_table), _rotate(keys, rope_table)
     result = torch.empty(query.shape, dtype=query.dtype)
     first = 0
@@ -83,11 +65,10 @@ def segmented_attention(
     scale: float,
 ) -> torch.Tensor:
     """Implements the operator: the C++ kernel where it supports such heads, else PyTorch's SDPA."""
+    row = SegmentedRow(query, keys, values, rope_table, segments)
     if blocked_attention.supports(query.shape[-1], query.dtype):
-        return blocked_attention.attend_within_segments(
-            query, keys, values, rope_table, segments, scale
-        )
-    return _attend_with_sdpa(query, keys, values, rope_table, segments, scale)
+        return blocked_attention.attend_within_segments(row, scale)
+    return _attend_with_sdpa(row, scale)
 
 
 define_operator(

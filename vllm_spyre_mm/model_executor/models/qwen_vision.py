@@ -16,6 +16,7 @@ from fms.utils import serialization
 from fms.utils.activation import str_to_activation
 from torch import nn
 
+from vllm_spyre_mm.model_executor.cpu.kernels.operands import SegmentedRow
 from vllm_spyre_mm.model_executor.cpu.segmented import attend_segments
 from vllm_spyre_mm.model_executor.models.clip_vision import QuickGELU
 from vllm_spyre_mm.model_executor.models.names import renaming_step
@@ -77,7 +78,8 @@ class SegmentedAttention(nn.Module):
             part.view(1, -1, self.heads, self.width // self.heads)
             for part in self.qkv(x).split(self.width, dim=-1)
         )
-        attended = attend_segments(query, keys, values, rope_table, segments, self.scale)
+        row = SegmentedRow(query, keys, values, rope_table, segments)
+        attended = attend_segments(row, self.scale)
         return self.proj(attended.view(1, -1, self.width))
 
 

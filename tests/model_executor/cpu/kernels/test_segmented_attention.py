@@ -8,6 +8,7 @@ from tests.model_executor.cpu.kernels.test_blocked_attention import exact, qkv, 
 from tests.tiers import on_distinct_tiers
 from vllm_spyre_mm.model_executor.cpu import segmented
 from vllm_spyre_mm.model_executor.cpu.kernels import blocked_attention
+from vllm_spyre_mm.model_executor.cpu.kernels.operands import SegmentedRow
 
 CASES: list[tuple[list[int], int, int]] = [
     ([1], 2, 64),
@@ -73,7 +74,7 @@ def test_fp32_is_taken(case: tuple[list[int], int, int]):
     assert relative_error(attend(*args), expected(*args)) < 1e-6
 
 
-def test_a_number_that_is_none_stays_in_its_segment():
+def test_nan_stays_in_its_segment():
     query, keys, values, table, bounds = operands([40, 50, 60], 2, 64)
     keys[0, 60, 1, 0] = torch.nan
     is_nan = attend(query, keys, values, table, bounds).isnan().any(-1)[0]
@@ -85,5 +86,5 @@ def test_nothing_is_compiled_where_nothing_is_asked_to_be(monkeypatch: pytest.Mo
     """An eager engine needs no C++ compiler."""
     monkeypatch.setattr(blocked_attention, "attend_within_segments", None)
     args = operands([64, 64, 20], 2, 64)
-    attended = segmented.attend_segments(*args, args[0].shape[-1] ** -0.5)
+    attended = segmented.attend_segments(SegmentedRow(*args), args[0].shape[-1] ** -0.5)
     assert relative_error(attended, expected(*args)) < 5e-3

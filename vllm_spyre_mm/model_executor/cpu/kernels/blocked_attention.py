@@ -15,7 +15,7 @@ from vllm_spyre_mm.model_executor.cpu.kernels.kernel import (
     Kernel,
     with_contiguous_heads,
 )
-from vllm_spyre_mm.model_executor.cpu.kernels.operands import PagedKV
+from vllm_spyre_mm.model_executor.cpu.kernels.operands import PagedKV, SegmentedRow
 from vllm_spyre_mm.model_executor.cpu.memory import empty_result
 
 KERNEL = Kernel(
@@ -49,30 +49,19 @@ def attend_bidirectionally(
     return _run(parts, len(query), keys.shape[1], scale)
 
 
-def attend_within_segments(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    rope_table: torch.Tensor,
-    segments: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
+def attend_within_segments(row: SegmentedRow, scale: float) -> torch.Tensor:
     """Attention of every position of a segment to every other, after RoPE of neighbouring pairs.
 
     Args:
-        query: ``(1, positions, heads, head_dim)``, bf16.
-        keys: likewise.
-        values: likewise.
-        rope_table: fp32 ``(positions, head_dim)``, contiguous: cosine and sine of each pair.
-        segments: int32 ``(segments + 1,)``, contiguous: their bounds, from 0 to ``positions``.
+        row: in bf16.
         scale: factor of the scores.
 
     Returns:
-        Shaped like ``query``, contiguous.
+        Shaped like its queries, contiguous.
     """
-    parts = [with_contiguous_heads(part) for part in (query, keys, values)]
-    within = {"segments": segments.data_ptr(), "angles": rope_table.data_ptr()}
-    return _run(parts, len(segments) - 1, keys.shape[1], scale, **within)
+    parts = [with_contiguous_heads(part) for part in (row.query, row.keys, row.values)]
+    within = {"segments": row.segments.data_ptr(), "angles": row.rope_table.data_ptr()}
+    return _run(parts, len(row.segments) - 1, row.keys.shape[1], scale, **within)
 
 
 def attend_causally(query: torch.Tensor, kv: PagedKV, scale: float) -> torch.Tensor:

@@ -58,3 +58,22 @@ class RopeAngles(NamedTuple):
     def num_positions(self) -> int:
         """Rows of the table."""
         return self.table.shape[-3]
+
+
+class SegmentedRow(NamedTuple):
+    """Pictures, frames or windows one after the other, each of which attends to itself alone.
+
+    Attributes:
+        query: ``(1, positions, heads, head_dim)``.
+        keys: likewise.
+        values: likewise.
+        rope_table: fp32 ``(positions, head_dim)``, contiguous: cosine and sine of each pair of
+            neighbours in a head.
+        segments: int32 ``(segments + 1,)``, contiguous: their bounds, from 0 to ``positions``.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    rope_table: torch.Tensor
+    segments: torch.Tensor
