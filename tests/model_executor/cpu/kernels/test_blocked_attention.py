@@ -85,7 +85,7 @@ def test_other_layouts_and_fp32_are_taken():
 
 @pytest.mark.parametrize("position", [3, 70, 899])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_number_that_is_none_reaches_the_result(value: float, position: int):
+def test_nan_and_infinity_reach_the_result(value: float, position: int):
     query, keys, values = qkv(1, 900, 2, 64)
     query[..., 0] = query[..., 0].abs() + 1
     keys[0, position, 1, 0] = value
