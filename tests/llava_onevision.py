@@ -22,6 +22,20 @@ IMAGE, VIDEO = "<image>", "<video>"
 IMAGE_TOKEN_ID, VIDEO_TOKEN_ID = 5, 420
 """Of the demo checkpoint's tokenizer, and of a token that is added to its 420."""
 
+CHAT_TEMPLATE = """
+{%- for message in messages %}
+    {{- '<|' + message.role + '|>\n' }}
+    {%- for part in message.content if part.type in ('image', 'video') %}
+        {{- '<' + part.type + '>' }}
+    {%- endfor %}
+    {{- '\n' }}
+    {%- for part in message.content if part.type == 'text' %}
+        {{- part.text + '\n' }}
+    {%- endfor %}
+{%- endfor %}
+"""
+"""Items before the text, as in the published one."""
+
 SIDE, PATCH = 48, 9
 """Five patches on the side of a tile, and pixels to spare: as the published 27 of 14 in 384."""
 
@@ -66,5 +80,5 @@ def save_processor(path: Path, config: Any, tokenizer: Any) -> None:
         num_image_tokens=(vision.image_size // vision.patch_size) ** 2 + class_token,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         vision_aspect_ratio=config.vision_aspect_ratio,
-        chat_template=tokenizer.chat_template,
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(path)

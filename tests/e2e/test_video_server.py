@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server of Qwen3-VL that is sent video files, and the features of them back."""
+"""Servers of Qwen3-VL and LLaVA-OneVision that are sent video files, and features of them back."""
 
 import io
 import json
@@ -15,7 +15,7 @@ import torch
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
 
-from tests import architectures, qwen_vl
+from tests import architectures, llava_onevision, qwen_vl
 from tests.e2e.engines import relative_error
 from tests.e2e.server_embeddings.requests import post
 from tests.e2e.serving import png, running_server
@@ -180,4 +180,77 @@ def test_embeddings_of_a_video_alone(server: Server) -> None:
     status, answer = post(server.address, {"input": [part(FILE)]})
     assert status == 200
     features = server.reference.video_features(prompt(qwen_vl.VIDEO), [sampled()])
+    assert relative_error(decode_mm_embedding(answer["mm_embedding"]), features) < 1e-4
+
+
+# -- LLaVA-OneVision ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def onevision(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    path = tmp_path_factory.mktemp("onevision-server")
+    config = llava_onevision.llava_onevision(architectures.qwen2())
+    checkpoint = architectures.save_checkpoint(path / "model", config)
+    flags = (
+        *("--enable-mm-embeds", "--trust-request-mm-kwargs"),
+        *("--limit-mm-per-prompt", json.dumps({"image": 2, "video": 2})),
+        *("--max-num-batched-tokens", "128"),
+    )
+    with (
+        running_server(checkpoint, path / "log.txt", *flags) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        yield Server(address, client, Reference(checkpoint))
+
+
+def chosen(data: bytes, count: int) -> Video:
+    """As many frames of a file, evenly over the whole of it."""
+    frames, metadata = VideoMediaIO(ImageMediaIO(), num_frames=count).load_bytes(data).media
+    assert len(frames) == min(count, 16)
+    return Video(frames, metadata["fps"])
+
+
+@pytest.mark.parametrize("make", [mp4, gif])
+@pytest.mark.parametrize("count", [None, 5])
+def test_onevision_answers_a_file_as_transformers_answers_its_frames(
+    onevision: Server, make: Any, count: int | None
+) -> None:
+    """All of 16 frames, or as many as the request chooses; beside a picture."""
+    data = make(video(16, 96, 64, fps=8.0 if make is mp4 else 10.0))
+    film, reference = chosen(data, count or 32), onevision.reference
+    options = {"media_io_kwargs": {"video": {"num_frames": count}}} if count else {}
+    choice = onevision.ask(part(png(PICTURE), "image/png"), part(data), **options)
+    image, tag = llava_onevision.IMAGE, llava_onevision.VIDEO
+    text = f"<|user|>\n{image}{tag}\n{QUESTION}\n"
+    assert choice.token_ids == reference.generate(text, [PICTURE], MAX_TOKENS, [film])
+    first, second = choice.mm_embedding["items"]
+    assert (first["modality"], second["modality"]) == ("image", "video")
+    embedding = decode_mm_embedding(choice.mm_embedding)
+    assert (first["start"], first["end"], second["end"]) == (0, second["start"], len(embedding))
+    features = reference.video_features(tag, [film])
+    assert relative_error(embedding[second["start"] :], features) < 1e-4
+
+
+def test_onevision_refuses_a_file_that_is_no_video_and_features_of_one(onevision: Server) -> None:
+    expected = onevision.reference.generate(
+        f"<|user|>\n{llava_onevision.VIDEO}\n{QUESTION}\n", [], MAX_TOKENS, [chosen(FILE, 32)]
+    )
+    features = {
+        "type": "video_embeds",
+        "video_embeds": {"video_embeds": saved(torch.ones(10, 128))},
+    }
+    for refused, why in (
+        (part(b"no video"), "video stream"),
+        (part(FILE[: len(FILE) // 2]), "video stream"),
+        (features, "cannot lay out"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=why):
+            onevision.ask(refused)
+        assert onevision.ask(part(FILE)).token_ids == expected
+
+
+def test_onevision_gives_the_features_of_a_video_alone(onevision: Server) -> None:
+    status, answer = post(onevision.address, {"input": [part(FILE)]})
+    assert status == 200
+    features = onevision.reference.video_features(llava_onevision.VIDEO, [chosen(FILE, 32)])
     assert relative_error(decode_mm_embedding(answer["mm_embedding"]), features) < 1e-4
