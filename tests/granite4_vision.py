@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny Granite Vision 4: its configuration and its processor, as the published ones are made."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     Granite4VisionConfig,
@@ -124,6 +128,38 @@ def granite4_vision(**changes: Any) -> Granite4VisionConfig:
         tie_word_embeddings=False,
     )
     return with_changes(config, changes)
+
+
+def save_with_hybrid_decoder(path: Path, checkpoint: Path) -> Path:
+    """Write a checkpoint once more, with its decoder as a dense ``granitemoehybrid``.
+
+    Args:
+        path: folder for it.
+        checkpoint: of :func:`granite4_vision`.
+    """
+    shutil.copytree(checkpoint, path)
+    config = json.loads((path / "config.json").read_text())
+    text = config["text_config"]
+    config["text_config"] = text | {
+        "model_type": "granitemoehybrid",
+        "shared_intermediate_size": text["intermediate_size"],
+        "intermediate_size": text["hidden_size"],  # of experts, of which there are none
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "layer_types": ["attention"] * text["num_hidden_layers"],
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 4,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".mlp.gate_proj.weight")]:
+        layer = name.removesuffix("mlp.gate_proj.weight")
+        halves = [tensors.pop(f"{layer}mlp.{part}_proj.weight") for part in ("gate", "up")]
+        tensors[f"{layer}shared_mlp.input_linear.weight"] = torch.cat(halves)
+        down = tensors.pop(f"{layer}mlp.down_proj.weight")
+        tensors[f"{layer}shared_mlp.output_linear.weight"] = down
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 def save_granite4_processor(path: Path, config: PretrainedConfig) -> None:

@@ -146,3 +146,10 @@ def test_preempted_and_resumed(served: Served) -> None:
 def test_compiled_without_a_graph_for_each_number_of_tiles(served: Served) -> None:
     with served.engine(enforce_eager=False) as llm, nothing_compiled():
         assert tokens(llm, served.asks) == served.expected
+
+
+def test_with_a_dense_hybrid_decoder(served: Served, tmp_path: Path) -> None:
+    """The same numbers, stored as Granite 4 micro's are."""
+    checkpoint = granite4_vision.save_with_hybrid_decoder(tmp_path / "hybrid", served.checkpoint)
+    with engine(checkpoint, max_num_batched_tokens=64) as llm:
+        assert tokens(llm, served.asks) == served.expected

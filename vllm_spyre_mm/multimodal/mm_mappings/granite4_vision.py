@@ -29,6 +29,9 @@ from vllm_spyre_mm.multimodal.mm_mappings.vision_language import (
     select_mismatch,
 )
 
+TEXT_MODEL, GRANITES = "granite4_vision_text", ("granite", "granitemoehybrid")
+"""``model_type`` of its own decoder, and of text models that the same computation is known as."""
+
 CORNERS = SHRINK**2
 """Spatial levels: one for each patch of a square of two by two."""
 
@@ -61,7 +64,7 @@ class Granite4Vision(LlavaNext):
     @classmethod
     def why_not(cls, hf_config: Any) -> str | None:
         return (
-            kind_mismatch(hf_config, ("siglip_vision_model",), ("granite4_vision_text", "granite"))
+            kind_mismatch(hf_config, ("siglip_vision_model",), (TEXT_MODEL, *GRANITES))
             or _flag_mismatch(hf_config)
             or _level_mismatch(hf_config)
             or _window_mismatch(hf_config)
@@ -159,8 +162,8 @@ class Granite4Vision(LlavaNext):
 
 
 def _granite(text: Any) -> Any:
-    """The decoder's configuration as that of a text model: Granite's, under another name."""
-    return text if text.model_type == "granite" else as_text_model(text, "granite")
+    """The decoder's configuration as that of a text model; its own is Granite's by another name."""
+    return as_text_model(text, "granite") if text.model_type == TEXT_MODEL else text
 
 
 def _tower_layers(config: Any) -> list[int]:
