@@ -18,6 +18,9 @@ from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 TILES, SIDE, PATCH, SCALE = 13, 512, 16, 4
 """A page of 210 x 297 mm: four rows of three tiles, and the global one."""
 
+PAGE = f"a page of {TILES} tiles of {SIDE}"
+"""The name of its rows, before whose tower it is."""
+
 WIDTH, INNER, LAYERS, HIDDEN = 768, 3072, 12, 576
 
 
@@ -45,8 +48,7 @@ def page_rows(quick: bool) -> Iterator[Row]:
             compiled.encode(page)
         for name, case in cases.items():
             repeats = 15 if name == "ours" and not quick else 5
-            title = f"a page of {TILES} tiles of {SIDE}, {name}"
-            yield beside_ceiling(title, case, _flops(), product, repeats)
+            yield beside_ceiling(f"{PAGE}, {name}", case, _flops(), product, repeats)
 
 
 def _checkpoint(folder: Path) -> Path:

@@ -32,6 +32,7 @@ TARGETS = (
     Target("vision tower: 1 tile, ours", {}),
     Target("vision tower: * tiles, ours", {"amx": 0.9, "avx512_bf16": 0.85}),
     Target("vision tower: *, two ranks", {ANY: 1.1}),
+    Target("vision tower: a page of *, ours", {"amx": 0.8, "avx512_bf16": 0.8}),
     Target("vision tower of Qwen-VL: *", {"amx": 0.8, "avx512_bf16": 0.8}),
     Target("decode step: *", {"amx": 1.3, "avx512_bf16": 1.4}),
     Target("host work: a step of *", {ANY: 1.5}),

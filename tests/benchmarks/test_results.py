@@ -8,6 +8,7 @@ import pytest
 from benchmarks.ceilings import Ceilings
 from benchmarks.machine import Machine, this_machine
 from benchmarks.measure import Figure, Row, Timing, compare, interleaved
+from benchmarks.pages import PAGE
 from benchmarks.report import write_markdown
 from benchmarks.results import Part, read_results, replace_parts, rows_of, write_results
 from benchmarks.targets import TARGETS, bound_of
@@ -125,6 +126,11 @@ def test_the_target_of_host_work_holds_on_every_tier() -> None:
     assert {bound_of("host work", "a step of 16", tier) for tier in CPU_TIERS} == {1.5}
 
 
+def test_a_page_of_many_tiles_has_a_target() -> None:
+    assert bound_of("vision tower", f"{PAGE}, ours", "avx512_bf16") == 0.8
+    assert bound_of("vision tower", f"{PAGE}, eager FMS", "avx512_bf16") is None
+
+
 def test_every_target_is_of_a_row_that_is_measured() -> None:
     """Of the committed results, or of a part that came after them."""
     folder = Path(__file__).parents[2] / "benchmarks"
@@ -132,6 +138,7 @@ def test_every_target_is_of_a_row_that_is_measured() -> None:
     titles = [f"{row.section}: {row.name}" for row in rows]
     titles += ["vision tower of Qwen-VL: Qwen3-VL 4B"]
     titles += ["vision tower: a picture of 2 tiles, two ranks"]
+    titles += [f"vision tower: {PAGE}, ours"]
     unused = [target.rows for target in TARGETS if not any(map(target.fits, titles))]
     assert not unused
 
