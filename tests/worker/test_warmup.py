@@ -2,9 +2,10 @@
 """What the warmup's requests are made of."""
 
 import pytest
-from transformers import PretrainedConfig
+from transformers import Idefics3ImageProcessor, PretrainedConfig
 
-from tests import architectures
+from tests import architectures, idefics3
+from tests.multimodal.mm_mappings.suite import picture
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
 from vllm_spyre_mm.worker.warmup import made_up_tokens
 
@@ -28,3 +29,20 @@ def test_tokens_are_words_of_the_model(config: PretrainedConfig, special: int) -
     expected |= {*eos} if isinstance(eos, list) else {eos}
     assert words == expected - {None}
     assert tokens == made_up_tokens(mapping, 20_000), "every rank has the same"
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 4])
+@pytest.mark.parametrize("splits", [True, False])
+def test_idefics3_is_shown_several_tiles_whatever_its_processor_does_unasked(
+    tiles: int, splits: bool
+) -> None:
+    config = idefics3.idefics3(architectures.llama())
+    mapping, side = get_mm_mapping(config), config.vision_config.image_size
+    processor = Idefics3ImageProcessor(
+        do_image_splitting=splits,
+        size={"longest_edge": tiles * side},
+        max_image_size={"longest_edge": side},
+    )
+    shown = picture(*mapping.warmup_image_sizes()[-1])
+    made = processor([shown], return_tensors="pt", **mapping.warmup_processor_kwargs())
+    assert made["pixel_values"].shape[:2] == (1, 3)

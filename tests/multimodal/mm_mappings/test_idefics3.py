@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig, Qwen2MoeConfig
+from transformers import AutoConfig, PretrainedConfig, Qwen2MoeConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
@@ -179,17 +179,6 @@ def test_pixels_as_one_tensor_and_as_a_list_give_the_same(mapping: Any, model: A
         strict=True,
     )
     assert all(torch.equal(*pair) for pair in pairs)
-
-
-@pytest.mark.parametrize("unasked", [{}, {"do_image_splitting": False}])
-def test_the_warmup_begins_with_several_tiles_whatever_the_processor_does_unasked(
-    mapping: Any, small: Path, unasked: dict[str, Any]
-) -> None:
-    processor = AutoProcessor.from_pretrained(small).image_processor
-    size = mapping.warmup_image_sizes()[-1]
-    given = unasked | mapping.warmup_processor_kwargs()
-    tiles = processor([picture(*size)], return_tensors="pt", **given)["pixel_values"]
-    assert tiles.shape[:2] == (1, 3)
 
 
 # -- what is not exact is refused ---------------------------------------------------------------
