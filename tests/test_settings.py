@@ -29,6 +29,7 @@ def test_every_setting_is_taken():
         "backend": "eager",
         "encoder_dtype": "float32",
         "encoder_cache_tokens": 5000,
+        "encode_ahead": False,
         "max_batch_tkv": 4096,
         "card": {"dynamic_chunk": False, "fullgraph": False},
     }

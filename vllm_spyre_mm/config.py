@@ -86,6 +86,8 @@ class SpyreSettings(BaseModel):
             the host) it is the host's fastest dtype.
         encoder_cache_tokens: image features kept for later requests, in feature rows. Raised to
             ``max_model_len`` where it is less, so that one request's images always fit.
+        encode_ahead: encode the images of waiting requests beside the steps of running ones. Off,
+            they are encoded in the step of the chunk that needs them, and everybody waits.
         max_batch_tkv: bound on batch × padded length of a decode step, in tokens. ``None``: no
             bound beyond ``max_num_seqs`` × ``max_model_len`` on a CPU, 131,072 for a card.
         max_num_seqs_given: set where vLLM's arguments are read, not by users: whether the user gave
@@ -107,6 +109,7 @@ class SpyreSettings(BaseModel):
     backend: Literal["auto", "sendnn", "inductor", "eager"] = "auto"
     encoder_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     encoder_cache_tokens: int | None = Field(default=None, gt=0)
+    encode_ahead: bool = True
     max_batch_tkv: int | None = Field(default=None, gt=0)
     max_num_seqs_given: bool = True
     card: CardSettings = CardSettings()

@@ -119,7 +119,6 @@ def test_requests_whose_clients_left_the_queue_are_never_begun(soaked: Served) -
         async with asking(soaked) as client, asking(soaked) as leaving:
             rows = [asyncio.create_task(client.ask(text())) for _ in range(ROWS)]
             await until(soaked, lambda figures: figures["running in the engine"] == ROWS)
-            before = await work_of(soaked)
             requests = [
                 leaving.ask(chat(201)),
                 leaving.ask(chat(202), stream=True),
@@ -134,7 +133,7 @@ def test_requests_whose_clients_left_the_queue_are_never_begun(soaked: Served) -
             assert after.figures["running in the engine"] == ROWS, "the rows were to outlast them"
             await stop(rows)
         settled = await settled_state(soaked.address, soaked.process.pid)
-        assert settled.work["encoded"] == before.work["encoded"]
+        assert settled.work["encoded"] == after.work["encoded"]
         assert settled.work["late"] <= 1
 
     run(test)

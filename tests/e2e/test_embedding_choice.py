@@ -53,9 +53,9 @@ def encoder_calls(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Grows with every run of the encoder."""
     runner: SpyreModelRunner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     calls: list[Any] = []
-    original = runner.spyre_model.encode
+    original = runner.spyre_model.encode_pieces
     monkeypatch.setattr(
-        runner.spyre_model, "encode", lambda kwargs: calls.append(kwargs) or original(kwargs)
+        runner.spyre_model, "encode_pieces", lambda kwargs: calls.append(kwargs) or original(kwargs)
     )
     return calls
 

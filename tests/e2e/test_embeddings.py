@@ -18,6 +18,7 @@ from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy, relative_error
 from tests.reference import Reference
 from vllm_spyre_mm.demo import pictures
+from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 
@@ -199,14 +200,14 @@ class TestCaches:
         """Number of images in each encoder run."""
         runs: list[int] = []
         model = runner_of(llm).spyre_model
-        original = model.encode
+        original = model.encode_pieces
 
-        def counting(mm_kwargs: Any) -> list[torch.Tensor]:
-            features = original(mm_kwargs)
+        def counting(mm_kwargs: Any) -> Pieces[list[torch.Tensor]]:
+            features = yield from original(mm_kwargs)
             runs.append(len(features))
             return features
 
-        monkeypatch.setattr(model, "encode", counting)
+        monkeypatch.setattr(model, "encode_pieces", counting)
         return runs
 
     @staticmethod

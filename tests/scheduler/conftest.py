@@ -16,23 +16,37 @@ from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 @pytest.fixture(scope="module")
 def vllm_config(demo_checkpoint: Path) -> VllmConfig:
     return make_config(
-        demo_checkpoint, enable_return_mm_embedding=True, additional_config={"max_batch_tkv": 2048}
+        demo_checkpoint, enable_return_mm_embedding=True, settings={"max_batch_tkv": 2048}
     )
 
 
 @pytest.fixture(scope="module")
-def make(vllm_config: VllmConfig) -> Callable[..., SpyreScheduler]:
+def vllm_config_ahead(demo_checkpoint: Path) -> VllmConfig:
+    """As ``vllm_config``, with images that are encoded ahead of time."""
+    return make_config(
+        demo_checkpoint,
+        encode_ahead=True,
+        enable_return_mm_embedding=True,
+        settings={"max_batch_tkv": 2048},
+    )
+
+
+@pytest.fixture(scope="module")
+def make(vllm_config: VllmConfig, vllm_config_ahead: VllmConfig) -> Callable[..., SpyreScheduler]:
     """Makes a scheduler of a size, a bound on batch × length, and a policy.
 
     (A function, because Hypothesis cannot print a configuration.)
     """
 
-    def make(num_blocks: int, bound: int, policy: SchedulerPolicy = "fcfs") -> SpyreScheduler:
-        vllm_config.scheduler_config.policy = policy
+    def make(
+        num_blocks: int, bound: int, policy: SchedulerPolicy = "fcfs", encode_ahead: bool = False
+    ) -> SpyreScheduler:
+        config = vllm_config_ahead if encode_ahead else vllm_config
+        config.scheduler_config.policy = policy
         try:
-            scheduler = make_scheduler(vllm_config, num_blocks)
+            scheduler = make_scheduler(config, num_blocks)
         finally:
-            vllm_config.scheduler_config.policy = "fcfs"
+            config.scheduler_config.policy = "fcfs"
         scheduler.geometry = dataclasses.replace(scheduler.geometry, max_batch_tkv=bound)
         return scheduler
 

@@ -6,6 +6,7 @@ rules that hold for all of them.
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_spyre_mm.scheduler.outputs import (
+    EncodingDone,
+    SpyreModelRunnerOutput,
+    SpyreSchedulerOutput,
+)
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 
 CHUNK = 128
@@ -30,9 +36,19 @@ BLOCK = 64
 MAX_MODEL_LEN = 1024
 
 
-def make_config(checkpoint: Path, **arguments: Any) -> VllmConfig:
-    """Of an engine with small chunks and four rows."""
+def make_config(
+    checkpoint: Path, *, encode_ahead: bool = False, settings: Any = None, **arguments: Any
+) -> VllmConfig:
+    """Of an engine with small chunks and four rows.
+
+    Args:
+        checkpoint: of the model.
+        encode_ahead: the setting; off, each image is encoded in the step of a chunk.
+        settings: more of them.
+        arguments: of the engine.
+    """
     return EngineArgs(
+        additional_config={"encode_ahead": encode_ahead, **(settings or {})},
         model=str(checkpoint),
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=CHUNK,
@@ -94,10 +110,17 @@ class Simulation:
 
     Attributes:
         kinds: for each step that did something, ``("prefill", name, start, end)`` or
-            ``("decode", names)``.
+            ``("decode", names)``; ``("piece",)`` where a part of an image was encoded beside it.
         preempted: names in the order in which they lost their blocks.
         encoded: identifiers in the order in which they were to be encoded.
+        cached: identifiers of the images of which the worker has the features.
+        pieces: of the encoding of an image, where images are encoded ahead of time.
+        asked: images that are being encoded, with the pieces that are left of each.
+        cancelled: identifiers of images that were asked for in vain.
+        faults: what becomes of images that cannot be encoded.
         outputs: number of tokens that each request got.
+        reasons: of requests that ended for a reason.
+        stats: of the steps.
         ended: names of finished requests of which the worker was told.
     """
 
@@ -105,8 +128,18 @@ class Simulation:
     kinds: list[tuple[Any, ...]] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     encoded: list[str] = field(default_factory=list)
+    cached: set[str] = field(default_factory=set)
+    pieces: int = 3
+    asked: dict[str, int] = field(default_factory=dict)
+    cancelled: list[str] = field(default_factory=list)
+    faults: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    stats: list[Any] = field(default_factory=list)
     ended: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.cached |= self.scheduler.encoder_cache_manager.cached.keys()
 
     def step(self) -> bool:
         """One step; False if nothing was scheduled."""
@@ -116,9 +149,11 @@ class Simulation:
         output = scheduler.schedule()
         scheduled = output.num_scheduled_tokens
         self.ended |= output.finished_req_ids
+        self.cached.difference_update(output.free_encoder_mm_hashes)
         for name, items in output.scheduled_encoder_inputs.items():
             features = scheduler.requests[name].mm_features
             self.encoded += [features[item].identifier for item in items]
+            self.cached |= {features[item].identifier for item in items}
         admitted = {data.req_id for data in output.scheduled_new_reqs}
         admitted |= output.scheduled_cached_reqs.resumed_req_ids
         for data in output.scheduled_new_reqs:
@@ -138,17 +173,46 @@ class Simulation:
         ]
         results = scheduler.update_from_output(
             output,
-            ModelRunnerOutput(
+            SpyreModelRunnerOutput(
                 req_ids=list(scheduled),
                 req_id_to_index={name: row for row, name in enumerate(scheduled)},
                 sampled_token_ids=tokens,
+                encodings_done=self._encode(output),
             ),
         )
         for client in results.values():
+            if client.scheduler_stats is not None:
+                self.stats.append(client.scheduler_stats)
             for result in client.outputs:
                 count = self.outputs.get(result.request_id, 0) + len(result.new_token_ids)
                 self.outputs[result.request_id] = count
+                if isinstance(result.stop_reason, str):
+                    self.reasons[result.request_id] = result.stop_reason
         return bool(scheduled)
+
+    def _encode(self, output: SchedulerOutput) -> list[EncodingDone]:
+        """Pretend to encode, in the order asked for, an image in :attr:`pieces` pieces."""
+        if not isinstance(output, SpyreSchedulerOutput):
+            return []
+        for identifier in output.cancelled_images:
+            del self.asked[identifier]  # it was asked for, and is not done
+            self.cancelled.append(identifier)
+        for image in output.images_to_encode:
+            assert image.identifier not in self.asked, "an image is under way twice"
+            self.asked[image.identifier] = self.pieces
+        if not (output.may_encode and self.asked):
+            return []
+        self.kinds.append(("piece",))
+        identifier = next(iter(self.asked))
+        self.asked[identifier] -= 1
+        if self.asked[identifier]:
+            return []
+        del self.asked[identifier]
+        fault = self.faults.get(identifier)
+        if fault is None:
+            self.encoded.append(identifier)
+            self.cached.add(identifier)
+        return [EncodingDone(identifier, fault)]
 
     def _check_kind(
         self, requests: list[Request], scheduled: dict[str, int], admitted: set[str]
@@ -177,6 +241,14 @@ class Simulation:
         assert not geometry.whole_chunks or start == 0 or (start + padding) % CHUNK == 0
         assert end == geometry.chunk_end(request.num_tokens, start)
         self.kinds.append(("prefill", request.request_id, start, end))
+        for feature in request.mm_features:
+            place = feature.mm_position
+            if place.offset >= end or place.offset + place.length <= start:
+                continue
+            within = (max(0, start - place.offset), min(place.length, end - place.offset))
+            begin, stop = place.get_embeds_indices_in_range(*within)
+            if begin < stop:
+                assert feature.identifier in self.cached, "a chunk without its image's features"
         return ()
 
     def _ranked(self) -> list[tuple[str, bool]]:
@@ -218,10 +290,26 @@ class Simulation:
         assert not scheduler.running
         pool = scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # block 0
-        assert not scheduler.encoder_cache_manager.request_cached_ids
+        books = scheduler.encoder_cache_manager
+        assert not books.request_cached_ids
+        assert not self.asked
+        assert books.num_freeable_slots == books.cache_size
+        assert books.num_free_slots == books.cache_size - sum(books.freeable.values())
+        assert books.cached.keys() == books.freeable.keys() == books.num_embeds_by_hash.keys()
 
 
 def run(scheduler: SpyreScheduler, *requests: Request) -> Simulation:
     for request in requests:
         scheduler.add_request(request)
     return Simulation(scheduler).run()
+
+
+def check_gaps(simulation: Simulation) -> None:
+    """Between two tokens of a request lie one chunk and one piece of an image at most."""
+    kinds = simulation.kinds
+    decodes = [i for i, kind in enumerate(kinds) if kind[0] == "decode"]
+    for first, second in pairwise(decodes):
+        if set(kinds[first][1]) & set(kinds[second][1]):
+            between = [kind[0] for kind in kinds[first + 1 : second]]
+            assert between.count("prefill") <= 1
+            assert between.count("piece") <= 1

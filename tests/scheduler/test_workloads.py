@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vllm.config.scheduler import SchedulerPolicy
 from vllm.v1.request import RequestStatus
 
-from tests.scheduler.simulation import MAX_MODEL_LEN, Simulation, make_request
+from tests.scheduler.simulation import MAX_MODEL_LEN, Simulation, check_gaps, make_request
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 
 pytestmark = pytest.mark.usefixtures("no_blocks_left")
@@ -35,6 +35,8 @@ def workloads(draw: st.DrawFn) -> list[tuple[int, int, int, int]]:
     bound=st.sampled_from([1024, 2048]),
     policy=st.sampled_from(["fcfs", "priority"]),
     aborted=st.integers(0, 8),
+    faulty=st.integers(0, 20),
+    pieces=st.integers(0, 4),
 )
 def test_any_workload_finishes_within_the_rules(
     make: Callable[..., SpyreScheduler],
@@ -43,15 +45,24 @@ def test_any_workload_finishes_within_the_rules(
     bound: int,
     policy: SchedulerPolicy,
     aborted: int,
+    faulty: int,
+    pieces: int,
 ) -> None:
-    scheduler = make(num_blocks, bound, policy)
-    simulation = Simulation(scheduler)
+    """With images that are encoded in so many pieces beside the steps, or, with none, in a step."""
+    scheduler = make(num_blocks, bound, policy, encode_ahead=pieces > 0)
+    simulation = Simulation(scheduler, pieces=pieces)
+    if pieces and faulty < len(workload):
+        simulation.faults = {f"i{faulty}": "could not be encoded"}
     pending = sorted(enumerate(workload), key=lambda item: item[1][3])
     for step in range(31):
         while pending and pending[0][1][3] <= step:
             number, (length, wanted, contents, _) = pending.pop(0)
-            place = (length // 4, length // 2)
-            images = {f"i{contents}-{length}": place} if length > 8 else {}
+            images = {}
+            if length > 8:
+                images = {
+                    f"i{contents}-{length}": (length // 4, length // 4),
+                    f"i{number}": (length // 2, length // 4),
+                }
             request = make_request(
                 f"r{number}", length, max_tokens=wanted, fill=contents, images=images
             )
@@ -61,6 +72,9 @@ def test_any_workload_finishes_within_the_rules(
         if step == 20:
             scheduler.finish_requests(f"r{aborted}", RequestStatus.FINISHED_ABORTED)
     simulation.run()
+    check_gaps(simulation)
     for number, (length, wanted, _, _) in enumerate(workload):
-        if number != aborted:
+        if f"r{number}" in simulation.reasons:
+            assert number == faulty
+        elif number != aborted:
             assert simulation.outputs[f"r{number}"] == min(wanted, MAX_MODEL_LEN - length)

@@ -17,6 +17,7 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 
+from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.worker.encoding import ImageEncodingError, encode_images
 
 Encode = Callable[[Any], list[torch.Tensor]]
@@ -40,8 +41,17 @@ def image(
 
 def encode(model: Encode, *images: MultiModalFeatureSpec, first: int = 0) -> list[torch.Tensor]:
     numbered = dict(enumerate(images, first))
-    served: Any = SimpleNamespace(encode=model, mapping=SimpleNamespace(feature_width=4))
+    mapping = SimpleNamespace(feature_width=4)
+    served: Any = SimpleNamespace(encode_pieces=in_one_piece(model), mapping=mapping)
     return encode_images(served, numbered, torch.bfloat16, torch.float16)
+
+
+def in_one_piece(encode: Encode) -> Callable[[Any], Pieces[list[torch.Tensor]]]:
+    def pieces(mm_kwargs: Any) -> Pieces[list[torch.Tensor]]:
+        yield from ()
+        return encode(mm_kwargs)
+
+    return pieces
 
 
 def fail(error: Exception) -> Encode:

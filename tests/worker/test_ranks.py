@@ -17,7 +17,7 @@ from torch.serialization import (
     set_default_load_endianness,
 )
 
-from tests.worker.test_encoding import image
+from tests.worker.test_encoding import image, in_one_piece
 from vllm_spyre_mm.worker.encoding import ImageEncoder, ImageEncodingError
 from vllm_spyre_mm.worker.ranks import Ranks
 from vllm_spyre_mm.worker.worker import _read_little_endian, register_default_group
@@ -87,7 +87,8 @@ def _encode(ranks: Ranks) -> list[Any]:
         value = torch.nan if len(calls) == 3 else len(calls)
         return [torch.full((4, len(each)), value).bfloat16().t() for each in mm_kwargs["pixels"]]
 
-    model: Any = SimpleNamespace(encode=encode, mapping=SimpleNamespace(feature_width=4))
+    mapping = SimpleNamespace(feature_width=4)
+    model: Any = SimpleNamespace(encode_pieces=in_one_piece(encode), mapping=mapping)
     encoder = ImageEncoder(model, ranks, torch.bfloat16, torch.bfloat16)
     results: list[Any] = []
     for _ in range(4):
@@ -132,9 +133,8 @@ def _sample_or_fail(ranks: Ranks) -> list[Any]:
         def mm_position(self) -> Any:
             return fail()
 
-    encoder = ImageEncoder(
-        SimpleNamespace(encode=lambda _: [torch.zeros(1, 4)]), ranks, torch.bfloat16, torch.bfloat16
-    )  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(encode_pieces=in_one_piece(lambda _: [torch.zeros(1, 4)]))
+    encoder = ImageEncoder(model, ranks, torch.bfloat16, torch.bfloat16)
     results: list[Any] = []
     for work in (
         lambda: ranks.broadcast_tokens(2, sample),

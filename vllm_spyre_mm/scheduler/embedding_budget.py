@@ -84,12 +84,19 @@ class EmbeddingBudget:
         held = self.held(requests)
         return held == 0 or held + num_bytes <= self._settings.max_held_mm_embedding_bytes
 
-    def record_prefill(self, output: "SchedulerOutput", requests: "Mapping[str, Request]") -> None:
+    def record_prefill(
+        self,
+        output: "SchedulerOutput",
+        requests: "Mapping[str, Request]",
+        encoded_ahead: Collection[tuple[str, int]] = (),
+    ) -> None:
         """Count the embeddings that a prefill step admits, and its images.
 
         Args:
             output: vLLM's; ``num_computed_tokens`` of its requests includes this step already.
             requests: all unfinished requests.
+            encoded_ahead: request id and index of images that were encoded ahead of time for that
+                request: they are no hits, and :meth:`record_runs` counts them.
         """
         admitted = {new.req_id for new in output.scheduled_new_reqs}
         for req_id in admitted:
@@ -100,12 +107,18 @@ class EmbeddingBudget:
             self._count_images(
                 requests[req_id],
                 scheduled=output.scheduled_encoder_inputs.get(req_id, ()),
+                encoded_ahead=encoded_ahead,
                 num_tokens=num_tokens,
                 admitted=req_id in admitted,
             )
 
     def _count_images(
-        self, request: "Request", scheduled: Collection[int], num_tokens: int, admitted: bool
+        self,
+        request: "Request",
+        scheduled: Collection[int],
+        encoded_ahead: Collection[tuple[str, int]],
+        num_tokens: int,
+        admitted: bool,
     ) -> None:
         """Count each image once: in the step that reaches its first feature, or else in the
         admitting one.
@@ -118,7 +131,7 @@ class EmbeddingBudget:
         collects = admitted and request.request_id in self._held and not request.num_output_tokens
         for index, feature in enumerate(request.mm_features or ()):
             position = feature.mm_position
-            if given_features(feature) is not None:
+            if given_features(feature) is not None or (request.request_id, index) in encoded_ahead:
                 continue
             if index in scheduled:
                 self._encoder_runs += 1
@@ -126,6 +139,10 @@ class EmbeddingBudget:
                 collects or position.offset + position.length > start
             ):
                 self._encoder_cache_hits += 1
+
+    def record_runs(self, num_images: int) -> None:
+        """Count images that were encoded ahead of time."""
+        self._encoder_runs += num_images
 
     def record_returned(self, num_embeddings: int) -> None:
         """Count embeddings that the worker has handed over."""

@@ -2,15 +2,19 @@
 """Fields beside vLLM's own that travel from the worker through the scheduler to the front end."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput as VllmEngineCoreOutput
 from vllm.v1.engine import EngineCoreOutputs as VllmEngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,34 @@ class FailedEncoding:
 
 
 @dataclass
+class SpyreSchedulerOutput(SchedulerOutput):
+    """vLLM's message about a step, with the images that are encoded beside it.
+
+    Attributes:
+        cancelled_images: identifiers of images that were asked for and that nobody wants any more.
+        images_to_encode: those that are asked for from this step on, in order.
+        may_encode: whether encoding may take time in this step.
+    """
+
+    cancelled_images: list[str] = field(default_factory=list)
+    images_to_encode: "list[MultiModalFeatureSpec]" = field(default_factory=list)
+    may_encode: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EncodingDone:
+    """An image that was encoded beside the steps is in the worker's cache, or never will be.
+
+    Attributes:
+        identifier: of the image.
+        fault: the end of a sentence about an image that could not be encoded; None for features.
+    """
+
+    identifier: str
+    fault: str | None
+
+
+@dataclass
 class SpyreModelRunnerOutput(ModelRunnerOutput):
     """vLLM's output of a step, with the embeddings that became complete in it.
 
@@ -39,11 +71,13 @@ class SpyreModelRunnerOutput(ModelRunnerOutput):
         mm_embeddings: by request id, ``(num_features, hidden_size)`` on the CPU.
         mm_embedding_infos: by request id, the image that each row belongs to.
         failed_encoding: set if the step's request fails; nothing was computed then.
+        encodings_done: images that were encoded beside the steps and are done since the last one.
     """
 
     mm_embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
     mm_embedding_infos: dict[str, MMEmbeddingInfo] = field(default_factory=dict)
     failed_encoding: FailedEncoding | None = None
+    encodings_done: list[EncodingDone] = field(default_factory=list)
 
     @classmethod
     def of_failure(cls, failed: FailedEncoding) -> "SpyreModelRunnerOutput":
@@ -123,16 +157,16 @@ def attach_mm_embeddings(
                 )
 
 
-def give_reason(outputs: dict[int, Any], req_id: str, reason: str) -> None:
-    """Put the reason on the last output of a failed request, in place.
+def give_reasons(outputs: dict[int, Any], reasons: dict[str, str]) -> None:
+    """Put the reasons on the last outputs of failed requests, in place.
 
     Args:
         outputs: vLLM's ``EngineCoreOutputs`` by client index; a request that was aborted meanwhile
             has none.
-        req_id: id of the request.
-        reason: becomes its ``stop_reason``, which travels to ``CompletionOutput.stop_reason``.
+        reasons: by request id; each becomes the ``stop_reason`` of its request, which travels to
+            ``CompletionOutput.stop_reason``.
     """
-    for client_outputs in outputs.values():
+    for client_outputs in outputs.values() if reasons else ():
         for output in client_outputs.outputs:
-            if output.request_id == req_id:
-                output.stop_reason = reason
+            if output.request_id in reasons:
+                output.stop_reason = reasons[output.request_id]

@@ -6,7 +6,7 @@ with images, each a prefill of many chunks.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import zip_longest
 
 from vllm.v1.core.sched.request_queue import RequestQueue
@@ -36,9 +36,14 @@ class AlternatingQueue(RequestQueue):
 
     For each request of its own kind before it, and for itself, a request waits for at most one of
     the other kind. Preempted requests come before all that have not run yet, as in vLLM's queue.
+
+    Args:
+        is_ready: whether a request may be admitted; those that are not are passed over while any
+            is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_ready: Callable[[Request], bool] = lambda _: True) -> None:
+        self._is_ready = is_ready
         self._preempted: deque[Request] = deque()
         self._kinds: tuple[deque[Request], deque[Request]] = (deque(), deque())
         self._turn = 0
@@ -62,10 +67,20 @@ class AlternatingQueue(RequestQueue):
             return self._preempted
         return self._kinds[bool(request.mm_features)]
 
-    def _next(self) -> deque[Request]:
-        """The queue whose first request is the next; an empty one if there is none."""
+    def _next(self) -> tuple[deque[Request], Request]:
+        """The next request, and the queue that it is in.
+
+        Raises:
+            IndexError: none waits.
+        """
         turn, other = self._kinds[self._turn], self._kinds[1 - self._turn]
-        return self._preempted or turn or other
+        in_order = (self._preempted, turn, other)
+        for queue in in_order:
+            for request in queue:
+                if self._is_ready(request):
+                    return queue, request
+        queue = next(filter(None, in_order), turn)
+        return queue, queue[0]
 
     def add_request(self, request: Request) -> None:
         """Put a request behind the others of its kind."""
@@ -73,14 +88,15 @@ class AlternatingQueue(RequestQueue):
 
     def pop_request(self) -> Request:
         """Remove and return the next request; then it is the other kind's turn."""
-        queue = self._next()
+        queue, request = self._next()
         if queue is not self._preempted:
             self._turn = int(queue is self._kinds[0])
-        return queue.popleft()
+        queue.remove(request)
+        return request
 
     def peek_request(self) -> Request:
         """Return the next request without removing it."""
-        return self._next()[0]
+        return self._next()[1]
 
     def prepend_request(self, request: Request) -> None:
         """Put a request before the others of its kind, or a preempted one before all."""
@@ -102,6 +118,11 @@ class AlternatingQueue(RequestQueue):
             kept = [request for request in queue if request not in removed]
             queue.clear()
             queue.extend(kept)
+
+    def with_images(self) -> Iterator[Request]:
+        """The requests with images, in the order in which they would be taken."""
+        yield from (request for request in self._preempted if request.mm_features)
+        yield from self._kinds[True]
 
     def __bool__(self) -> bool:
         return any(self._queues)

@@ -19,17 +19,17 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.host_memory import return_free_memory
 from vllm_spyre_mm.scheduler.embedding_budget import EmbeddingBudget
+from vllm_spyre_mm.scheduler.encode_ahead import EncodeAhead
+from vllm_spyre_mm.scheduler.failed_step import undo_failed_step
 from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.scheduler.outputs import (
-    FailedEncoding,
     SpyreModelRunnerOutput,
     attach_mm_embeddings,
-    give_reason,
+    give_reasons,
 )
 from vllm_spyre_mm.scheduler.request_queue import AlternatingQueue, next_candidates
 from vllm_spyre_mm.scheduler.step import Step, carry_over
-from vllm_spyre_mm.upstream.contract import require_attributes, require_overridable
-from vllm_spyre_mm.upstream.releases import PREFIX_CACHE_HIT
+from vllm_spyre_mm.scheduler.vllm_parts import check_methods, check_parts
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -51,6 +51,9 @@ class SpyreScheduler(Scheduler):
        middle of its prefill: the first never loses its blocks while another holds any.
     4. *Waiting requests are admitted in turns*, with images and without, and preempted ones before
        both (:mod:`.request_queue`); with the priority policy in vLLM's order.
+    5. *Images of waiting requests are encoded ahead of time* (:mod:`.encode_ahead`), and a request
+       that waits for its images is passed over. Encoding takes time of decodes, and of chunks while
+       nothing decodes: between two tokens of a request at most one piece of it.
 
     vLLM sees all running requests in every step, and gives no tokens to those that do not take part
     (:meth:`_reserve_prefill_lookahead`).
@@ -59,11 +62,12 @@ class SpyreScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.check_base()
-        self._check_parts()
-        if self.policy == SchedulingPolicy.FCFS:
-            self.waiting = AlternatingQueue()
-        self.geometry = geometry_of(self.vllm_config)
+        check_parts(self)
         settings = SpyreSettings.from_vllm_config(self.vllm_config)
+        self._ahead = EncodeAhead(self, self._collects_from_start, settings.encode_ahead)
+        if self.policy == SchedulingPolicy.FCFS:
+            self.waiting = AlternatingQueue(self._ahead.is_ready)
+        self.geometry = geometry_of(self.vllm_config)
         self._embedding_budget = EmbeddingBudget(settings, self.vllm_config.model_config)
         self._last_step_was_prefill = False
         self._step = Step(False, frozenset())
@@ -77,27 +81,8 @@ class SpyreScheduler(Scheduler):
         Raises:
             UnsupportedVllmError: names what is missing or differs.
         """
-        require_overridable(Scheduler, cls._get_local_prefix_cache_hit, 4, PREFIX_CACHE_HIT)
-        require_overridable(Scheduler, cls._reserve_prefill_lookahead)
-        require_overridable(Scheduler, cls._try_schedule_encoder_inputs, returned=5)
-        require_overridable(Scheduler, cls.schedule)
-        require_overridable(Scheduler, cls.update_from_output)
-        require_attributes(Scheduler, ("make_stats",))
+        check_methods(cls)
         AlternatingQueue.check_base()
-
-    def _check_parts(self) -> None:
-        """Check what this subclass reads and sets of vLLM's scheduler and its parts."""
-        require_attributes(self, ("deferred_waiting", "encoder_cache_mismatch_reqs"))
-        require_attributes(
-            self, ("max_num_active_reqs", "num_waiting_for_streaming_input", "waiting")
-        )
-        require_attributes(
-            type(self.kv_cache_manager), ("evict_blocks", "truncate_computed_blocks")
-        )
-        require_attributes(
-            self.encoder_cache_manager,
-            ("cached", "freeable", "num_embeds_by_hash", "num_free_slots"),
-        )
 
     # -- choice of the step --------------------------------------------------------------------
 
@@ -106,13 +91,20 @@ class SpyreScheduler(Scheduler):
         if self.policy == SchedulingPolicy.PRIORITY:
             # vLLM's loop ends at the first request that gets no blocks.
             self.running.sort(key=lambda request: (request.priority, request.arrival_time))
+        self._ahead.look_ahead()
+        decodes = any(not request.is_prefill_chunk for request in self.running)
+        output = self._schedule(throttle_prefills)
+        is_chunk = self._step.is_prefill and output.total_num_scheduled_tokens > 0
+        return self._ahead.instruct(output, may_encode=not (is_chunk and decodes))
+
+    def _schedule(self, throttle_prefills: bool) -> SchedulerOutput:
         step = self._next_step()
         self._last_step_was_prefill = step.is_prefill
         output = self._run(step, throttle_prefills)
         if step.is_prefill:
             if not output.num_scheduled_tokens and (decode := self._decode_step()).taking_part:
                 return carry_over(output, self._run(decode, throttle_prefills))
-            self._embedding_budget.record_prefill(output, self.requests)
+            self._embedding_budget.record_prefill(output, self.requests, self._ahead.asked)
         for new in output.scheduled_new_reqs:
             # vLLM leaves out the pixels of images that a prefix-cache hit covers. The worker may
             # need them: for the embedding, or after a preemption that lost the hit.
@@ -142,7 +134,7 @@ class SpyreScheduler(Scheduler):
             num_decoding: running requests that the next decode has room for.
         """
         return (
-            bool(self.waiting)
+            any(map(self._ahead.is_ready, self.waiting))
             and self.pause_state == PauseState.UNPAUSED
             and self._num_active() < self.max_num_active_reqs
             and num_decoding == len(self.running)
@@ -160,7 +152,9 @@ class SpyreScheduler(Scheduler):
             len(self.geometry.decode_rows_that_fit([*lengths, request.num_tokens + 1]))
             == len(lengths) + 1
             and self._embedding_budget.has_room(request, self.requests)
-            for request in next_candidates(self.waiting, self.deferred_waiting)
+            for request in next_candidates(
+                filter(self._ahead.is_ready, self.waiting), self.deferred_waiting
+            )
         )
 
     def _run(self, step: Step, throttle_prefills: bool) -> SchedulerOutput:
@@ -233,18 +227,33 @@ class SpyreScheduler(Scheduler):
             return [], 0, encoder_compute_budget, [], []
         chunk = min(num_new_tokens, self._chunk_tokens(request, num_computed_tokens))
         start = 0 if self._collects_from_start(request) else num_computed_tokens
-        window = num_computed_tokens + chunk - start
+        end = num_computed_tokens + chunk
+        if not self._ahead.have_features(request, start, end):
+            return [], 0, encoder_compute_budget, [], []
+        window = end - start
         inputs, scheduled, budget, external, duplicates = super()._try_schedule_encoder_inputs(
             request, start, window, encoder_compute_budget, shift_computed_tokens
         )
         if scheduled < window:
             # An image does not fit now. The chunk cannot end before it, in the middle of a
             # block: the request waits, holding no features.
+            self._ahead.give_back()
             if request.status != RequestStatus.RUNNING:
                 self.encoder_cache_manager.free(request)
                 self.max_num_active_reqs = self._num_active()  # none behind it overtakes it
             return [], 0, encoder_compute_budget, [], []
         return inputs, chunk, budget, external, duplicates
+
+    def _ec_transfer_pending(self, request: Request, num_computed_tokens: int) -> bool:
+        """Whether a waiting request waits for features; vLLM passes over such ones."""
+        return super()._ec_transfer_pending(
+            request, num_computed_tokens
+        ) or not self._ahead.have_features(request, num_computed_tokens)
+
+    def reset_encoder_cache(self) -> None:
+        """Forget all encoded images, and ask anew for those that are under way."""
+        super().reset_encoder_cache()
+        self._ahead.reset()
 
     def _collects_from_start(self, request: Request) -> bool:
         """Whether the request is about to be admitted and its embedding is not collected yet."""
@@ -263,34 +272,21 @@ class SpyreScheduler(Scheduler):
         if not isinstance(model_runner_output, SpyreModelRunnerOutput):
             return super().update_from_output(scheduler_output, model_runner_output)
         failed = model_runner_output.failed_encoding
-        if failed is None:
-            self._embedding_budget.record_returned(len(model_runner_output.mm_embeddings))
-            outputs = super().update_from_output(scheduler_output, model_runner_output)
-            attach_mm_embeddings(
-                outputs,
-                model_runner_output.mm_embeddings,
-                model_runner_output.mm_embedding_infos,
-            )
-            return outputs
+        reasons = {} if failed is None else {failed.req_id: failed.reason}
+        reasons |= self._ahead.finish(model_runner_output.encodings_done)
+        self._embedding_budget.record_runs(self._ahead.take_runs())
         # vLLM ends these with FinishReason.ERROR, and ignores one that was aborted meanwhile.
-        self.encoder_cache_mismatch_reqs.add(failed.req_id)
+        self.encoder_cache_mismatch_reqs.update(reasons)
+        self._embedding_budget.record_returned(len(model_runner_output.mm_embeddings))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._undo_failed_step(failed)
-        give_reason(outputs, failed.req_id, failed.reason)
+        if failed is not None:
+            undo_failed_step(failed, self.kv_cache_manager, self.encoder_cache_manager)
+        self._ahead.forget_faulty()
+        give_reasons(outputs, reasons)
+        attach_mm_embeddings(
+            outputs, model_runner_output.mm_embeddings, model_runner_output.mm_embedding_infos
+        )
         return outputs
-
-    def _undo_failed_step(self, failed: FailedEncoding) -> None:
-        """Remove from vLLM's caches the entries of a step whose request failed.
-
-        vLLM offers blocks to other prompts once they are allocated, and images to other requests
-        once they are scheduled; these were never computed. No other request has used them, because
-        no other step was scheduled since, and the request itself is gone.
-        """
-        self.kv_cache_manager.evict_blocks(set(failed.block_ids))
-        images = self.encoder_cache_manager
-        for identifier in set(failed.identifiers):
-            del images.cached[identifier], images.num_embeds_by_hash[identifier]
-            images.num_free_slots += images.freeable.pop(identifier)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's statistics of a step, with those of images and embeddings."""

@@ -14,8 +14,10 @@ import torch
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from vllm_spyre_mm.model_executor.model import SpyreModel
+from vllm_spyre_mm.model_executor.pieces import Pieces, whole
 from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_features
 from vllm_spyre_mm.multimodal.given_features import given_features
+from vllm_spyre_mm.multimodal.item_names import named
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
 from vllm_spyre_mm.worker.ranks import FirstRankError, Ranks
 
@@ -58,9 +60,9 @@ class ImageEncoder:
             FirstRankError: on the others, as soon as anything else was raised on the first.
         """
         if not self.ranks.is_first:
-            return self._receive()
+            return self.ranks.receive_tensors()
         try:
-            with _threads(self.ranks.num_threads):
+            with threads(self.ranks.num_threads):
                 encoded = encode_images(self.model, images, self.dtype, self.decoder_dtype)
         except ImageEncodingError as error:
             self.ranks.broadcast_object(error)
@@ -68,23 +70,12 @@ class ImageEncoder:
         except Exception as error:  # the other ranks wait for it
             self.ranks.broadcast_object(FirstRankError.of(error))
             raise
-        self._send(encoded)
+        self.ranks.send_tensors(encoded)
         return encoded
-
-    def _send(self, encoded: list[torch.Tensor]) -> None:
-        self.ranks.broadcast_object([(features.shape, features.dtype) for features in encoded])
-        for features in encoded:
-            self.ranks.broadcast(features.contiguous())
-
-    def _receive(self) -> list[torch.Tensor]:
-        sent = self.ranks.broadcast_object()
-        if isinstance(sent, Exception):
-            raise sent
-        return [self.ranks.broadcast(torch.empty(shape, dtype=dtype)) for shape, dtype in sent]
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
     """Let PyTorch's operators take a number of threads, None for what they have."""
     before = torch.get_num_threads()
     if count is None or count == before:
@@ -116,46 +107,50 @@ def encode_images(
         ImageEncodingError: the encoder raised, or :func:`check_features` refused its output.
     """
     try:
-        encoded = _encode(model, list(images.values()), dtype)
+        encoded = whole(encode_pieces(model, list(images.values()), dtype))
     # A vision tower may raise anything; the log has the traceback.
     except Exception as error:
-        raise ImageEncodingError(
-            f"{_named(images)} could not be encoded: {type(error).__name__}: {error}"
-        ) from error
+        raise ImageEncodingError(f"{named(images)} {could_not_be_encoded(error)}") from error
     for (index, feature), features in zip(images.items(), encoded, strict=True):
         try:
             num_features = feature.mm_position.get_num_embeds()
             check_features(features, num_features, model.mapping.feature_width, decoder_dtype)
         except FeatureError as error:
-            named = _named({index: feature})
-            raise ImageEncodingError(f"{named} was encoded to {error}") from error
+            raise ImageEncodingError(
+                f"{named({index: feature})} {was_encoded_to(error)}"
+            ) from error
     return encoded
 
 
-def _named(items: "Mapping[int, MultiModalFeatureSpec]") -> str:
-    """Items in words, by their place among all of the request's, counted from 1."""
-    numbers: dict[str, list[str]] = {}
-    for index, feature in items.items():
-        numbers.setdefault(feature.modality, []).append(str(index + 1))
-    kinds = (
-        f"{modality}{'s' if len(of) > 1 else ''} {', '.join(of)}"
-        for modality, of in numbers.items()
-    )
-    return f"{' and '.join(kinds)} of the request"
+def could_not_be_encoded(error: Exception) -> str:
+    """The end of a sentence about an image for which the encoder raised."""
+    return f"could not be encoded: {type(error).__name__}: {error}"
 
 
-def _encode(
+def was_encoded_to(error: FeatureError) -> str:
+    """The end of a sentence about an image whose features were refused."""
+    return f"was encoded to {error}"
+
+
+def encode_pieces(
     model: SpyreModel, features: "Sequence[MultiModalFeatureSpec]", dtype: torch.dtype
-) -> list[torch.Tensor]:
+) -> Pieces[list[torch.Tensor]]:
+    """Encode images together, in pieces; returns the features of each in the dtype, unchecked.
+
+    Args:
+        model: with the vision encoder.
+        features: items, videos included; those given as embeddings are only converted.
+        dtype: of the result.
+    """
     made = [given_features(feature) for feature in features]
     mm_kwargs: list[tuple[str, Any]] = [
         (feature.modality, feature.data)
         for feature, given in zip(features, made, strict=True)
         if given is None
     ]
-    encoded = [
-        rows for _, _, batch in group_and_batch_mm_kwargs(mm_kwargs) for rows in model.encode(batch)
-    ]
+    encoded: list[torch.Tensor] = []
+    for _, _, batch in group_and_batch_mm_kwargs(mm_kwargs):
+        encoded += yield from model.encode_pieces(batch)
     places = [place for place, given in enumerate(made) if given is None]
     for place, rows in zip(places, encoded, strict=True):
         made[place] = rows

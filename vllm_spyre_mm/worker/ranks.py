@@ -5,7 +5,7 @@ Pictures are encoded and tokens are sampled once, not by each rank for itself: t
 host, and what is drawn at random has to be the same for all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -70,6 +70,25 @@ class Ranks:
             values, distributed.get_global_rank(self.group, 0), self.group
         )
         return values[0]
+
+    def send_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give the others tensors, of any number and shape: the first rank alone calls this."""
+        if self.group is None:
+            return
+        self.broadcast_object([(tensor.shape, tensor.dtype) for tensor in tensors])
+        for tensor in tensors:
+            self.broadcast(tensor.contiguous())
+
+    def receive_tensors(self) -> list[torch.Tensor]:
+        """What :meth:`send_tensors` gives, on the others.
+
+        Raises:
+            Exception: the one that the first rank gave to :meth:`broadcast_object` instead.
+        """
+        sent = self.broadcast_object()
+        if isinstance(sent, Exception):
+            raise sent
+        return [self.broadcast(torch.empty(shape, dtype=dtype)) for shape, dtype in sent]
 
     def broadcast_tokens(
         self, count: int, sample: Callable[[], tuple[torch.Tensor, Details]]

@@ -35,9 +35,11 @@ from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.upstream.processes import is_engine_process
+from vllm_spyre_mm.worker.encode_ahead import AheadEncoding
 from vllm_spyre_mm.worker.encoding import ImageEncodingError
 from vllm_spyre_mm.worker.host_share import take_share
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
+from vllm_spyre_mm.worker.piecewise_queue import PiecewiseEncodeQueue
 from vllm_spyre_mm.worker.ranks import Ranks
 from vllm_spyre_mm.worker.unsupported_operations import RefusingWorker
 from vllm_spyre_mm.worker.warmup import warm_up
@@ -239,6 +241,18 @@ class SpyreWorker(RefusingWorker):
             return_mm_embedding=self.settings.enable_return_mm_embedding and self.rank == 0,
             ranks=self._ranks(),
         )
+        self.ahead = self._ahead_encoding()
+
+    def _ahead_encoding(self) -> AheadEncoding:
+        """What encodes beside the steps, on the first rank for all of them."""
+        runner = self.model_runner
+        if not runner.ranks.is_first:
+            return AheadEncoding(None, runner.ranks)
+        encoder = runner.encoder
+        queue = PiecewiseEncodeQueue(
+            self.model, encoder.dtype, encoder.decoder_dtype, runner.ranks.num_threads
+        )
+        return AheadEncoding(queue, runner.ranks)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Compile every graph before the first request."""
@@ -255,15 +269,18 @@ class SpyreWorker(RefusingWorker):
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Run one step; a request whose images cannot be encoded fails alone, on every rank."""
+        with self.backend.without_gradients():
+            self.ahead.step(scheduler_output, self.model_runner.encoder_cache)
         try:
-            return self.model_runner.execute_model(scheduler_output)
+            output = self.model_runner.execute_model(scheduler_output)
         except ImageEncodingError as error:
             if self.rank == 0:
                 logger.exception("A request fails because its images could not be encoded")
-            return self.model_runner.failed_encoding(scheduler_output, error)
+            output = self.model_runner.failed_encoding(scheduler_output, error)
+        return None if output is None else self.ahead.attach(output)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
-        return self.model_runner.sample_tokens(grammar_output)
+        return self.ahead.attach(self.model_runner.sample_tokens(grammar_output))
 
     # -- the rest of vLLM's interface ------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any
@@ -44,9 +44,9 @@ def _terminate_and_wait(self: BaseProcess) -> None:
 
 def _make_faulty(module: ModuleType) -> None:
     model = module.SpyreModel  # type: ignore[attr-defined]
-    original = model.encode
+    original = model.encode_pieces
 
-    def encode(self: Any, mm_kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    def pieces(self: Any, mm_kwargs: Mapping[str, Any]) -> Generator[None, None, Any]:
         faults = [_fault(picture) for picture in mm_kwargs["pixel_values"]]
         if RAISES in faults:
             raise ValueError("this picture is not to my taste")
@@ -58,13 +58,13 @@ def _make_faulty(module: ModuleType) -> None:
         if STALLS_UNTIL_SIGTERM in faults or os.environ.pop(FIRST_STALLS, None):
             print(STALLED, os.getpid(), flush=True)
             _wait_for_sigterm()
-        features = original(self, mm_kwargs)
+        features: list[torch.Tensor] = yield from original(self, mm_kwargs)
         return [
             each * float("nan") if fault == NAN else each
             for fault, each in zip(faults, features, strict=True)
         ]
 
-    model.encode = encode
+    model.encode_pieces = pieces
 
 
 def _wait_for_sigterm() -> None:

@@ -134,6 +134,7 @@ def _watch_scheduler(module: ModuleType) -> None:
         output = schedule_originally(self, *args, **kwargs)
         work.steps += bool(output.num_scheduled_tokens)
         work.encoded += sum(map(len, output.scheduled_encoder_inputs.values()))
+        work.encoded += len(getattr(output, "images_to_encode", ()))
         for req_id in output.num_scheduled_tokens:
             late = work.steps - work.arrived.get(hash(req_id), work.steps)
             work.late = max(work.late, late)

@@ -63,6 +63,15 @@ class MMUtils(ABC):
         return None
 
     @property
+    def encoder_batch_values(self) -> int:
+        """Pixel values that make a pass of the encoder as fast as it gets.
+
+        Images of several requests are encoded together up to as many. 0 where a pass has one image,
+        so that waiting for others would gain nothing.
+        """
+        return 0
+
+    @property
     def encoder_summary(self) -> str | None:
         """The vision encoder as it is built, in a few words; None without an encoder."""
         return None

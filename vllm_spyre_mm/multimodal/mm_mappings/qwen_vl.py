@@ -16,6 +16,7 @@ from vllm_spyre_mm.model_executor.models.composition import DECODER, TOWER, Comp
 from vllm_spyre_mm.model_executor.models.decoders import decoder_mismatch, head_dim_of
 from vllm_spyre_mm.model_executor.models.mrope import MRope, mrope_mismatch
 from vllm_spyre_mm.model_executor.models.names import renamed
+from vllm_spyre_mm.model_executor.models.qwen_vision import BATCH_PATCHES
 from vllm_spyre_mm.model_executor.models.qwen_vision_config import (
     qwen_vision_config,
     qwen_vision_mismatch,
@@ -98,6 +99,10 @@ class QwenVL(DecoderMapping):
     @property
     def encoder_head_dim(self) -> int:
         return qwen_vision_config(self.hf_config.vision_config).head_dim
+
+    @property
+    def encoder_batch_values(self) -> int:
+        return BATCH_PATCHES * qwen_vision_config(self.hf_config.vision_config).patch_values
 
     @property
     def encoder_summary(self) -> str:

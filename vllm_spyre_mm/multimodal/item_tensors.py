@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of an item of a prompt, which say how much work and memory it is."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+
+def item_tensors(feature: "MultiModalFeatureSpec") -> Iterator[torch.Tensor]:
+    """The tensors that vLLM's processor made of an item; none if its data are not at hand."""
+    for element in (feature.data or {}).values():
+        yield from _tensors(element.data)
+
+
+def _tensors(data: Any) -> Iterator[torch.Tensor]:
+    if isinstance(data, torch.Tensor):
+        yield data
+    elif isinstance(data, list | tuple):
+        for each in data:
+            yield from _tensors(each)

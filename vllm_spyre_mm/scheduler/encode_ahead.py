@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Has the images of waiting requests encoded ahead of time, beside the steps of running ones."""
+
+from collections.abc import Callable, Container, Iterable
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_spyre_mm.multimodal.given_features import given_features
+from vllm_spyre_mm.scheduler.image_reservations import ImageReservations
+from vllm_spyre_mm.scheduler.outputs import EncodingDone
+from vllm_spyre_mm.scheduler.request_queue import AlternatingQueue
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import PlaceholderRange
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+
+class EncodeAhead:
+    """Looks at the waiting requests in their order, as far as the encoder cache has room.
+
+    Args:
+        scheduler: whose requests they are.
+        collects_from_start: whether a request wants the features of images that a prefix-cache hit
+            covers, too.
+        enabled: if not, every request is ready: its images are encoded in its own steps.
+
+    Attributes:
+        asked: request id and index of the images that were asked for on behalf of a request.
+    """
+
+    def __init__(
+        self,
+        scheduler: "Scheduler",
+        collects_from_start: Callable[[Request], bool],
+        enabled: bool,
+    ) -> None:
+        self._scheduler = scheduler
+        self._collects_from_start, self._enabled = collects_from_start, enabled
+        self._books = scheduler.encoder_cache_manager
+        self._reservations = ImageReservations(
+            self._books,
+            lambda request, index: scheduler._allocate_encoder_inputs(request, [index], []),
+        )
+        self._starts: dict[str, int] = {}  # of waiting requests: the first token to compute
+        self._ready: set[str] = set()
+        self.asked: set[tuple[str, int]] = set()
+        self._runs = 0
+
+    def is_ready(self, request: Request) -> bool:
+        """Whether a waiting request has its features, as of the last :meth:`look_ahead`."""
+        return not self._enabled or not request.mm_features or request.request_id in self._ready
+
+    def have_features(self, request: Request, start: int, end: int | None = None) -> bool:
+        """Whether the features of ``[start, end)`` are there, or come from elsewhere.
+
+        Otherwise they are asked for: at once if the request runs, at the next :meth:`look_ahead` if
+        it waits.
+        """
+        if not self._enabled:
+            return True
+        if self._collects_from_start(request):
+            start = 0
+        needed = self._needed(request, start, end)
+        if self._reservations.is_complete(request, needed):
+            return True
+        if request.status == RequestStatus.RUNNING:
+            self._reserve(request, needed, {request.request_id})
+        else:
+            self._starts[request.request_id] = start
+            self._ready.discard(request.request_id)
+        return False
+
+    def look_ahead(self) -> None:
+        """Reserve room for images of waiting requests and ask for those that are not encoded."""
+        if not self._enabled:
+            return
+        self._reservations.settle()
+        starts, ready = self._starts, self._ready
+        self._starts, self._ready = {}, set()
+        for request in self._waiting():
+            req_id = request.request_id
+            start = starts[req_id] if req_id in starts else self._find_start(request)
+            self._starts[req_id] = start
+            if req_id not in ready or req_id not in self._books.request_cached_ids:
+                needed = self._needed(request, start)
+                if not self._reserve(request, needed, self._starts):
+                    break
+                if not self._reservations.is_complete(request, needed):
+                    continue
+            self._ready.add(req_id)
+
+    def instruct(self, output: SchedulerOutput, may_encode: bool) -> SchedulerOutput:
+        """A step's message with what is to be encoded beside it, if there is anything.
+
+        Args:
+            output: the message.
+            may_encode: whether encoding may take time of the step.
+        """
+        if self.asked:
+            unfinished = self._scheduler.requests
+            self.asked = {each for each in self.asked if each[0] in unfinished}
+        return self._reservations.instruct(output, may_encode)
+
+    def finish(self, done: Iterable[EncodingDone]) -> dict[str, str]:
+        """Note images that are done; returns a sentence for each request that fails."""
+        encoded, failed = self._reservations.finish(done, self._scheduler.requests)
+        self._runs += sum(given_features(feature) is None for feature in encoded)
+        return failed
+
+    def take_runs(self) -> int:
+        """Images that were encoded since the last call."""
+        runs, self._runs = self._runs, 0
+        return runs
+
+    def forget_faulty(self) -> None:
+        """Forget the images that could not be encoded, once the requests that failed are gone."""
+        self._reservations.forget_faulty()
+
+    def give_back(self) -> None:
+        """Give back what is reserved for waiting requests: somebody else needs the room."""
+        self._reservations.give_back()
+
+    def reset(self) -> None:
+        """Ask anew for everything: vLLM has emptied the books."""
+        self._reservations.reset()
+
+    def _waiting(self) -> Iterable[Request]:
+        """Waiting requests with images, in the order in which they may be admitted."""
+        scheduler = self._scheduler
+        if scheduler.pause_state != PauseState.UNPAUSED:
+            return ()
+        if isinstance(scheduler.waiting, AlternatingQueue):
+            return scheduler.waiting.with_images()
+        return (request for request in scheduler.waiting if request.mm_features)
+
+    def _find_start(self, request: Request) -> int:
+        """The first token of a waiting request whose features are needed."""
+        if self._collects_from_start(request):
+            return 0
+        return self._scheduler._get_local_prefix_cache_hit(request)[1]
+
+    def _needed(self, request: Request, start: int, end: int | None = None) -> list[int]:
+        """Indices of the images with features in ``[start, end)`` that are to come from here.
+
+        An image whose identifier is known with another number of features is left to vLLM, which
+        refuses the request.
+        """
+        connector, sizes = self._scheduler.ec_connector, self._books.num_embeds_by_hash
+        needed = []
+        for index, feature in enumerate(request.mm_features):
+            identifier, size = feature.identifier, request.get_num_encoder_embeds(index)
+            if (
+                _has_features_in(feature.mm_position, start, end)
+                and sizes.get(identifier, size) == size
+                and not (connector is not None and connector.has_cache_item(identifier))
+            ):
+                needed.append(index)
+        return needed
+
+    def _reserve(self, request: Request, needed: list[int], before: Container[str]) -> bool:
+        asked = self._reservations.reserve(request, needed, before)
+        if asked is None:
+            return False
+        self.asked |= {(request.request_id, index) for index in asked}
+        return True
+
+
+def _has_features_in(position: "PlaceholderRange", start: int, end: int | None) -> bool:
+    first, length = position.offset, position.length
+    if first + length <= start or (end is not None and first >= end):
+        return False
+    if first >= start and (end is None or first + length <= end):
+        return True
+    inside = (max(0, start - first), length if end is None else min(length, end - first))
+    begin, stop = position.get_embeds_indices_in_range(*inside)
+    return begin < stop
