@@ -11,11 +11,11 @@ from tests.doctor.card_hosts import image
 from tests.e2e.engines import engine, greedy
 from vllm_spyre_mm.doctor import examine_card
 from vllm_spyre_mm.model_executor.card import limits
-from vllm_spyre_mm.model_executor.card.limits import Decoder, KnownConfiguration, KnownModel
+from vllm_spyre_mm.model_executor.card.limits import DecoderSize, KnownConfiguration, KnownModel
 
 DEMO = KnownModel(
     "The demo",
-    Decoder("granite", 4, 256, 512, 8192, num_attention_heads=4, num_key_value_heads=2),
+    DecoderSize("granite", 4, 256, 512, 8192, num_attention_heads=4, num_key_value_heads=2),
     (KnownConfiguration(1, 256, 3, max_batch_tkv=512),),
 )
 

@@ -69,7 +69,7 @@ def _octaves(one: int, other: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Decoder:
+class DecoderSize:
     """What a decoder is recognised by, in Transformers' words."""
 
     model_type: str
@@ -99,7 +99,7 @@ class KnownModel:
     """
 
     name: str
-    decoder: Decoder
+    decoder: DecoderSize
     configurations: tuple[KnownConfiguration, ...]
     machines: tuple[str, ...] | None = None
 
@@ -140,19 +140,21 @@ _MINISTRAL = (KnownConfiguration(1, 4096, 32), _FOUR_CARDS)
 KNOWN_MODELS = (
     KnownModel(
         "Granite Vision 3.3 2B",
-        Decoder("granite", 40, 2048, 49156),
+        DecoderSize("granite", 40, 2048, 49156),
         (KnownConfiguration(1, 8192, 16), KnownConfiguration(2, 16384, 16), _FOUR_CARDS),
     ),
-    KnownModel("Granite 3.3 8B", Decoder("granite", 40, 4096, 49159), _GRANITE_8B),
-    KnownModel("Granite 4 8B (dense), 4.2 8B", Decoder("granite", 40, 4096, 100352), _GRANITE_8B),
+    KnownModel("Granite 3.3 8B", DecoderSize("granite", 40, 4096, 49159), _GRANITE_8B),
+    KnownModel(
+        "Granite 4 8B (dense), 4.2 8B", DecoderSize("granite", 40, 4096, 100352), _GRANITE_8B
+    ),
     KnownModel(
         "Granite 4.1 30B",
-        Decoder("granite", 64, 4096, 100352),
+        DecoderSize("granite", 64, 4096, 100352),
         (KnownConfiguration(4, 32768, 32, num_blocks=2080),),
     ),
     KnownModel(
         "Llama 3.1 8B",
-        Decoder("llama", 32, 4096, 128256),
+        DecoderSize("llama", 32, 4096, 128256),
         (
             KnownConfiguration(1, 3072, 16, max_batch_tkv=3072 * 16),
             KnownConfiguration(4, 16384, 4, num_blocks=8192),
@@ -161,12 +163,12 @@ KNOWN_MODELS = (
     ),
     KnownModel(
         "Mistral Small 3.2 24B",
-        Decoder("mistral", 40, 5120, 131072),
+        DecoderSize("mistral", 40, 5120, 131072),
         (KnownConfiguration(2, 8192, 32, max_batch_tkv=8192 * 32), _FOUR_CARDS),
         machines=("x86_64", "ppc64le"),
     ),
-    KnownModel("Ministral 3 8B", Decoder("ministral3", 34, 4096, 131072, 262144), _MINISTRAL),
-    KnownModel("Ministral 3 14B", Decoder("ministral3", 40, 5120, 131072, 262144), _MINISTRAL),
+    KnownModel("Ministral 3 8B", DecoderSize("ministral3", 34, 4096, 131072, 262144), _MINISTRAL),
+    KnownModel("Ministral 3 14B", DecoderSize("ministral3", 40, 5120, 131072, 262144), _MINISTRAL),
 )
 """Every model of the table that this package serves."""
 
