@@ -3,7 +3,6 @@
 
 from typing import TYPE_CHECKING
 
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
@@ -35,18 +34,16 @@ class AheadEncoding:
         self._asked: dict[str, MultiModalFeatureSpec] = {}
         self._done: list[EncodingDone] = []
 
-    def step(self, scheduler_output: SchedulerOutput, cache: EncoderCache) -> None:
+    def step(self, scheduler_output: SpyreSchedulerOutput, cache: EncoderCache) -> None:
         """Do a step's part of the encoding; called on every rank, before the step.
 
         Args:
-            scheduler_output: of the step; a plain one says nothing about encoding.
+            scheduler_output: of the step; where it is vLLM's own there is nothing to do.
             cache: takes the features of images that are done.
 
         Raises:
             FirstRankError: on the others, as soon as anything was raised on the first.
         """
-        if not isinstance(scheduler_output, SpyreSchedulerOutput):
-            return
         for identifier in scheduler_output.cancelled_images:
             self._asked.pop(identifier, None)
         images = scheduler_output.images_to_encode

@@ -34,6 +34,7 @@ from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 from vllm_spyre_mm.scheduler.geometry import geometry_of
+from vllm_spyre_mm.scheduler.outputs import SpyreSchedulerOutput
 from vllm_spyre_mm.upstream.processes import is_engine_process
 from vllm_spyre_mm.worker.encode_ahead import AheadEncoding
 from vllm_spyre_mm.worker.encoding import ImageEncodingError
@@ -245,14 +246,11 @@ class SpyreWorker(RefusingWorker):
 
     def _ahead_encoding(self) -> AheadEncoding:
         """What encodes beside the steps, on the first rank for all of them."""
-        runner = self.model_runner
-        if not runner.ranks.is_first:
-            return AheadEncoding(None, runner.ranks)
-        encoder = runner.encoder
-        queue = PiecewiseEncodeQueue(
-            self.model, encoder.dtype, encoder.decoder_dtype, runner.ranks.num_threads
-        )
-        return AheadEncoding(queue, runner.ranks)
+        ranks, encoder = self.model_runner.ranks, self.model_runner.encoder
+        if not ranks.is_first:
+            return AheadEncoding(None, ranks)
+        dtypes = encoder.dtype, encoder.decoder_dtype
+        return AheadEncoding(PiecewiseEncodeQueue(self.model, *dtypes, ranks.num_threads), ranks)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Compile every graph before the first request."""
@@ -269,8 +267,9 @@ class SpyreWorker(RefusingWorker):
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Run one step; a request whose images cannot be encoded fails alone, on every rank."""
-        with self.backend.without_gradients():
-            self.ahead.step(scheduler_output, self.model_runner.encoder_cache)
+        if isinstance(scheduler_output, SpyreSchedulerOutput):
+            with self.backend.without_gradients():
+                self.ahead.step(scheduler_output, self.model_runner.encoder_cache)
         try:
             output = self.model_runner.execute_model(scheduler_output)
         except ImageEncodingError as error:

@@ -28,6 +28,14 @@ HEAD, EMBEDDING = f"{DECODER}.lm_head.weight", f"{DECODER}.model.embed_tokens.we
 """Weights of the LM head and the embedding, as :meth:`DecoderMapping.rename` names them."""
 
 
+JOINED_PATCHES = 512
+"""Patches of pictures of several requests that go through the tower together.
+
+From some 256 on the linear layers are as fast as they get; with more, only the first picture waits
+longer.
+"""
+
+
 class DecoderMapping(MMUtils):
     """Base class of mappings whose model is a :class:`Composition`, with or without a tower."""
 

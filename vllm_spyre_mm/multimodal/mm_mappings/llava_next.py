@@ -16,8 +16,8 @@ from vllm_spyre_mm.model_executor.models.composition import (
 from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
+from vllm_spyre_mm.multimodal.mm_mappings.decoder import JOINED_PATCHES
 from vllm_spyre_mm.multimodal.mm_mappings.vision_language import (
-    PATCHES_AT_ONCE,
     TILE_TOWERS,
     VisionLanguageMapping,
     first_mismatch,
@@ -54,7 +54,7 @@ class LlavaNext(VisionLanguageMapping):
 
     @property
     def encoder_batch_values(self) -> int:
-        return PATCHES_AT_ONCE * 3 * self.hf_config.vision_config.patch_size**2
+        return JOINED_PATCHES * 3 * self.hf_config.vision_config.patch_size**2
 
     def projector(self, config: Any) -> nn.Module:
         from fms.models.llava_next import LlavaNextMultiModalProjector

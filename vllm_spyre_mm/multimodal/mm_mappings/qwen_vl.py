@@ -16,7 +16,6 @@ from vllm_spyre_mm.model_executor.models.composition import DECODER, TOWER, Comp
 from vllm_spyre_mm.model_executor.models.decoders import decoder_mismatch, head_dim_of
 from vllm_spyre_mm.model_executor.models.mrope import MRope, mrope_mismatch
 from vllm_spyre_mm.model_executor.models.names import renamed
-from vllm_spyre_mm.model_executor.models.qwen_vision import BATCH_PATCHES
 from vllm_spyre_mm.model_executor.models.qwen_vision_config import (
     qwen_vision_config,
     qwen_vision_mismatch,
@@ -25,7 +24,11 @@ from vllm_spyre_mm.model_executor.models.towers import QWEN_VISION
 from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.model_executor.spec import FmsModel, LoadOverrides
 from vllm_spyre_mm.multimodal.feature_layout import FeatureGrid, FeatureLayout
-from vllm_spyre_mm.multimodal.mm_mappings.decoder import DecoderMapping, as_text_model
+from vllm_spyre_mm.multimodal.mm_mappings.decoder import (
+    JOINED_PATCHES,
+    DecoderMapping,
+    as_text_model,
+)
 from vllm_spyre_mm.multimodal.mm_mappings.mrope_positions import mrope_positions
 
 if TYPE_CHECKING:
@@ -102,7 +105,7 @@ class QwenVL(DecoderMapping):
 
     @property
     def encoder_batch_values(self) -> int:
-        return BATCH_PATCHES * qwen_vision_config(self.hf_config.vision_config).patch_values
+        return JOINED_PATCHES * qwen_vision_config(self.hf_config.vision_config).patch_values
 
     @property
     def encoder_summary(self) -> str:
