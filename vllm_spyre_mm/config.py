@@ -90,6 +90,9 @@ class SpyreSettings(BaseModel):
             they are encoded in the step of the chunk that needs them, and everybody waits.
         max_batch_tkv: bound on batch × padded length of a decode step, in tokens. ``None``: no
             bound beyond ``max_num_seqs`` × ``max_model_len`` on a CPU, 131,072 for a card.
+        missing_features: what a consumer of an EC connector does with an image of which the
+            connector has no features. ``encode``: the engine encodes it. ``refuse``: its request
+            fails; then the engine loads no vision encoder.
         max_num_seqs_given: set where vLLM's arguments are read, not by users: whether the user gave
             ``max_num_seqs``, which a known configuration of a card replaces otherwise.
         card: :class:`CardSettings`; without effect on a CPU.
@@ -111,6 +114,7 @@ class SpyreSettings(BaseModel):
     encoder_cache_tokens: int | None = Field(default=None, gt=0)
     encode_ahead: bool = True
     max_batch_tkv: int | None = Field(default=None, gt=0)
+    missing_features: Literal["encode", "refuse"] = "encode"
     max_num_seqs_given: bool = True
     card: CardSettings = CardSettings()
     num_local_engines: int = Field(default=1, ge=1)

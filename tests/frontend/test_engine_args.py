@@ -205,6 +205,8 @@ def test_a_keyword_of_vllms_own_is_not_swallowed():
                 enforce_eager: Any,
                 max_num_batched_tokens: Any,
                 max_num_seqs: Any,
+                mm_encoder_only: Any,
+                ec_transfer_config: Any,
                 enable_return_mm_embedding: bool,
             ) -> None:
                 """A vLLM that has it."""

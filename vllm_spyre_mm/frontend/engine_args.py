@@ -22,6 +22,7 @@ from vllm_spyre_mm.config import (
     SpyreSettings,
     card_backend_available,
 )
+from vllm_spyre_mm.frontend.encoder_transfer import encodes_alone
 from vllm_spyre_mm.upstream.contract import require, require_attributes, require_parameters
 from vllm_spyre_mm.upstream.marks import extending, is_extended
 from vllm_spyre_mm.upstream.module_loading import when_loaded
@@ -74,7 +75,10 @@ def _extend_engine_args(module: ModuleType) -> None:
     require_attributes(module, ("EngineArgs", "AsyncEngineArgs"))
     require_parameters(
         module.EngineArgs.__init__,
-        ("additional_config", "dtype", "enforce_eager", "max_num_batched_tokens", "max_num_seqs"),
+        (
+            *("additional_config", "dtype", "enforce_eager", "max_num_batched_tokens"),
+            *("max_num_seqs", "mm_encoder_only", "ec_transfer_config"),
+        ),
     )
     require(
         KEYWORD not in inspect.signature(module.EngineArgs.__init__).parameters,
@@ -96,7 +100,9 @@ def _accepting_keyword(original: Callable[..., None]) -> Callable[..., None]:
         setattr(self, KEYWORD, wanted)
         if wanted is not None:
             self.additional_config = _with_keyword(self.additional_config, wanted)
-        for_card = _is_for_card(self.additional_config, self.enforce_eager)
+        for_card = not encodes_alone(self) and _is_for_card(
+            self.additional_config, self.enforce_eager
+        )
         if self.max_num_batched_tokens is None:
             self.max_num_batched_tokens = CARD_CHUNK_SIZE if for_card else HOST_CHUNK_SIZE
         if self.max_num_seqs is None:

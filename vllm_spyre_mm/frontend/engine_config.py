@@ -24,6 +24,11 @@ from vllm_spyre_mm.environment import (
 )
 from vllm_spyre_mm.frontend.card_limits import size_card_cache, take_known_configuration
 from vllm_spyre_mm.frontend.data_parallel import divide_host
+from vllm_spyre_mm.frontend.encoder_transfer import (
+    check_encoder_transfer,
+    without_card,
+    without_look_ahead,
+)
 from vllm_spyre_mm.frontend.flags import SCHEDULER_CLASS, WORKER_CLASS, refuse_unsupported
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.cpu.tier import compiled_for, cpu_tier, detect_tier
@@ -66,6 +71,9 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     dtype = decoder_dtype_of(vllm_config)
 
     is_new = not settings.resolved  # vLLM builds configurations anew
+    if vllm_config.is_mm_encoder_only:
+        can_compile = why_not_compiled() is None
+        settings = without_card(settings, model_config.enforce_eager, can_compile)
     if is_new and settings.resolve_backend(model_config.enforce_eager) == "sendnn":
         settings = _with_card_environment(settings)
         settings = take_known_configuration(vllm_config, mapping, settings)
@@ -77,11 +85,13 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
         max_num_seqs=scheduler_config.max_num_seqs,
         can_compile=why_not_compiled() is None,
     )
+    settings = without_look_ahead(settings, vllm_config)
     if is_new:
         settings = divide_host(vllm_config, settings)
     _check_backend(settings, dtype, scheduler_config.max_num_batched_tokens, host_dtypes)
     _check_executor(settings, vllm_config.parallel_config)
     _check_divisible(vllm_config, mapping, settings)
+    check_encoder_transfer(vllm_config, settings, mapping)
     _check_embeddings(vllm_config, mapping)
     _check_tokenizer(vllm_config, mapping)
     vllm_config.additional_config = settings.model_dump()
@@ -184,6 +194,9 @@ def _check_divisible(vllm_config: "VllmConfig", mapping: MMUtils, settings: Spyr
 def _check_embeddings(vllm_config: "VllmConfig", mapping: MMUtils) -> None:
     """Raise ValueError if ready-made features are allowed and vLLM cannot lay them out."""
     multimodal = vllm_config.model_config.multimodal_config
+    transfer = vllm_config.ec_transfer_config
+    if transfer is not None and transfer.is_ec_consumer:
+        return  # vLLM allows them by itself, and their requests are refused
     if multimodal is not None and multimodal.enable_mm_embeds and not mapping.takes_embeddings:
         raise ValueError(
             "image embeddings as input (--enable-mm-embeds) are not supported for "

@@ -154,6 +154,11 @@ def validate_engine_request(request: "EngineCoreRequest", model_config: "ModelCo
         raise VLLMValidationError("streaming input is not supported on Spyre")
     if request.prompt_token_ids is None:
         raise VLLMValidationError("a prompt given as embeddings is not supported on Spyre")
+    multimodal = model_config.multimodal_config
+    if multimodal is not None and multimodal.mm_encoder_only and not request.mm_features:
+        raise VLLMValidationError(
+            "this engine runs the vision encoder alone: it takes prompts with images or videos"
+        )
     mapping = get_mm_mapping(model_config.hf_config)
     num_rows = mapping.text_config.vocab_size
     position = first_without_row(request.prompt_token_ids, request.mm_features or (), num_rows)

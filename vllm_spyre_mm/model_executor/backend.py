@@ -147,7 +147,12 @@ class Backend(ABC):
 
     @abstractmethod
     def warmup_passes(self, spec: ModelSpec, kv_cache: KVCache) -> Iterator[WarmupPass]:
-        """The passes of the warmup, in their order."""
+        """The passes of the warmup, in their order.
+
+        Args:
+            spec: of the model.
+            kv_cache: of the decoder; empty if only the encoder is loaded.
+        """
 
     @abstractmethod
     def forward(self, inputs: DecoderInputs, kv_cache: KVCache) -> tuple[torch.Tensor, KVCache]:

@@ -21,21 +21,24 @@ class EncoderCache:
 
     Every entry is a whole image, ``(num_features, hidden_size)``, and is never modified, so a
     reference may be kept past its eviction.
+
+    Attributes:
+        tensors: the entries by identifier, as an EC connector of vLLM's takes and fills them.
     """
 
     def __init__(self) -> None:
-        self._features: dict[str, torch.Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
 
     def __contains__(self, identifier: str) -> bool:
-        return identifier in self._features
+        return identifier in self.tensors
 
     def __len__(self) -> int:
-        return len(self._features)
+        return len(self.tensors)
 
     @property
     def num_bytes(self) -> int:
         """Memory held by the cached features."""
-        return sum(features.nbytes for features in self._features.values())
+        return sum(features.nbytes for features in self.tensors.values())
 
     def put(self, feature: "MultiModalFeatureSpec", features: torch.Tensor) -> None:
         """Store the features of an image.
@@ -44,7 +47,7 @@ class EncoderCache:
             feature: the image as a request refers to it.
             features: ``(num_features, hidden_size)``; :func:`check_feature_count` accepts them.
         """
-        self._features[feature.identifier] = features
+        self.tensors[feature.identifier] = features
 
     def get(self, feature: "MultiModalFeatureSpec") -> torch.Tensor:
         """The features of an image, ``(num_features, hidden_size)``.
@@ -54,7 +57,7 @@ class EncoderCache:
             FeatureCountError: the cached image has another number of features than the request's
                 placeholder; two images share an identifier.
         """
-        features = self._features.get(feature.identifier)
+        features = self.tensors.get(feature.identifier)
         if features is None:
             raise KeyError(
                 f"the features of image {feature.identifier!r} are not in the encoder cache, "
@@ -66,11 +69,11 @@ class EncoderCache:
     def evict(self, identifiers: Iterable[str]) -> None:
         """Remove images; unknown ones, of aborted requests that never encoded, are ignored."""
         for identifier in identifiers:
-            self._features.pop(identifier, None)
+            self.tensors.pop(identifier, None)
 
     def clear(self) -> None:
         """Remove all images."""
-        self._features.clear()
+        self.tensors.clear()
 
     def gather(
         self, mm_features: Sequence["MultiModalFeatureSpec"], slices: Iterable[FeatureSlice]

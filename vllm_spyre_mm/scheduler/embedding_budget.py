@@ -141,7 +141,7 @@ class EmbeddingBudget:
                 self._encoder_cache_hits += 1
 
     def record_runs(self, num_images: int) -> None:
-        """Count images that were encoded ahead of time."""
+        """Count images that were encoded and that no step had asked for."""
         self._encoder_runs += num_images
 
     def record_returned(self, num_embeddings: int) -> None:

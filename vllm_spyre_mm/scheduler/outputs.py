@@ -2,7 +2,7 @@
 """Fields beside vLLM's own that travel from the worker through the scheduler to the front end."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -72,12 +72,19 @@ class SpyreModelRunnerOutput(ModelRunnerOutput):
         mm_embedding_infos: by request id, the image that each row belongs to.
         failed_encoding: set if the step's request fails; nothing was computed then.
         encodings_done: images that were encoded beside the steps and are done since the last one.
+        num_encoded_anew: images that an EC connector had, did not bring, and were encoded.
     """
 
     mm_embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
     mm_embedding_infos: dict[str, MMEmbeddingInfo] = field(default_factory=dict)
     failed_encoding: FailedEncoding | None = None
     encodings_done: list[EncodingDone] = field(default_factory=list)
+    num_encoded_anew: int = 0
+
+    @classmethod
+    def of(cls, output: ModelRunnerOutput) -> Self:
+        """An output as one of this class: itself, or a copy."""
+        return output if isinstance(output, cls) else cls(**vars(output))
 
     @classmethod
     def of_failure(cls, failed: FailedEncoding) -> "SpyreModelRunnerOutput":

@@ -274,7 +274,8 @@ class SpyreScheduler(Scheduler):
         failed = model_runner_output.failed_encoding
         reasons = {} if failed is None else {failed.req_id: failed.reason}
         reasons |= self._ahead.finish(model_runner_output.encodings_done)
-        self._embedding_budget.record_runs(self._ahead.take_runs())
+        encoded = self._ahead.take_runs() + model_runner_output.num_encoded_anew
+        self._embedding_budget.record_runs(encoded)
         # vLLM ends these with FinishReason.ERROR, and ignores one that was aborted meanwhile.
         self.encoder_cache_mismatch_reqs.update(reasons)
         self._embedding_budget.record_returned(len(model_runner_output.mm_embeddings))

@@ -2,9 +2,11 @@
 """The requests that are sampled together, in vLLM's input batch."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker.block_table import SlotMappingMode
 from vllm.v1.worker.gpu_input_batch import InputBatch
@@ -14,6 +16,21 @@ from vllm_spyre_mm.worker.requests import WorkerRequest
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSample:
+    """Logits that ``execute_model`` computed and ``sample_tokens`` will sample from.
+
+    Attributes:
+        scheduler_output: of the step.
+        batch: the requests to sample for.
+        logits: ``(len(batch), vocab_size)``.
+    """
+
+    scheduler_output: SchedulerOutput
+    batch: "SamplingBatch"
+    logits: torch.Tensor
 
 
 class SamplingBatch:

@@ -63,8 +63,7 @@ class AheadEncoding:
         """A step's output with what is done since the last one."""
         if not self._done:
             return output
-        if not isinstance(output, SpyreModelRunnerOutput):
-            output = SpyreModelRunnerOutput(**vars(output))
+        output = SpyreModelRunnerOutput.of(output)
         output.encodings_done, self._done = self._done, []
         return output
 

@@ -2,7 +2,6 @@
 """The model runner, which executes the scheduler's steps; each concern has a module of its own."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +15,13 @@ from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.multimodal.embedding import assemble
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
-from vllm_spyre_mm.multimodal.merge import first_feature, mask_feature_tokens, plan_merge
+from vllm_spyre_mm.multimodal.merge import mask_feature_tokens, plan_merge
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
 from vllm_spyre_mm.multimodal.pooling import EmbeddingFault
 from vllm_spyre_mm.scheduler.geometry import Geometry
 from vllm_spyre_mm.scheduler.outputs import FailedEncoding, SpyreModelRunnerOutput
-from vllm_spyre_mm.worker.batch import SamplingBatch
+from vllm_spyre_mm.worker.batch import PendingSample, SamplingBatch
+from vllm_spyre_mm.worker.ec_transfer import FeatureTransfer
 from vllm_spyre_mm.worker.encoding import ImageEncoder, ImageEncodingError
 from vllm_spyre_mm.worker.prefill import prefill_chunk
 from vllm_spyre_mm.worker.ranks import Ranks
@@ -36,21 +36,6 @@ if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class PendingSample:
-    """Logits that ``execute_model`` computed and ``sample_tokens`` will sample from.
-
-    Attributes:
-        scheduler_output: of the step.
-        batch: the requests to sample for.
-        logits: ``(len(batch), vocab_size)``.
-    """
-
-    scheduler_output: SchedulerOutput
-    batch: SamplingBatch
-    logits: torch.Tensor
 
 
 class SpyreModelRunner:
@@ -81,6 +66,13 @@ class SpyreModelRunner:
         encoder_dtype: torch.dtype = getattr(torch, settings.encoder_dtype)
         self.encoder = ImageEncoder(model, ranks, encoder_dtype, decoder_dtype_of(vllm_config))
         self.encoder_cache = EncoderCache()
+        self.transfer = FeatureTransfer(
+            self.encoder_cache,
+            self.encoder,
+            ranks,
+            active=vllm_config.ec_transfer_config is not None,
+            merges=model.part.has_decoder,
+        )
         self.decodes = SamplingBatch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
         self.prefilled = SamplingBatch(vllm_config, 1)
         self.sampler = HostSampler(
@@ -107,14 +99,15 @@ class SpyreModelRunner:
             ImageEncodingError: :meth:`failed_encoding` makes the step's output.
         """
         with self.spyre_model.backend.without_gradients():
-            return self._execute(scheduler_output)
+            output = self._execute(scheduler_output)
+        return None if output is None else self.transfer.attach(output)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
         """Sample from the logits of the last :meth:`execute_model`."""
         pending, self._pending = self._pending, None
         assert pending is not None, "execute_model comes first"
         with self.spyre_model.backend.without_gradients():
-            return self._sample_step(pending, grammar_output)
+            return self.transfer.attach(self._sample_step(pending, grammar_output))
 
     def encode(self, images: "Mapping[int, MultiModalFeatureSpec]") -> list[torch.Tensor]:
         """Features of the images of one request; see :meth:`ImageEncoder.encode`."""
@@ -129,10 +122,15 @@ class SpyreModelRunner:
 
     def _execute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         self._update_requests(scheduler_output)
-        scheduled = scheduler_output.num_scheduled_tokens
-        if not scheduled:
+        with self.transfer.step(scheduler_output):
+            self._encode(self.transfer.to_encode(scheduler_output, self.requests))
+        if not scheduler_output.num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        self._encode(scheduler_output.scheduled_encoder_inputs)
+        return self._compute(scheduler_output)
+
+    def _compute(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Run a step whose features are in the cache."""
+        scheduled = scheduler_output.num_scheduled_tokens
         requests = [self.requests[req_id] for req_id in scheduled]
         if all(request.prefilled for request in requests):
             self.decodes.set_members(requests)
@@ -167,7 +165,11 @@ class SpyreModelRunner:
             sampled_token_ids=token_ids,
             logprobs=logprobs,  # vLLM takes the first rank's output
         )
-        return output if pending.batch is self.decodes else self._end_prefill(output)
+        if pending.batch is self.decodes:
+            return output
+        (request,) = self.prefilled.members
+        self.prefilled.discard([request.req_id])  # it decodes from the next step on
+        return self.end_prefill(request, output)
 
     def _sample(
         self, pending: PendingSample, grammar_output: GrammarOutput | None
@@ -182,10 +184,10 @@ class SpyreModelRunner:
         logprobs = sampled.logprobs_tensors
         return sampled.sampled_token_ids.long(), logprobs.tolists() if logprobs else None
 
-    def _end_prefill(self, output: ModelRunnerOutput) -> SpyreModelRunnerOutput:
+    def end_prefill(
+        self, request: WorkerRequest, output: ModelRunnerOutput
+    ) -> SpyreModelRunnerOutput:
         """The output of a prompt's last chunk, with its embedding or the reason of its failure."""
-        (request,) = self.prefilled.members
-        self.prefilled.discard([request.req_id])  # it decodes from the next step on
         if request.embedding_fault is not None:
             failed = FailedEncoding(request.req_id, request.embedding_fault, [], [])
             return SpyreModelRunnerOutput.of_failure(failed)  # its images and blocks are valid
@@ -204,7 +206,7 @@ class SpyreModelRunner:
         self.requests.update(scheduler_output.scheduled_cached_reqs)
 
     def _encode(self, scheduled: Mapping[str, list[int]]) -> None:
-        """Encode the images that the scheduler asks for, all of a request together.
+        """Encode the images that are to be encoded, all of a request together.
 
         Raises:
             ImageEncodingError: none of the request's images entered the cache.
@@ -216,20 +218,22 @@ class SpyreModelRunner:
 
     def failed_encoding(
         self, scheduler_output: SchedulerOutput, error: ImageEncodingError
-    ) -> SpyreModelRunnerOutput:
+    ) -> ModelRunnerOutput:
         """The output of a step whose images could not be encoded; its one request fails."""
-        (req_id,) = scheduler_output.num_scheduled_tokens
+        ((req_id, num_new),) = scheduler_output.num_scheduled_tokens.items()
         request = self.requests[req_id]
-        items = scheduler_output.scheduled_encoder_inputs[req_id]
+        items = scheduler_output.scheduled_encoder_inputs.get(req_id, [])
+        lacking = self.transfer.lacking(request, num_new, items)
         unfilled = request.num_computed_tokens // self.geometry.block_size
-        return SpyreModelRunnerOutput.of_failure(
+        failed = SpyreModelRunnerOutput.of_failure(
             FailedEncoding(
                 req_id=req_id,
                 reason=str(error),
-                identifiers=[request.mm_features[item].identifier for item in items],
+                identifiers=[request.mm_features[item].identifier for item in items + lacking],
                 block_ids=request.blocks[unfilled:],
             )
         )
+        return self.transfer.attach(failed)
 
     def _prefill(self, request: WorkerRequest, num_new: int) -> torch.Tensor:
         """Run one chunk; returns the logits of its last token, ``(1, vocab_size)``."""
@@ -252,29 +256,25 @@ class SpyreModelRunner:
             rows = torch.cat(self.encoder_cache.gather(request.mm_features, slices))
             embeds = self.spyre_model.mapping.merge(embeds, rows, chunk.feature_index)
             levels = self.spyre_model.mapping.merge_levels(embeds, rows, chunk.feature_index)
-        if self.return_mm_embedding and request.choice is not None:
-            self._collect(request, end)
+        self.collect(request, end)
         request.prefilled = end == num_tokens
         if request.choice is not None and not request.choice.generate:
             return embeds.new_zeros(1, self.vocab_size)  # nobody reads its token or its blocks
         logits = self.spyre_model.forward(self.inputs.chunk_inputs(chunk, embeds, levels))
         return self.inputs.chunk_logits(logits, chunk)
 
-    def _collect(self, request: WorkerRequest, end: int) -> None:
+    def collect(self, request: WorkerRequest, end: int) -> None:
         """Collect for the embedding the items with features before ``end``, in prompt order.
 
         At the request's admission the scheduler has every item from the prompt's start on encoded,
         also those that a prefix-cache hit covers.
         """
-        if request.output_token_ids:
-            return  # resumed after its first token, with which the embedding was returned
-        assert request.choice is not None, "looked at before"
-        wanted = [each for each in request.mm_features if request.choice.wants(each.modality)]
-        for feature in wanted[len(request.mm_parts) :]:
-            if first_feature(feature.mm_position) >= end:
-                break
+        for feature in request.uncollected(end):
             request.mm_parts.append(self.encoder_cache.get(feature))
-        if end == request.num_tokens and request.mm_parts:
+        if end < request.num_tokens or request.choice is None:
+            return
+        if request.mm_parts and self.return_mm_embedding:
+            wanted = [each for each in request.mm_features if request.choice.wants(each.modality)]
             mapping = self.spyre_model.mapping
             layouts = [mapping.feature_layout(feature.data or {}) for feature in wanted]
             try:
@@ -287,7 +287,7 @@ class SpyreModelRunner:
                 )
             except EmbeddingFault as error:  # the other ranks collect nothing: go on
                 request.embedding_fault = str(error)
-            request.mm_parts.clear()
+        request.mm_parts.clear()
 
     def _decode(self) -> torch.Tensor:
         """Run the decode batch; returns logits ``(batch, vocab_size)``."""

@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.multimodal.embedding import MMEmbeddingInfo
 from vllm_spyre_mm.multimodal.embedding_choice import EmbeddingChoice, choice_of
+from vllm_spyre_mm.multimodal.merge import first_feature, plan_merge
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -86,6 +87,33 @@ class WorkerRequest(CachedRequestState):
         if embedding is None or info is None:
             return {}, {}
         return {self.req_id: embedding}, {self.req_id: info}
+
+    def uncollected(self, end: int) -> "list[MultiModalFeatureSpec]":
+        """Items with features before ``end`` that the embedding still lacks, in prompt order.
+
+        There are none once the first token is there, with which the embedding was returned.
+        """
+        if self.choice is None or self.output_token_ids:
+            return []
+        wanted = [each for each in self.mm_features if self.choice.wants(each.modality)]
+        lacking = wanted[len(self.mm_parts) :]
+        return [each for each in lacking if first_feature(each.mm_position) < end]
+
+    def items_read(self, num_new: int, *, merges: bool) -> list[int]:
+        """Indices of the items whose features a chunk of the prompt reads.
+
+        Args:
+            num_new: tokens of the chunk.
+            merges: whether the chunk's embeddings are made, beside the request's embedding.
+        """
+        start, end = self.num_computed_tokens, self.num_computed_tokens + num_new
+        collected = {id(each) for each in self.uncollected(end)}
+        merged = {each.item for each in plan_merge(self.mm_features, start, end)[0] if merges}
+        return [
+            item
+            for item, each in enumerate(self.mm_features)
+            if item in merged or id(each) in collected
+        ]
 
     @property
     def blocks(self) -> list[int]:

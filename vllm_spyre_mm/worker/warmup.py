@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -60,7 +61,8 @@ def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
     for each in runner.spyre_model.warmup_passes():
         with each.context:
             if each.work is WarmupWork.ENCODER:
-                _encode_all(runner, requests, each.title)
+                if runner.spyre_model.part.has_encoder:
+                    _encode_all(runner, requests, each.title)
             elif each.work is WarmupWork.GRAPHS:
                 _run_graphs(runner, each.title)
             else:
@@ -220,7 +222,7 @@ def _prefill(runner: SpyreModelRunner, request: WarmupRequest, block_ids: list[i
         num_computed_tokens=0,
         lora_request=None,
     )
-    images = list(range(len(request.mm_features)))
+    images = _pictures_to_encode(runner, request)
     while start < num_tokens:
         output = SchedulerOutput.make_empty()
         if start == 0:
@@ -231,6 +233,17 @@ def _prefill(runner: SpyreModelRunner, request: WarmupRequest, block_ids: list[i
         end = runner.geometry.chunk_end(num_tokens, start)
         _step(runner, output, {request.name: end - start})
         start = end
+
+
+def _pictures_to_encode(runner: SpyreModelRunner, request: WarmupRequest) -> list[int]:
+    """Indices of the pictures that the first step has to encode; others are in the cache."""
+    if runner.spyre_model.part.has_encoder:
+        return list(range(len(request.mm_features)))
+    width, dtype = runner.spyre_model.mapping.feature_width, runner.encoder.dtype
+    for picture in request.mm_features:
+        rows = torch.zeros(picture.mm_position.get_num_embeds(), width, dtype=dtype)
+        runner.encoder_cache.put(picture, rows)
+    return []
 
 
 def _decode(runner: SpyreModelRunner, lengths: dict[str, int]) -> None:

@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
+from vllm.distributed.ec_transfer import (
+    ensure_ec_transfer_initialized,
+    ensure_ec_transfer_shutdown,
+    get_ec_transfer,
+    has_ec_transfer,
+)
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
@@ -36,7 +42,9 @@ from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.scheduler.outputs import SpyreSchedulerOutput
 from vllm_spyre_mm.upstream.processes import is_engine_process
+from vllm_spyre_mm.worker.ec_transfer import loaded_part
 from vllm_spyre_mm.worker.encode_ahead import AheadEncoding
+from vllm_spyre_mm.worker.encoder_runner import EncoderRunner, WidthProbe
 from vllm_spyre_mm.worker.encoding import ImageEncodingError
 from vllm_spyre_mm.worker.host_share import take_share
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
@@ -103,6 +111,7 @@ class SpyreWorker(RefusingWorker):
         assert self.settings.backend != "auto", "resolved at start"
         sizes = step_sizes(vllm_config)
         self.backend = make_backend(self.settings.backend, sizes, self.settings.card)
+        self.part = loaded_part(vllm_config, self.settings)
         self.kv_options = self.mapping.kv_cache_options(self.backend.for_card)
         self.model: SpyreModel[MMUtils]
 
@@ -151,6 +160,8 @@ class SpyreWorker(RefusingWorker):
             None if seconds is None else timedelta(seconds=seconds),
         )
         ensure_model_parallel_initialized(self.parallel_config.tensor_parallel_size, 1)
+        if self.rank == 0:  # it shares with the others what arrives
+            ensure_ec_transfer_initialized(self.vllm_config)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the checkpoint, or make random weights up.
@@ -169,6 +180,7 @@ class SpyreWorker(RefusingWorker):
             encoder_dtype=getattr(torch, self.settings.encoder_dtype),
             for_card=self.backend.for_card,
             group=self._tensor_parallel_group(),
+            part=self.part,
         )
         # Not in a process that is somebody's own: its weights take more memory for that.
         with mmap_threshold() if is_engine_process() else nullcontext():
@@ -176,11 +188,15 @@ class SpyreWorker(RefusingWorker):
                 fms_model = load_dummy_model(self.mapping, options, self.model_config.seed)
             else:
                 fms_model = load_model(self.mapping, checkpoint, options)
-            self.model = SpyreModel(fms_model, self.mapping, self.backend)
+            self.model = SpyreModel(fms_model, self.mapping, self.backend, self.part)
         if checkpoint is None:
             logger.warning("The weights are random (load_format=dummy): answers mean nothing")
         what = checkpoint or "random weights"
         logger.info("Loaded %s in %.1f s", what, time.perf_counter() - started)
+        probe: Any = WidthProbe(self.mapping.feature_width)
+        self.model_runner = probe  # until there is a KV cache
+        if has_ec_transfer():
+            get_ec_transfer().start_worker_services()
 
     def _tensor_parallel_group(self) -> ProcessGroup | None:
         """What the decoder's collectives run over."""
@@ -204,6 +220,9 @@ class SpyreWorker(RefusingWorker):
         return Ranks(get_tp_group().cpu_group, threads)
 
     def get_kv_cache_spec(self) -> "dict[str, KVCacheSpec]":
+        """The KV cache of each layer; of none where there is no decoder."""
+        if not self.part.has_decoder:
+            return {}
         return kv_cache_spec(
             self.kv_options,
             self.geometry.block_size,
@@ -227,15 +246,10 @@ class SpyreWorker(RefusingWorker):
 
     def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
         """Allocate the KV cache and make the runner."""
-        with self.backend.without_gradients():
-            self.model.kv_cache = allocate_kv_cache(
-                self.kv_options,
-                kv_cache_config.num_blocks,
-                self.geometry.block_size,
-                self.decoder_dtype,
-                self.parallel_config.world_size,
-            )
-        self.model_runner = SpyreModelRunner(
+        if self.part.has_decoder:
+            self._allocate_kv_cache(kv_cache_config.num_blocks)
+        runner = SpyreModelRunner if self.part.has_decoder else EncoderRunner
+        self.model_runner = runner(
             self.vllm_config,
             self.model,
             self.geometry,
@@ -251,6 +265,16 @@ class SpyreWorker(RefusingWorker):
             return AheadEncoding(None, ranks)
         dtypes = encoder.dtype, encoder.decoder_dtype
         return AheadEncoding(PiecewiseEncodeQueue(self.model, *dtypes, ranks.num_threads), ranks)
+
+    def _allocate_kv_cache(self, num_blocks: int) -> None:
+        with self.backend.without_gradients():
+            self.model.kv_cache = allocate_kv_cache(
+                self.kv_options,
+                num_blocks,
+                self.geometry.block_size,
+                self.decoder_dtype,
+                self.parallel_config.world_size,
+            )
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Compile every graph before the first request."""
@@ -288,6 +312,10 @@ class SpyreWorker(RefusingWorker):
 
     def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
+
+    def shutdown(self) -> None:
+        """End what the EC connector has going on."""
+        ensure_ec_transfer_shutdown()
 
     def reset_mm_cache(self) -> None:
         """Do nothing: vLLM's engine, not the worker, keeps the processor's outputs."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import vllm.config
-from vllm.config import VllmConfig
+from vllm.config import ECTransferConfig, VllmConfig
 from vllm.config.multimodal import MultiModalConfig
 from vllm.engine.arg_utils import EngineArgs
 
@@ -21,7 +21,9 @@ from vllm_spyre_mm.upstream.releases import LATER_FIELDS
 
 @pytest.fixture(scope="module")
 def vllm_config(demo_checkpoint: Path) -> VllmConfig:
-    return EngineArgs(model=str(demo_checkpoint)).create_engine_config()
+    transfer = ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_both")
+    arguments = EngineArgs(model=str(demo_checkpoint), ec_transfer_config=transfer)
+    return arguments.create_engine_config()
 
 
 def by_path(value: object) -> str:
@@ -94,6 +96,7 @@ VALUES: dict[str, Any] = {
     "max_num_scheduled_tokens": 64,
     "mm_encoder_tp_mode": "data",
     "mm_processor_kwargs": {"image_grid_pinpoints": [[96, 96]]},
+    "ec_connector": "ECCPUConnector",
     "model_impl": "transformers",
     "offload_config.offload_backend": "uva",
     "prefix_match_unit": 16,

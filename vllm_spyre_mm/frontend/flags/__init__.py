@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vllm_spyre_mm.frontend.flags.decision import Decisions
 from vllm_spyre_mm.frontend.flags.engine import (
     CACHE,
+    EC_TRANSFER,
     ENGINE,
     LOAD,
     OBSERVABILITY,
@@ -34,6 +35,7 @@ TABLE: tuple[Decisions, ...] = (
     MULTIMODAL,
     SCHEDULER,
     CACHE,
+    EC_TRANSFER,
     LOAD,
     OBSERVABILITY,
 )

@@ -40,13 +40,17 @@ def _block_size(value: int, vllm_config: "VllmConfig") -> bool:
     return value == BLOCK_SIZE or not vllm_config.cache_config.user_specified_block_size
 
 
+def _in_chunks(value: bool, vllm_config: "VllmConfig") -> bool:
+    """vLLM turns chunks off by itself where there is no KV cache; nothing is computed in them."""
+    return value or vllm_config.is_mm_encoder_only
+
+
 ENGINE = Decisions(
     path="",
     refused=(
         Refused("lora_config", "LoRA (--enable-lora)", unset),
         Refused("speculative_config", "speculative decoding", unset),
         Refused("kv_transfer_config", "KV transfer (--kv-transfer-config)", unset),
-        Refused("ec_transfer_config", "encoder cache transfer", unset),
         Refused("watermark_config", "marks in generated text (--watermark-config)", unset),
         Refused("diffusion_config", "diffusion (--diffusion-config)", unset),
         Refused("engram_config", "engram tables (--engram-config)", unset),
@@ -84,6 +88,7 @@ ENGINE = Decisions(
     honoured=words(
         "model_config cache_config parallel_config scheduler_config load_config additional_config "
         "structured_outputs_config observability_config logging_config kv_events_config "
+        "ec_transfer_config "
         "reasoning_config shutdown_timeout instance_id watchdog_config"
     ),
     without_effect={
@@ -93,6 +98,25 @@ ENGINE = Decisions(
         "the platform says where a model runs": ("device_config",),
     },
     derived=("quant_config",),
+)
+
+EC_TRANSFER = Decisions(
+    path="ec_transfer_config",
+    refused=(
+        Refused(
+            "ec_connector",
+            "ec_connector={value!r}, which wants vLLM's own model runners: use ECExampleConnector "
+            "or a connector of your own",
+            lambda value, _: value not in ("ECCPUConnector", "ECMooncakeConnector"),
+        ),
+    ),
+    honoured=words(
+        "ec_role engine_id ec_connector_module_path ec_connector_extra_config ec_ip ec_port"
+    ),
+    without_effect={
+        "features stay on the host": words("ec_buffer_device ec_buffer_size"),
+    },
+    derived=("mm_encoder_output_widths",),
 )
 
 SCHEDULER = Decisions(
@@ -106,7 +130,7 @@ SCHEDULER = Decisions(
         Refused(
             "enable_chunked_prefill",
             "prefill without chunks (--no-enable-chunked-prefill)",
-            only(True),
+            _in_chunks,
         ),
         Refused(
             "disable_chunked_mm_input",

@@ -115,7 +115,6 @@ MULTIMODAL = Decisions(
             "pruning of video tokens (--video-pruning-rate)",
             lambda value, _: not value,
         ),
-        Refused("mm_encoder_only", "a vision tower alone (--mm-encoder-only)", unset),
         Refused(
             "mm_encoder_tp_mode",
             "mm-encoder-tp-mode={value!r}: the vision tower is divided as the decoder is",
@@ -139,7 +138,7 @@ MULTIMODAL = Decisions(
         ),
     ),
     honoured=words(
-        "language_model_only limit_per_prompt enable_mm_embeds media_io_kwargs "
+        "language_model_only mm_encoder_only limit_per_prompt enable_mm_embeds media_io_kwargs "
         "mm_processor_cache_gb mm_processor_cache_type mm_hasher_algorithm "
         "mm_shm_cache_max_object_size_mb interleave_mm_strings mm_tensor_ipc"
     ),

@@ -75,7 +75,10 @@ class CpuBackend(Backend):
             compile_decoder_blocks(blocks)
 
     def warmup_passes(self, spec: ModelSpec, kv_cache: KVCache) -> Iterator[WarmupPass]:
-        if self.compiled:
+        if not kv_cache:
+            context = cpu_compile_context() if self.compiled else nullcontext()
+            yield WarmupPass("Warming up the encoder", WarmupWork.ENCODER, context)
+        elif self.compiled:
             context = cpu_compile_context(loaders(_shape(spec, kv_cache)))
             yield WarmupPass("Compiling", WarmupWork.REQUESTS, context)
         else:
