@@ -19,8 +19,9 @@ from torch.serialization import (
 
 from tests.worker.test_encoding import image, in_one_piece
 from vllm_spyre_mm.worker.encoding import ImageEncoder, ImageEncodingError
+from vllm_spyre_mm.worker.groups import register_default_group
 from vllm_spyre_mm.worker.ranks import Ranks
-from vllm_spyre_mm.worker.worker import _read_little_endian, register_default_group
+from vllm_spyre_mm.worker.worker import _read_little_endian
 
 SECONDS = 120
 

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worker of one rank: device, model, KV cache, warmup; vLLM's executor calls it."""
 
-import os
 import sys
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed import ProcessGroup
 from vllm.distributed.ec_transfer import (
     ensure_ec_transfer_initialized,
     ensure_ec_transfer_shutdown,
@@ -46,10 +43,10 @@ from vllm_spyre_mm.worker.ec_transfer import loaded_part
 from vllm_spyre_mm.worker.encode_ahead import AheadEncoding
 from vllm_spyre_mm.worker.encoder_runner import EncoderRunner, WidthProbe
 from vllm_spyre_mm.worker.encoding import ImageEncodingError
+from vllm_spyre_mm.worker.groups import decoder_group, host_ranks, join_process_group
 from vllm_spyre_mm.worker.host_share import take_share
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 from vllm_spyre_mm.worker.piecewise_queue import PiecewiseEncodeQueue
-from vllm_spyre_mm.worker.ranks import Ranks
 from vllm_spyre_mm.worker.unsupported_operations import RefusingWorker
 from vllm_spyre_mm.worker.warmup import warm_up
 
@@ -77,17 +74,6 @@ def _read_little_endian() -> None:
     """Have PyTorch read files that do not say their order of bytes as other hosts write them."""
     if sys.byteorder == "big":
         torch.serialization.set_default_load_endianness(torch.serialization.LoadEndianness.LITTLE)
-
-
-def register_default_group() -> ProcessGroup:
-    """Every rank's group, under the name by which the card's software looks for it."""
-    from torch._C._distributed_c10d import _register_process_group
-
-    world = torch.distributed.group.WORLD
-    assert world is not None, "joined before"
-    name: Any = "default"  # PyTorch's type of such names is its own
-    _register_process_group(name, world)
-    return world
 
 
 class SpyreWorker(RefusingWorker):
@@ -131,7 +117,15 @@ class SpyreWorker(RefusingWorker):
                     engine=self.parallel_config.data_parallel_rank_local or 0,
                 )
         self.backend.prepare()
-        self._join_process_group()
+        join_process_group(
+            self.parallel_config,
+            self.rank,
+            self.local_rank,
+            self.distributed_init_method,
+            self.current_platform.dist_backend,
+        )
+        if self.rank == 0:  # it shares with the others what arrives
+            ensure_ec_transfer_initialized(self.vllm_config)
         set_random_seed(self.model_config.seed)
 
     def _take_share_of_host(self) -> None:
@@ -145,23 +139,6 @@ class SpyreWorker(RefusingWorker):
                 world_size=self.parallel_config.world_size,
                 card=self.backend.for_card,
             )
-
-    def _join_process_group(self) -> None:
-        # vLLM's GPU worker has a function for this, but its module imports what only GPUs need.
-        from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
-
-        seconds = self.parallel_config.distributed_timeout_seconds
-        init_distributed_environment(
-            self.parallel_config.world_size,
-            self.rank,
-            self.distributed_init_method,
-            self.local_rank,
-            self.current_platform.dist_backend,
-            None if seconds is None else timedelta(seconds=seconds),
-        )
-        ensure_model_parallel_initialized(self.parallel_config.tensor_parallel_size, 1)
-        if self.rank == 0:  # it shares with the others what arrives
-            ensure_ec_transfer_initialized(self.vllm_config)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the checkpoint, or make random weights up.
@@ -179,7 +156,7 @@ class SpyreWorker(RefusingWorker):
             decoder_dtype=self.decoder_dtype,
             encoder_dtype=getattr(torch, self.settings.encoder_dtype),
             for_card=self.backend.for_card,
-            group=self._tensor_parallel_group(),
+            group=decoder_group(self.parallel_config.world_size, self.backend.for_card),
             part=self.part,
         )
         # Not in a process that is somebody's own: its weights take more memory for that.
@@ -197,27 +174,6 @@ class SpyreWorker(RefusingWorker):
         self.model_runner = probe  # until there is a KV cache
         if has_ec_transfer():
             get_ec_transfer().start_worker_services()
-
-    def _tensor_parallel_group(self) -> ProcessGroup | None:
-        """What the decoder's collectives run over."""
-        if self.parallel_config.world_size == 1:
-            return None
-        if self.backend.for_card:
-            return register_default_group()
-        from vllm.distributed import get_tp_group
-
-        return get_tp_group().device_group
-
-    def _ranks(self) -> Ranks:
-        """What the runner shares pictures and tokens over."""
-        world_size = self.parallel_config.world_size
-        if world_size == 1:
-            return Ranks()
-        from vllm.distributed import get_tp_group
-
-        # Each rank has its share of the threads (vLLM sets it, unless the user has).
-        threads = min(world_size * torch.get_num_threads(), len(os.sched_getaffinity(0)))
-        return Ranks(get_tp_group().cpu_group, threads)
 
     def get_kv_cache_spec(self) -> "dict[str, KVCacheSpec]":
         """The KV cache of each layer; of none where there is no decoder."""
@@ -254,7 +210,7 @@ class SpyreWorker(RefusingWorker):
             self.model,
             self.geometry,
             return_mm_embedding=self.settings.enable_return_mm_embedding and self.rank == 0,
-            ranks=self._ranks(),
+            ranks=host_ranks(self.parallel_config.world_size),
         )
         self.ahead = self._ahead_encoding()
 
