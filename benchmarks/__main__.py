@@ -19,6 +19,7 @@ from benchmarks.bulk import bulk_rows  # noqa: E402
 from benchmarks.ceilings import measure_ceilings  # noqa: E402
 from benchmarks.checkpoints import LLAVA_NEXT, SMALL, TOWER, ensure_checkpoint  # noqa: E402
 from benchmarks.decode import decode_rows  # noqa: E402
+from benchmarks.encode_ahead import beside_text_rows, together_rows  # noqa: E402
 from benchmarks.encoder import encoder_rows  # noqa: E402
 from benchmarks.host_work import host_work_rows  # noqa: E402
 from benchmarks.kernel_rows import kernel_rows  # noqa: E402
@@ -69,7 +70,7 @@ def main() -> None:
 
 PARTS = (
     *("attention", "kernels", "encoder", "qwen-encoder", "decode", "host-work"),
-    *("serving", "others", "start", "bulk"),
+    *("encode-ahead", "serving", "others", "start", "bulk"),
 )
 """What the benchmark consists of, in the order in which it is measured."""
 
@@ -111,6 +112,10 @@ def _parts(arguments: argparse.Namespace) -> dict[str, Callable[[], Iterable[Row
         yield from page_rows(quick)
         yield two_ranks_row(tower(), quick)
 
+    def encode_ahead() -> Iterator[Row]:
+        yield from together_rows(tower(), quick)
+        yield from beside_text_rows(small(), quick)
+
     def serving() -> Iterator[Row]:
         yield from serving_rows(small(), vllm_cpu, quick)
         yield embedding_row(small(), quick)
@@ -128,6 +133,7 @@ def _parts(arguments: argparse.Namespace) -> dict[str, Callable[[], Iterable[Row
         "qwen-encoder": lambda: qwen_encoder_rows(quick),
         "decode": lambda: decode_rows(small(), quick),
         "host-work": lambda: host_work_rows(small(), quick),
+        "encode-ahead": encode_ahead,
         "serving": serving,
         "others": lambda: others_rows(
             ensure_checkpoint(LLAVA_NEXT, arguments.cache), openvino, quick

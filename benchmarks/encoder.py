@@ -38,7 +38,7 @@ def encoder_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
     product = CeilingProduct()
     with torch.inference_mode():
         with cpu_compile_context():
-            compiled.encode(_image(2))
+            compiled.encode(image_of(2))
         for tiles in (2, 5) if quick else (1, *GRIDS):
             if tiles == 1:  # LLaVA-Next makes two of the smallest picture
                 pixels = torch.randn(1, 3, TOWER.tile, TOWER.tile)
@@ -47,7 +47,7 @@ def encoder_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
                     "eager FMS": lambda pixels=pixels: _encode_tile(eager, pixels),
                 }
             else:
-                image = _image(tiles)
+                image = image_of(tiles)
                 cases = {
                     "ours": lambda image=image: compiled.encode(image),
                     "eager FMS": lambda image=image: mapping.compute_features(eager, image),
@@ -115,7 +115,8 @@ def _encode_tile(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     return features
 
 
-def _image(tiles: int) -> dict[str, Any]:
+def image_of(tiles: int) -> dict[str, Any]:
+    """The processor's output for a picture of so many tiles."""
     rows, columns = GRIDS[tiles]
     return {
         "pixel_values": torch.randn(1, tiles, 3, TOWER.tile, TOWER.tile),

@@ -43,7 +43,7 @@ def qwen_encoder_rows(quick: bool) -> Iterator[Row]:
     """A picture of a megapixel, and (in the full run) four, in each tower with random weights."""
     product = CeilingProduct()
     for model, (config, side) in TOWERS.items():
-        tower = _compiled_tower(config)
+        tower = compiled_tower(config)
         with torch.inference_mode():
             with cpu_compile_context():
                 tower(torch.randn(4, config.patch_values), torch.tensor([(1, 2, 2)]))
@@ -60,7 +60,7 @@ def qwen_encoder_rows(quick: bool) -> Iterator[Row]:
                 )
 
 
-def _compiled_tower(config: QwenVisionConfig) -> QwenVision:
+def compiled_tower(config: QwenVisionConfig) -> QwenVision:
     """A tower as the CPU's backend places it."""
     with set_default_torch_dtype(torch.bfloat16):
         tower = QwenVision(config).eval().requires_grad_(False)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands for an ``LLM`` of whatever vLLM platform is installed."""
 
+import itertools
 import random
 import threading
 import time
@@ -70,6 +71,50 @@ class Vllm:
             "seconds": time.perf_counter() - started,
             "prompt_tokens": len(outputs[0].prompt_token_ids),
             "peak_bytes": self.memory.peak - self.memory.before,
+        }
+
+    def pictures(self, requests: int, max_tokens: int, seed: int, text: bool) -> dict[str, Any]:
+        """Requests with a picture each come at once; the engine in this process.
+
+        Args:
+            requests: how many.
+            max_tokens: of each.
+            seed: of the pictures.
+            text: whether a request without a picture is being answered meanwhile.
+
+        Returns:
+            ``first``: seconds from the last request's arrival to each one's first token;
+            ``between``: seconds between two tokens of the text until the last of these, the first
+            of them since the last request's arrival.
+        """
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        if text:
+            endless = SamplingParams(temperature=0.0, max_tokens=1500, ignore_eos=True)
+            engine.add_request("text", "Tell a story.", endless)
+            for _ in range(8):
+                engine.step()
+        for i in range(requests):
+            prompt = {
+                "prompt": PROMPT.format(question=QUESTION),
+                "multi_modal_data": {"image": picture(seed + i, SIDES)},
+            }
+            engine.add_request(f"{seed}-{i}", prompt, params)
+        started = time.perf_counter()
+        times: dict[str, list[float]] = {"text": [started]}
+        while len(times) < 1 + requests or len(times["text"]) < 1 + text:
+            for output in engine.step():
+                times.setdefault(output.request_id, []).append(time.perf_counter())
+        if text:
+            engine.abort_request(["text"])
+        while engine.has_unfinished_requests():
+            engine.step()
+        tokens = times.pop("text")
+        return {
+            "first": [each[0] - started for each in times.values()],
+            "between": [later - earlier for earlier, later in itertools.pairwise(tokens)],
         }
 
     def count(self, metric: str) -> dict[str, Any]:
