@@ -32,6 +32,7 @@ def test_every_setting_is_taken():
         "encode_ahead": False,
         "max_batch_tkv": 4096,
         "missing_features": "refuse",
+        "encode_timeout_seconds": 60.0,
         "card": {"dynamic_chunk": False, "fullgraph": False},
     }
     assert SpyreSettings.parse(given).model_dump(exclude=set(NOT_FOR_USERS)) == given
@@ -46,6 +47,7 @@ def test_every_setting_is_taken():
         ({"max_batch_tkv": -1}, "max_batch_tkv", "-1"),
         ({"max_batch_tkv": 0}, "max_batch_tkv", "0"),
         ({"max_batch_tkv": "4096"}, "max_batch_tkv", "'4096'"),
+        ({"encode_timeout_seconds": 0}, "encode_timeout_seconds", "0"),
         ({"encoder_cache_tokens": -5}, "encoder_cache_tokens", "-5"),
         ({"encoder_cache_tokens": 1.5}, "encoder_cache_tokens", "1.5"),
         ({"encoder_cache_tokens": True}, "encoder_cache_tokens", "True"),

@@ -93,6 +93,8 @@ class SpyreSettings(BaseModel):
         missing_features: what a consumer of an EC connector does with an image of which the
             connector has no features. ``encode``: the engine encodes it. ``refuse``: its request
             fails; then the engine loads no vision encoder.
+        encode_timeout_seconds: how long the process that encodes pictures beside a card may say
+            nothing while it encodes; then another one takes its place.
         max_num_seqs_given: set where vLLM's arguments are read, not by users: whether the user gave
             ``max_num_seqs``, which a known configuration of a card replaces otherwise.
         card: :class:`CardSettings`; without effect on a CPU.
@@ -115,6 +117,7 @@ class SpyreSettings(BaseModel):
     encode_ahead: bool = True
     max_batch_tkv: int | None = Field(default=None, gt=0)
     missing_features: Literal["encode", "refuse"] = "encode"
+    encode_timeout_seconds: float = Field(default=300, gt=0)
     max_num_seqs_given: bool = True
     card: CardSettings = CardSettings()
     num_local_engines: int = Field(default=1, ge=1)

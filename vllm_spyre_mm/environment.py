@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -230,6 +231,17 @@ def export_rank_environment(
     if world_size >= 4:  # collectives of four ranks exceed the defaults
         for name, size in HDMA_BYTES.items():
             os.environ.setdefault(name, str(size))
+
+
+def encoder_environment(num_threads: int) -> dict[str, str]:
+    """The environment of a process beside this one that encodes pictures.
+
+    Args:
+        num_threads: that it may take of the host.
+    """
+    threads = dict.fromkeys(THREAD_COUNTS, str(num_threads))
+    path = os.pathsep.join(each or os.getcwd() for each in sys.path)
+    return {**os.environ, **threads, "PYTHONPATH": path}
 
 
 def card_batch_tkv_limit() -> int | None:

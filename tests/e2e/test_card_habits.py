@@ -100,7 +100,9 @@ def faults_with(
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
         break_it(patch)
-        with engine(checkpoint, **ENGINE, additional_config=settings or {}) as llm:
+        with engine(
+            checkpoint, **ENGINE, additional_config={"encode_ahead": False} | (settings or {})
+        ) as llm:
             record = sys.modules["torch_sendnn"].record
             llm.generate("Where is the red circle?", greedy(2), use_tqdm=False)
             faults = set(record.faults)

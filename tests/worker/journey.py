@@ -46,7 +46,7 @@ from vllm_spyre_mm.scheduler.outputs import SpyreModelRunnerOutput
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 from vllm_spyre_mm.worker.ranks import Ranks
-from vllm_spyre_mm.worker.worker import step_sizes
+from vllm_spyre_mm.worker.step_sizes import step_sizes
 
 VOCABULARY = architectures.DECODER["vocab_size"]
 HIDDEN_SIZE = architectures.DECODER["hidden_size"]

@@ -20,8 +20,8 @@ from torch.serialization import (
 from tests.worker.test_encoding import image, in_one_piece
 from vllm_spyre_mm.worker.encoding import ImageEncoder, ImageEncodingError
 from vllm_spyre_mm.worker.groups import register_default_group
+from vllm_spyre_mm.worker.host_share import read_little_endian
 from vllm_spyre_mm.worker.ranks import Ranks
-from vllm_spyre_mm.worker.worker import _read_little_endian
 
 SECONDS = 120
 
@@ -173,7 +173,7 @@ def test_a_big_endian_host_reads_files_as_the_others_write_them(
     """Simulated: what PyTorch is told where the host's order is another one."""
     monkeypatch.setattr(sys, "byteorder", order)
     try:
-        _read_little_endian()
+        read_little_endian()
         expected = LoadEndianness.LITTLE if order == "big" else None
         assert get_default_load_endianness() == expected
     finally:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes a data-parallel engine's part of its host: cores, threads and cards."""
+"""What a worker takes of its host: its order of bytes, and an engine's cores, threads and cards."""
+
+import sys
 
 import torch
 
@@ -35,3 +37,9 @@ def take_share(*, engine: int, num_engines: int, rank: int, world_size: int, car
     if rank == 0:
         what = in_words(cores)
         logger.info("Engine %d of the %d on this host runs on %s", engine, num_engines, what)
+
+
+def read_little_endian() -> None:
+    """Have PyTorch read files that do not say their order of bytes as other hosts write them."""
+    if sys.byteorder == "big":
+        torch.serialization.set_default_load_endianness(torch.serialization.LoadEndianness.LITTLE)

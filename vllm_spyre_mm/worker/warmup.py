@@ -51,10 +51,14 @@ class WarmupRequest:
     mm_features: list[MultiModalFeatureSpec]
 
 
-def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
+def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> list[MultiModalFeatureSpec]:
     """Run the passes of the backend's warmup: dummy requests, or parts of the model.
 
-    Uses the first blocks of the KV cache, which no request owns yet.
+    Uses the first blocks of the KV cache, which no request owns yet. A model without its encoder
+    gets made-up features in place of encoded ones.
+
+    Returns:
+        The pictures of the dummy requests.
     """
     requests = list(_requests(vllm_config, runner))
     together = min(2, vllm_config.scheduler_config.max_num_seqs)
@@ -69,6 +73,7 @@ def warm_up(runner: SpyreModelRunner, vllm_config: "VllmConfig") -> None:
                 _run_all(runner, requests, together, each.title)
     shapes = ", ".join(request.name for request in requests)
     logger.info("The warmup ran %d dummy requests: %s", len(requests), shapes)
+    return [picture for request in requests for picture in request.mm_features]
 
 
 def _requests(vllm_config: "VllmConfig", runner: SpyreModelRunner) -> Iterator[WarmupRequest]:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worker of one rank: device, model, KV cache, warmup; vLLM's executor calls it."""
 
-import sys
+import functools
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,6 @@ from vllm_spyre_mm.config import SpyreSettings, decoder_dtype_of
 from vllm_spyre_mm.environment import export_rank_environment
 from vllm_spyre_mm.host_memory import return_free_memory
 from vllm_spyre_mm.log import get_logger
-from vllm_spyre_mm.model_executor.backend import StepSizes
 from vllm_spyre_mm.model_executor.backends import make_backend
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint
 from vllm_spyre_mm.model_executor.cpu.memory import mmap_threshold
@@ -35,18 +35,33 @@ from vllm_spyre_mm.model_executor.kv_cache import (
 )
 from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
+from vllm_spyre_mm.model_executor.parts import ModelPart
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 from vllm_spyre_mm.scheduler.geometry import geometry_of
 from vllm_spyre_mm.scheduler.outputs import SpyreSchedulerOutput
 from vllm_spyre_mm.upstream.processes import is_engine_process
 from vllm_spyre_mm.worker.ec_transfer import loaded_part
 from vllm_spyre_mm.worker.encode_ahead import AheadEncoding
+from vllm_spyre_mm.worker.encode_queue import EncodeQueue
+from vllm_spyre_mm.worker.encoder_process.parent import EncoderProcess
+from vllm_spyre_mm.worker.encoder_process.placement import (
+    encoder_job,
+    has_encoder_process,
+    leave_threads,
+)
+from vllm_spyre_mm.worker.encoder_process.queue import ProcessEncodeQueue
 from vllm_spyre_mm.worker.encoder_runner import EncoderRunner, WidthProbe
 from vllm_spyre_mm.worker.encoding import ImageEncodingError
-from vllm_spyre_mm.worker.groups import decoder_group, host_ranks, join_process_group
-from vllm_spyre_mm.worker.host_share import take_share
+from vllm_spyre_mm.worker.groups import (
+    all_threads,
+    decoder_group,
+    host_ranks,
+    join_process_group,
+)
+from vllm_spyre_mm.worker.host_share import read_little_endian, take_share
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 from vllm_spyre_mm.worker.piecewise_queue import PiecewiseEncodeQueue
+from vllm_spyre_mm.worker.step_sizes import step_sizes
 from vllm_spyre_mm.worker.unsupported_operations import RefusingWorker
 from vllm_spyre_mm.worker.warmup import warm_up
 
@@ -55,25 +70,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 logger = get_logger(__name__)
-
-
-def step_sizes(vllm_config: "VllmConfig") -> StepSizes:
-    """The step sizes of a resolved configuration."""
-    geometry, max_model_len = geometry_of(vllm_config), vllm_config.model_config.max_model_len
-    return StepSizes(
-        block_size=geometry.block_size,
-        chunk_size=geometry.chunk_size,
-        context_len=geometry.context_len(max_model_len),
-        max_batch_tkv=geometry.max_batch_tkv,
-        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
-        max_blocks=geometry.num_blocks(max_model_len),
-    )
-
-
-def _read_little_endian() -> None:
-    """Have PyTorch read files that do not say their order of bytes as other hosts write them."""
-    if sys.byteorder == "big":
-        torch.serialization.set_default_load_endianness(torch.serialization.LoadEndianness.LITTLE)
 
 
 class SpyreWorker(RefusingWorker):
@@ -97,8 +93,15 @@ class SpyreWorker(RefusingWorker):
         assert self.settings.backend != "auto", "resolved at start"
         sizes = step_sizes(vllm_config)
         self.backend = make_backend(self.settings.backend, sizes, self.settings.card)
-        self.part = loaded_part(vllm_config, self.settings)
         self.kv_options = self.mapping.kv_cache_options(self.backend.for_card)
+        self.encodes_elsewhere = has_encoder_process(vllm_config, self.mapping)
+        self.part = loaded_part(vllm_config, self.settings)
+        if self.encodes_elsewhere:
+            self.part = ModelPart.DECODER
+        self.encoder = ProcessEncodeQueue(
+            self.mapping.encoder_batch_values, self.settings.encode_timeout_seconds
+        )
+        self.checkpoint: Path | None = None
         self.model: SpyreModel[MMUtils]
 
     # -- start --------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ class SpyreWorker(RefusingWorker):
         """Prepare the backend, join the process group, set the random seed."""
         self.device = torch.device("cpu")
         if is_engine_process():
-            _read_little_endian()
+            read_little_endian()
             self._take_share_of_host()
             if self.backend.for_card:
                 export_rank_environment(
@@ -166,6 +169,7 @@ class SpyreWorker(RefusingWorker):
             else:
                 fms_model = load_model(self.mapping, checkpoint, options)
             self.model = SpyreModel(fms_model, self.mapping, self.backend, self.part)
+        self.checkpoint = checkpoint
         if checkpoint is None:
             logger.warning("The weights are random (load_format=dummy): answers mean nothing")
         what = checkpoint or "random weights"
@@ -217,10 +221,11 @@ class SpyreWorker(RefusingWorker):
     def _ahead_encoding(self) -> AheadEncoding:
         """What encodes beside the steps, on the first rank for all of them."""
         ranks, encoder = self.model_runner.ranks, self.model_runner.encoder
-        if not ranks.is_first:
-            return AheadEncoding(None, ranks)
-        dtypes = encoder.dtype, encoder.decoder_dtype
-        return AheadEncoding(PiecewiseEncodeQueue(self.model, *dtypes, ranks.num_threads), ranks)
+        queue: EncodeQueue = self.encoder
+        if not self.encodes_elsewhere:
+            dtypes = encoder.dtype, encoder.decoder_dtype
+            queue = PiecewiseEncodeQueue(self.model, *dtypes, ranks.num_threads)
+        return AheadEncoding(queue if ranks.is_first else None, ranks, self.encodes_elsewhere)
 
     def _allocate_kv_cache(self, num_blocks: int) -> None:
         with self.backend.without_gradients():
@@ -235,13 +240,25 @@ class SpyreWorker(RefusingWorker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Compile every graph before the first request."""
         started = time.perf_counter()
+        num_ranks = self.parallel_config.world_size
+        if self.encodes_elsewhere:
+            num_threads = leave_threads(all_threads(num_ranks), num_ranks)
         self.model.compile()
-        warm_up(self.model_runner, self.vllm_config)
+        pictures = warm_up(self.model_runner, self.vllm_config)
+        if self.encodes_elsewhere and self.rank == 0:
+            sizes = step_sizes(self.vllm_config)
+            job = encoder_job(self.vllm_config, self.mapping, self.checkpoint, sizes, pictures)
+            self.encoder.start(functools.partial(EncoderProcess, job, num_threads))
         return_free_memory()
         set_random_seed(self.model_config.seed)
         elapsed = time.perf_counter() - started
         logger.info("Warmed up in %.1f s", elapsed)
         return CompilationTimes(language_model=elapsed, encoder=0.0)
+
+    def shutdown(self) -> None:
+        """End the encoder's process, if there is one, and what the EC connector has going on."""
+        self.encoder.close()
+        ensure_ec_transfer_shutdown()
 
     # -- steps --------------------------------------------------------------------------------
 
@@ -268,10 +285,6 @@ class SpyreWorker(RefusingWorker):
 
     def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
-
-    def shutdown(self) -> None:
-        """End what the EC connector has going on."""
-        ensure_ec_transfer_shutdown()
 
     def reset_mm_cache(self) -> None:
         """Do nothing: vLLM's engine, not the worker, keeps the processor's outputs."""
