@@ -15,9 +15,16 @@ from vllm_spyre_mm.compat import ensure_torchvision_importable
 ensure_torchvision_importable()  # before Transformers is imported
 
 from benchmarks.attention import attention_rows  # noqa: E402
+from benchmarks.beside_card import beside_card_rows  # noqa: E402
 from benchmarks.bulk import bulk_rows  # noqa: E402
 from benchmarks.ceilings import measure_ceilings  # noqa: E402
-from benchmarks.checkpoints import LLAVA_NEXT, SMALL, TOWER, ensure_checkpoint  # noqa: E402
+from benchmarks.checkpoints import (  # noqa: E402
+    BESIDE_CARD,
+    LLAVA_NEXT,
+    SMALL,
+    TOWER,
+    ensure_checkpoint,
+)
 from benchmarks.decode import decode_rows  # noqa: E402
 from benchmarks.encode_ahead import beside_text_rows, together_rows  # noqa: E402
 from benchmarks.encoder import encoder_rows  # noqa: E402
@@ -70,7 +77,7 @@ def main() -> None:
 
 PARTS = (
     *("attention", "kernels", "encoder", "qwen-encoder", "decode", "host-work"),
-    *("encode-ahead", "serving", "others", "start", "bulk"),
+    *("encode-ahead", "beside-card", "serving", "others", "start", "bulk"),
 )
 """What the benchmark consists of, in the order in which it is measured."""
 
@@ -140,6 +147,9 @@ def _parts(arguments: argparse.Namespace) -> dict[str, Callable[[], Iterable[Row
         ),
         "start": start,
         "bulk": lambda: bulk_rows(tower(), quick),
+        "beside-card": lambda: beside_card_rows(
+            ensure_checkpoint(BESIDE_CARD, arguments.cache), quick
+        ),
     }
 
 

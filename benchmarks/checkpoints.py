@@ -69,6 +69,17 @@ TOWER = ModelSize(
 )
 """The vision tower of Granite Vision 3.x (27 layers of 1152, 729 patches), one decoder layer."""
 
+BESIDE_CARD = ModelSize(
+    name="granite-vision-beside-card",
+    tile=224,
+    patch=14,
+    vision=(768, 3072, 12, 12),
+    text=(256, 512, 4, 2, 1),
+    vocab_size=512,
+    feature_layers=(-9, -6, -3, -1),
+)
+"""A tower that takes a while, and a decoder that takes none: a stand-in is the card's time."""
+
 LLAVA_NEXT = ModelSize(
     name="llava-next-clip-llama",
     tile=336,

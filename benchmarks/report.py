@@ -12,7 +12,7 @@ from benchmarks.targets import bound_of
 KERNELS = "kernels"
 """The section that is a table of its own."""
 
-UNITS = {"(bytes)": "bytes", "(encoder runs)": "encoder runs"}
+UNITS = {"(bytes)": "bytes", "(encoder runs)": "encoder runs", "(share)": "of it"}
 """Of a row whose name ends so; seconds otherwise."""
 
 FIGURES = {
@@ -110,6 +110,8 @@ def _range(numbers: list[float] | list[int], form: str) -> str:
 def _shown(row: Row, timing: Timing) -> str:
     if row.name.endswith("(bytes)"):
         return f"{timing.median / 2**20:.0f} MiB"
+    if row.name.endswith("(share)"):
+        return f"{timing.median:.2f}"
     if row.name.endswith("(encoder runs)"):
         return f"{timing.median:.0f}"
     low, high = timing.spread

@@ -5,6 +5,7 @@ import itertools
 import random
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -117,6 +118,48 @@ class Vllm:
             "between": [later - earlier for earlier, later in itertools.pairwise(tokens)],
         }
 
+    def beside(self, requests: int, max_tokens: int, seed: int) -> dict[str, Any]:
+        """Requests with a picture each, which come while a text is generated; the engine is in this
+        process, and the stand-in for a card's compiler too.
+
+        Returns:
+            ``alone`` and ``between``: seconds between two tokens of the text, before they come and
+            until the last of them ends; ``first``: seconds to the first token of each of them;
+            ``busy``: share of that time in which the device computes.
+        """
+        import sys
+
+        from vllm import SamplingParams
+
+        engine, device = self.llm.llm_engine, sys.modules["torch_sendnn"]
+        text = SamplingParams(temperature=0.0, max_tokens=1900, ignore_eos=True)
+        engine.add_request("text", {"prompt_token_ids": [20, 21, 22]}, text)
+        tokens = Tokens(engine)
+        while len(tokens.times["text"]) < 30:
+            tokens.step()
+        alone = tokens.between("text")
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        runs, came = len(device.record.runs), {}
+        names = [f"picture {seed + i}" for i in range(requests)]
+        prompt = PROMPT.format(question=QUESTION)
+        for i, name in enumerate(names):
+            shown = {"image": picture(seed + i)}
+            came[name] = time.perf_counter()
+            engine.add_request(name, {"prompt": prompt, "multi_modal_data": shown}, params)
+        started = time.perf_counter()
+        while any(len(tokens.times[name]) < max_tokens for name in names):
+            tokens.step()
+        seconds = time.perf_counter() - started
+        engine.abort_request(["text"])
+        while engine.has_unfinished_requests():
+            engine.step()
+        return {
+            "alone": alone[5:],
+            "between": tokens.between("text")[len(alone) :],
+            "first": [tokens.times[name][0] - came[name] for name in names],
+            "busy": (len(device.record.runs) - runs) * device.runtime.CALL_SECONDS / seconds,
+        }
+
     def count(self, metric: str) -> dict[str, Any]:
         """A counter of vLLM's metrics; the engine was asked to keep them."""
         found = [each for each in self.llm.get_metrics() if each.name == metric]
@@ -221,6 +264,29 @@ class Vllm:
             self.llm.llm_engine.add_request(
                 f"{time.time()}-{i}", {"prompt_token_ids": tokens}, params
             )
+
+
+class Tokens:
+    """Steps an engine and notes when each request got its tokens.
+
+    Attributes:
+        times: of each token, by request.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.times: dict[str, list[float]] = defaultdict(list)
+
+    def step(self) -> None:
+        """One step of the engine."""
+        outputs, now = self._engine.step(), time.perf_counter()
+        for output in outputs:
+            times = self.times[output.request_id]
+            times += [now] * (len(output.outputs[0].token_ids) - len(times))
+
+    def between(self, name: str) -> list[float]:
+        """Seconds between the tokens of a request."""
+        return [later - earlier for earlier, later in itertools.pairwise(self.times[name])]
 
 
 class Stopwatch:
