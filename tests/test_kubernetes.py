@@ -13,6 +13,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.test_container import PYPROJECT, SERVE, given
+from vllm_spyre_mm.scheduler.folder_connector import FolderSettings
 
 FOLDER = Path(__file__).parents[1] / "deploy" / "kubernetes"
 EXAMPLES = Path(__file__).parents[1] / "examples" / "online_serving"
@@ -91,8 +92,15 @@ def test_a_server_is_given_flags_that_vllm_has(container: dict[str, Any]) -> Non
     assert (
         transfer.ec_role == {"encoder": "ec_producer", "decoder": "ec_consumer"}[container["name"]]
     )
-    folder = transfer.get_from_extra_config("shared_storage_path", None)
-    assert folder in [mount["mountPath"] for mount in container["volumeMounts"]]
+    settings = FolderSettings.parse(transfer.ec_connector_extra_config)
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    (claim,) = (
+        each
+        for each in resources(FOLDER / "volumes.yaml")
+        if each["metadata"]["name"] == mounts[str(settings.folder)]
+    )
+    size = claim["spec"]["resources"]["requests"]["storage"]
+    assert settings.max_bytes < int(size.removesuffix("Gi")) << 30
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
