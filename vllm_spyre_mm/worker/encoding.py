@@ -110,26 +110,16 @@ def encode_images(
         encoded = whole(encode_pieces(model, list(images.values()), dtype))
     # A vision tower may raise anything; the log has the traceback.
     except Exception as error:
-        raise ImageEncodingError(f"{named(images)} {could_not_be_encoded(error)}") from error
+        raise ImageEncodingError(
+            f"{named(images)} could not be encoded: {type(error).__name__}: {error}"
+        ) from error
     for (index, feature), features in zip(images.items(), encoded, strict=True):
         try:
             num_features = feature.mm_position.get_num_embeds()
             check_features(features, num_features, model.mapping.feature_width, decoder_dtype)
         except FeatureError as error:
-            raise ImageEncodingError(
-                f"{named({index: feature})} {was_encoded_to(error)}"
-            ) from error
+            raise ImageEncodingError(f"{named({index: feature})} was encoded to {error}") from error
     return encoded
-
-
-def could_not_be_encoded(error: Exception) -> str:
-    """The end of a sentence about an image for which the encoder raised."""
-    return f"could not be encoded: {type(error).__name__}: {error}"
-
-
-def was_encoded_to(error: FeatureError) -> str:
-    """The end of a sentence about an image whose features were refused."""
-    return f"was encoded to {error}"
 
 
 def encode_pieces(

@@ -19,10 +19,8 @@ from vllm_spyre_mm.multimodal.item_tensors import item_tensors
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
 from vllm_spyre_mm.worker.encode_queue import EncodedImage
 from vllm_spyre_mm.worker.encoding import (
-    could_not_be_encoded,
     encode_pieces,
     threads,
-    was_encoded_to,
 )
 
 if TYPE_CHECKING:
@@ -144,7 +142,7 @@ class PiecewiseEncodeQueue:
             if len(wanted) > 1:
                 self._alone.extend(wanted)  # one of them may be to blame for all
                 return []
-            fault = could_not_be_encoded(error)
+            fault = f"could not be encoded: {type(error).__name__}: {error}"
             return [EncodedImage(image.identifier, None, fault) for image in wanted]
 
     def _checked(self, image: "MultiModalFeatureSpec", features: torch.Tensor) -> EncodedImage:
@@ -153,6 +151,6 @@ class PiecewiseEncodeQueue:
             num_features = image.mm_position.get_num_embeds()
             check_features(features, num_features, mapping.feature_width, self._decoder_dtype)
         except FeatureError as error:
-            logger.warning("An image %s", was_encoded_to(error))
-            return EncodedImage(image.identifier, None, was_encoded_to(error))
+            logger.warning("An image was encoded to %s", error)
+            return EncodedImage(image.identifier, None, f"was encoded to {error}")
         return EncodedImage(image.identifier, features)
