@@ -34,6 +34,23 @@ def part_of(config: VllmConfig) -> ModelPart:
     return loaded_part(config, SpyreSettings.from_vllm_config(config))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "ahead"),
+    [
+        ({}, True),
+        ({"mm_processor_cache_type": "shm"}, False),
+        ({"mm_encoder_only": True}, False),
+        ({"ec_transfer_config": transfer("ec_both")}, False),
+    ],
+    ids=["usually", "pixels in shared memory", "an encoder alone", "a connector"],
+)
+def test_where_images_are_encoded_ahead(
+    llava_next_checkpoint: Path, arguments: dict[str, Any], ahead: bool
+) -> None:
+    config = configure(llava_next_checkpoint, **arguments)
+    assert SpyreSettings.from_vllm_config(config).encode_ahead == ahead
+
+
 REFUSE = {"missing_features": "refuse"}
 
 

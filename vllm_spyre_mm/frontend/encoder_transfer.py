@@ -49,10 +49,17 @@ def without_card(settings: SpyreSettings, enforce_eager: bool, can_compile: bool
 
 
 def without_look_ahead(settings: SpyreSettings, vllm_config: "VllmConfig") -> SpyreSettings:
-    """Settings of an engine whose connector is asked in each step, or that has no decodes."""
-    if vllm_config.ec_transfer_config is None and not vllm_config.is_mm_encoder_only:
-        return settings
-    return settings.model_copy(update={"encode_ahead": False})
+    """Settings with ``encode_ahead`` off for an engine in which nothing can be encoded ahead.
+
+    A connector is asked in the step that needs an image; an encoder alone has no steps to encode
+    beside; and pixels in shared memory are there from the step on in which a request is admitted.
+    """
+    multimodal = vllm_config.model_config.multimodal_config
+    in_shared_memory = multimodal is not None and multimodal.mm_processor_cache_type == "shm"
+    has_connector = vllm_config.ec_transfer_config is not None
+    if has_connector or vllm_config.is_mm_encoder_only or in_shared_memory:
+        return settings.model_copy(update={"encode_ahead": False})
+    return settings
 
 
 def check_encoder_transfer(

@@ -181,7 +181,7 @@ def _worker(worker: Any) -> dict[str, Any]:
     for scheduler in schedulers:
         pool = scheduler.kv_cache_manager.block_pool
         books = scheduler.encoder_cache_manager
-        features = runner.encoder_cache._features
+        features = runner.encoder_cache.tensors
         counts |= _sizes(
             scheduled=scheduler.requests,
             running=scheduler.running,
