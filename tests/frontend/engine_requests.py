@@ -16,7 +16,9 @@ from vllm_spyre_mm.frontend.request_validation import (
     validate_engine_request,
 )
 
-MODEL_CONFIG: Any = SimpleNamespace(hf_config=AutoConfig.from_pretrained(checkpoint_path()))
+MODEL_CONFIG: Any = SimpleNamespace(
+    multimodal_config=None, hf_config=AutoConfig.from_pretrained(checkpoint_path())
+)
 IMAGE = MODEL_CONFIG.hf_config.image_token_id
 WORD = IMAGE + 1
 

@@ -62,7 +62,7 @@ NUM_ROWS = MODEL_CONFIG.hf_config.text_config.vocab_size
 def with_image_token(image_token_id: int) -> Any:
     config = copy.deepcopy(MODEL_CONFIG.hf_config)
     config.image_token_index = config.image_token_id = image_token_id
-    return SimpleNamespace(hf_config=config)
+    return SimpleNamespace(hf_config=config, multimodal_config=None)
 
 
 @pytest.mark.parametrize("token", [NUM_ROWS, NUM_ROWS + 1, 2**31])
