@@ -20,6 +20,7 @@ from tests.reference import Reference
 from vllm_spyre_mm.demo import pictures
 from vllm_spyre_mm.model_executor.pieces import Pieces
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
+from vllm_spyre_mm.worker import model_runner
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 
 T = TypeVar("T")
@@ -283,7 +284,7 @@ class TestCaches:
 
 def test_off_collects_nothing(demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        SpyreModelRunner, "_collect", lambda *_: pytest.fail("collected although it is off")
+        model_runner, "assemble", lambda *_: pytest.fail("collected although it is off")
     )
     with engine(demo_checkpoint, enable_return_mm_embedding=False) as llm:
         output = llm.generate([ask(40).prompt], greedy(4), use_tqdm=False)[0]

@@ -173,7 +173,11 @@ class Journey:
             enforce_eager=True,
             logprobs_mode="raw_logits",
             max_logprobs=-1,
-            additional_config={"encoder_dtype": "float32", "max_batch_tkv": MAX_MODEL_LEN},
+            additional_config={
+                "encoder_dtype": "float32",
+                "max_batch_tkv": MAX_MODEL_LEN,
+                "encode_ahead": False,  # there is no worker here, which does that
+            },
         ).create_engine_config()
         mapping = mapping or get_mm_mapping(self.vllm_config.model_config.hf_config)
         fms_model = load_model(mapping, checkpoint, LoadOptions(torch.float32, torch.float32))

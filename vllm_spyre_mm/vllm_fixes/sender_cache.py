@@ -105,3 +105,4 @@ def note_admission(request: "EngineCoreRequest") -> None:
         entry = getattr(feature.data, ENTRY, None)
         if entry is not None:
             entry.unsent = None
+            delattr(feature.data, ENTRY)  # an engine in this process may pickle the item
