@@ -3,7 +3,7 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from vllm import LLM, SamplingParams, envs
+from vllm import LLM, RequestOutput, SamplingParams, envs
+
+from tests.reference import Reference
 
 
 @contextlib.contextmanager
@@ -93,3 +95,17 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest expected magnitude."""
     assert found.shape == expected.shape, f"{tuple(found.shape)} != {tuple(expected.shape)}"
     return float((found.float() - expected.float()).abs().max() / expected.abs().max())
+
+
+def assert_as_transformers(
+    outputs: Sequence[RequestOutput], asks: Sequence[Ask], reference: Reference, max_tokens: int
+) -> None:
+    """Asserts that answers and embeddings are those of Transformers."""
+    for ask, output in zip(asks, outputs, strict=True):
+        images = list(ask.images)
+        expected = reference.generate(ask.text, images, max_tokens)
+        assert list(output.outputs[0].token_ids) == expected
+        embedding = output.outputs[0].mm_embedding
+        assert (embedding is None) == (not images)
+        if images:
+            assert relative_error(embedding, reference.features(ask.text, images)) < 1e-4

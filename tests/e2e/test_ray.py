@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.asks import parity_asks
-from tests.e2e.engines import engine, greedy, relative_error
+from tests.e2e.engines import assert_as_transformers, engine, greedy
 from tests.reference import Reference
 
 pytest.importorskip("ray", reason="Ray is not installed here: make ray")
@@ -54,12 +54,4 @@ def test_ranks_on_two_nodes_equal_transformers(
         nodes = llm.collective_rpc("node")
         outputs = llm.generate([ask.prompt for ask in asks], greedy(12), use_tqdm=False)
     assert len(set(nodes)) == 2
-    for ask, output in zip(asks, outputs, strict=True):
-        images = list(ask.images)
-        assert list(output.outputs[0].token_ids) == llava_next_reference.generate(
-            ask.text, images, 12
-        )
-        embedding = output.outputs[0].mm_embedding
-        assert (embedding is None) == (not images)
-        if images:
-            assert relative_error(embedding, llava_next_reference.features(ask.text, images)) < 1e-4
+    assert_as_transformers(outputs, asks, llava_next_reference, 12)

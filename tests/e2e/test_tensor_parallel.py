@@ -13,7 +13,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests import architectures, granite4_vision, idefics3, qwen_vl
 from tests.e2e.asks import parity_asks
-from tests.e2e.engines import engine, greedy, relative_error
+from tests.e2e.engines import assert_as_transformers, engine, greedy
 from tests.reference import Reference
 
 
@@ -28,15 +28,7 @@ def test_two_ranks_equal_transformers(
         max_num_batched_tokens=128,
     ) as llm:
         outputs = llm.generate([ask.prompt for ask in asks], greedy(12), use_tqdm=False)
-    for ask, output in zip(asks, outputs, strict=True):
-        images = list(ask.images)
-        assert list(output.outputs[0].token_ids) == llava_next_reference.generate(
-            ask.text, images, 12
-        )
-        embedding = output.outputs[0].mm_embedding
-        assert (embedding is None) == (not images)
-        if images:
-            assert relative_error(embedding, llava_next_reference.features(ask.text, images)) < 1e-4
+    assert_as_transformers(outputs, asks, llava_next_reference, 12)
 
 
 class SeededApart:

@@ -18,6 +18,8 @@ from torch.serialization import (
 )
 
 from tests.worker.test_encoding import image, in_one_piece
+from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
+from vllm_spyre_mm.worker.ec_transfer import FeatureTransfer
 from vllm_spyre_mm.worker.encoding import ImageEncoder, ImageEncodingError
 from vllm_spyre_mm.worker.groups import register_default_group
 from vllm_spyre_mm.worker.host_share import read_little_endian
@@ -116,6 +118,25 @@ def test_pictures_are_encoded_once_with_the_threads_of_all(tmp_path: Path) -> No
     assert (threads, none, after) == ([3] * 4, [], 1)
 
 
+def _take_what_arrived(ranks: Ranks) -> list[Any]:
+    """Three pictures that a connector was to bring: it brought one, and one with NaN."""
+    given, damaged, absent = image(3), image(2), image(4)
+    model: Any = SimpleNamespace(mapping=SimpleNamespace(feature_width=4))
+    encoder = ImageEncoder(model, ranks, torch.bfloat16, torch.bfloat16)
+    transfer = FeatureTransfer(EncoderCache(), encoder, ranks, active=True, merges=True)
+    if ranks.is_first:
+        transfer.cache.put(given, torch.full((3, 4), 7.0))
+        transfer.cache.put(damaged, torch.full((2, 4), torch.nan))
+        transfer._unchecked = {given.identifier, damaged.identifier}
+    transfer._share([given, damaged, absent])
+    return [(name, rows.tolist(), str(rows.dtype)) for name, rows in transfer.cache.tensors.items()]
+
+
+def test_what_a_connector_brought_is_checked_once_and_shared(tmp_path: Path) -> None:
+    first, second = in_two_ranks(tmp_path, _take_what_arrived)
+    assert first == second == [("of 3", [[7.0] * 4] * 3, "torch.bfloat16")]
+
+
 def _sample_or_fail(ranks: Ranks) -> list[Any]:
     """Tokens, an error of the sampler's in their place, one of the encoder's, and tokens again."""
 
@@ -134,7 +155,8 @@ def _sample_or_fail(ranks: Ranks) -> list[Any]:
         def mm_position(self) -> Any:
             return fail()
 
-    model: Any = SimpleNamespace(encode_pieces=in_one_piece(lambda _: [torch.zeros(1, 4)]))
+    encode = in_one_piece(lambda _: [torch.zeros(1, 4)])
+    model: Any = SimpleNamespace(encode_pieces=encode, mapping=SimpleNamespace(feature_width=4))
     encoder = ImageEncoder(model, ranks, torch.bfloat16, torch.bfloat16)
     results: list[Any] = []
     for work in (

@@ -71,8 +71,8 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
     dtype = decoder_dtype_of(vllm_config)
 
     is_new = not settings.resolved  # vLLM builds configurations anew
+    can_compile = why_not_compiled() is None
     if vllm_config.is_mm_encoder_only:
-        can_compile = why_not_compiled() is None
         settings = without_card(settings, model_config.enforce_eager, can_compile)
     if is_new and settings.resolve_backend(model_config.enforce_eager) == "sendnn":
         settings = _with_card_environment(settings)
@@ -83,7 +83,7 @@ def check_and_resolve(vllm_config: "VllmConfig", host_dtypes: tuple[torch.dtype,
         host_dtypes=tuple(map(dtype_name, host_dtypes)),
         max_model_len=model_config.max_model_len,
         max_num_seqs=scheduler_config.max_num_seqs,
-        can_compile=why_not_compiled() is None,
+        can_compile=can_compile,
     )
     settings = without_look_ahead(settings, vllm_config)
     if is_new:

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of a vision encoder's output, shared by the worker and the command-line tools."""
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 
 class FeatureError(RuntimeError):
@@ -48,6 +53,13 @@ def check_features(
             f"{dtype_name(merged_dtype)} cannot hold: run this checkpoint on the CPU, with backend "
             "'inductor'"
         )
+
+
+def check_item(
+    item: "MultiModalFeatureSpec", features: torch.Tensor, width: int, merged_dtype: torch.dtype
+) -> None:
+    """Check the features of an item of a request; see :func:`check_features`."""
+    check_features(features, item.mm_position.get_num_embeds(), width, merged_dtype)
 
 
 def overflows(rows: torch.Tensor, dtype: torch.dtype) -> bool:

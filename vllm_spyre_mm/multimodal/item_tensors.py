@@ -10,8 +10,18 @@ if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 
-def item_tensors(feature: "MultiModalFeatureSpec") -> Iterator[torch.Tensor]:
-    """The tensors that vLLM's processor made of an item; none if its data are not at hand."""
+def num_values(feature: "MultiModalFeatureSpec") -> int:
+    """Elements of an item's tensors, pixel values for the most part."""
+    return sum(tensor.numel() for tensor in _item_tensors(feature))
+
+
+def num_bytes(feature: "MultiModalFeatureSpec") -> int:
+    """Memory of an item's tensors."""
+    return sum(tensor.nbytes for tensor in _item_tensors(feature))
+
+
+def _item_tensors(feature: "MultiModalFeatureSpec") -> Iterator[torch.Tensor]:
+    """What vLLM's processor made of an item; none if its data are not at hand."""
     for element in (feature.data or {}).values():
         yield from _tensors(element.data)
 

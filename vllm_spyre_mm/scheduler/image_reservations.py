@@ -13,7 +13,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_spyre_mm.multimodal.item_names import named
-from vllm_spyre_mm.multimodal.item_tensors import item_tensors
+from vllm_spyre_mm.multimodal.item_tensors import num_bytes
 from vllm_spyre_mm.scheduler.failed_step import forget_image
 from vllm_spyre_mm.scheduler.outputs import EncodingDone, SpyreSchedulerOutput
 
@@ -185,8 +185,8 @@ class ImageReservations:
         absent = [each for each in features if each.identifier not in self._books.cached]
         if not absent or not self._under_way:
             return False
-        under_way = sum(map(_num_bytes, self._under_way.values()))
-        return under_way + sum(map(_num_bytes, absent)) > MAX_BYTES_AHEAD
+        under_way = sum(map(num_bytes, self._under_way.values()))
+        return under_way + sum(map(num_bytes, absent)) > MAX_BYTES_AHEAD
 
     def _make_room(self, request: Request, missing: list[int], before: Container[str]) -> None:
         """Give back what later requests have reserved, the last one's first, as far as needed."""
@@ -205,7 +205,3 @@ class ImageReservations:
                 self._to_cancel.append(identifier)
             if identifier in self._books.freeable:
                 forget_image(self._books, identifier)
-
-
-def _num_bytes(feature: "MultiModalFeatureSpec") -> int:
-    return sum(tensor.nbytes for tensor in item_tensors(feature))

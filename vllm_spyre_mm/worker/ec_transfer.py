@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from vllm.distributed.ec_transfer import get_ec_transfer, has_ec_transfer
 from vllm.v1.outputs import ECConnectorOutput, ModelRunnerOutput
 from vllm.v1.worker.ec_connector_model_runner_mixin import ECConnectorModelRunnerMixin
@@ -21,7 +20,7 @@ from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.parts import ModelPart
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
-from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_features
+from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_item
 from vllm_spyre_mm.multimodal.given_features import given_features
 from vllm_spyre_mm.multimodal.item_names import named
 from vllm_spyre_mm.scheduler.outputs import SpyreModelRunnerOutput
@@ -156,27 +155,25 @@ class FeatureTransfer(ECConnectorModelRunnerMixin):
 
     def _share(self, features: "Sequence[MultiModalFeatureSpec]") -> None:
         """Check what the connector brought of some images, and give it to every rank."""
-        arrived: list[tuple[int, torch.Size]] = []
+        arrived: list[int] = []
         for index, feature in enumerate(features):
             if feature.identifier in self._unchecked:
                 self._unchecked.discard(feature.identifier)
                 if self._check(feature):
-                    arrived.append((index, self.cache.get(feature).shape))
-        for index, shape in self.ranks.broadcast_object(arrived):
-            feature = features[index]
-            if self.ranks.is_first:
-                self.ranks.broadcast(self.cache.get(feature))
-            else:
-                empty = torch.empty(shape, dtype=self.encoder.dtype)
-                self.cache.put(feature, self.ranks.broadcast(empty))
+                    arrived.append(index)
+        shared = [features[index] for index in self.ranks.broadcast_object(arrived)]
+        if self.ranks.is_first:
+            self.ranks.send_tensors([self.cache.get(feature) for feature in shared])
+            return
+        for feature, rows in zip(shared, self.ranks.receive_tensors(), strict=True):
+            self.cache.put(feature, rows)
 
     def _check(self, feature: "MultiModalFeatureSpec") -> bool:
         """Whether what arrived of an image are features of it; what are none leave the cache."""
         rows = self.cache.tensors.pop(feature.identifier)
         try:
-            num_features = feature.mm_position.get_num_embeds()
             width = self.encoder.model.mapping.feature_width
-            check_features(rows, num_features, width, self.encoder.decoder_dtype)
+            check_item(feature, rows, width, self.encoder.decoder_dtype)
         except FeatureError as error:
             logger.error("The EC connector brought %s for %s", error, feature.identifier)
             return False

@@ -15,7 +15,7 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.model_executor.pieces import Pieces, whole
-from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_features
+from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_item
 from vllm_spyre_mm.multimodal.given_features import given_features
 from vllm_spyre_mm.multimodal.item_names import named
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
@@ -115,8 +115,7 @@ def encode_images(
         ) from error
     for (index, feature), features in zip(images.items(), encoded, strict=True):
         try:
-            num_features = feature.mm_position.get_num_embeds()
-            check_features(features, num_features, model.mapping.feature_width, decoder_dtype)
+            check_item(feature, features, model.mapping.feature_width, decoder_dtype)
         except FeatureError as error:
             raise ImageEncodingError(f"{named({index: feature})} was encoded to {error}") from error
     return encoded

@@ -14,8 +14,8 @@ import torch
 from vllm_spyre_mm.log import get_logger
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.model_executor.pieces import Pieces
-from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_features
-from vllm_spyre_mm.multimodal.item_tensors import item_tensors
+from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_item
+from vllm_spyre_mm.multimodal.item_tensors import num_values
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils
 from vllm_spyre_mm.worker.encode_queue import EncodedImage
 from vllm_spyre_mm.worker.encoding import (
@@ -112,7 +112,7 @@ class PiecewiseEncodeQueue:
         room, first = self._model.mapping.encoder_batch_values, True
         modality = self._waiting[0].modality if self._waiting else None
         while self._waiting and self._waiting[0].modality == modality:
-            room -= sum(tensor.numel() for tensor in item_tensors(self._waiting[0]))
+            room -= num_values(self._waiting[0])
             if room < 0 and not first:
                 return
             yield self._waiting.popleft()
@@ -146,10 +146,8 @@ class PiecewiseEncodeQueue:
             return [EncodedImage(image.identifier, None, fault) for image in wanted]
 
     def _checked(self, image: "MultiModalFeatureSpec", features: torch.Tensor) -> EncodedImage:
-        mapping = self._model.mapping
         try:
-            num_features = image.mm_position.get_num_embeds()
-            check_features(features, num_features, mapping.feature_width, self._decoder_dtype)
+            check_item(image, features, self._model.mapping.feature_width, self._decoder_dtype)
         except FeatureError as error:
             logger.warning("An image was encoded to %s", error)
             return EncodedImage(image.identifier, None, f"was encoded to {error}")

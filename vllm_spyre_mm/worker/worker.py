@@ -61,6 +61,7 @@ from vllm_spyre_mm.worker.groups import (
 from vllm_spyre_mm.worker.host_share import read_little_endian, take_share
 from vllm_spyre_mm.worker.model_runner import SpyreModelRunner
 from vllm_spyre_mm.worker.piecewise_queue import PiecewiseEncodeQueue
+from vllm_spyre_mm.worker.ranks import Ranks
 from vllm_spyre_mm.worker.step_sizes import step_sizes
 from vllm_spyre_mm.worker.unsupported_operations import RefusingWorker
 from vllm_spyre_mm.worker.warmup import warm_up
@@ -102,6 +103,7 @@ class SpyreWorker(RefusingWorker):
             self.mapping.encoder_batch_values, self.settings.encode_timeout_seconds
         )
         self.checkpoint: Path | None = None
+        self.ahead = AheadEncoding(None, Ranks())  # until there is a runner
         self.model: SpyreModel[MMUtils]
 
     # -- start --------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ class SpyreWorker(RefusingWorker):
 
     def shutdown(self) -> None:
         """End the encoder's process, if there is one, and what the EC connector has going on."""
-        self.encoder.close()
+        self.ahead.close()
         ensure_ec_transfer_shutdown()
 
     # -- steps --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from vllm_spyre_mm.log import get_logger
-from vllm_spyre_mm.multimodal.item_tensors import item_tensors
+from vllm_spyre_mm.multimodal.item_tensors import num_values
 from vllm_spyre_mm.worker.encode_queue import EncodedImage
 from vllm_spyre_mm.worker.encoder_process.parent import EncoderProcess, ProcessFault
 
@@ -157,9 +157,9 @@ class ProcessEncodeQueue:
 
     def _next_batch(self) -> "list[MultiModalFeatureSpec]":
         first = self._waiting.popleft()
-        batch, room = [first], self._batch_values - _num_values(first)
+        batch, room = [first], self._batch_values - num_values(first)
         while self._waiting and first.identifier not in self._suspects:
-            room -= _num_values(self._waiting[0])
+            room -= num_values(self._waiting[0])
             if room < 0 or self._waiting[0].identifier in self._suspects:
                 break
             batch.append(self._waiting.popleft())
@@ -204,7 +204,3 @@ class ProcessEncodeQueue:
 
     def _is_wanted(self, image: "MultiModalFeatureSpec") -> bool:
         return image.identifier not in self._unwanted
-
-
-def _num_values(image: "MultiModalFeatureSpec") -> int:
-    return sum(tensor.numel() for tensor in item_tensors(image))
