@@ -5,10 +5,9 @@ import itertools
 import random
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
+from clocks import Stopwatch, Tokens
 from workload import PROMPT, QUESTION, SIDES, picture
 
 
@@ -92,30 +91,31 @@ class Vllm:
 
         engine = self.llm.llm_engine
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        tokens = Tokens(engine)
         if text:
             endless = SamplingParams(temperature=0.0, max_tokens=1500, ignore_eos=True)
             engine.add_request("text", "Tell a story.", endless)
             for _ in range(8):
-                engine.step()
-        for i in range(requests):
+                tokens.step()
+        before = len(tokens.times["text"])
+        names = [f"{seed}-{i}" for i in range(requests)]
+        for i, name in enumerate(names):
             prompt = {
                 "prompt": PROMPT.format(question=QUESTION),
                 "multi_modal_data": {"image": picture(seed + i, SIDES)},
             }
-            engine.add_request(f"{seed}-{i}", prompt, params)
+            engine.add_request(name, prompt, params)
         started = time.perf_counter()
-        times: dict[str, list[float]] = {"text": [started]}
-        while len(times) < 1 + requests or len(times["text"]) < 1 + text:
-            for output in engine.step():
-                times.setdefault(output.request_id, []).append(time.perf_counter())
+        while not all(map(tokens.times.get, names)) or len(tokens.times["text"]) < before + text:
+            tokens.step()
         if text:
             engine.abort_request(["text"])
         while engine.has_unfinished_requests():
             engine.step()
-        tokens = times.pop("text")
+        beside = [started, *tokens.times["text"][before:]]
         return {
-            "first": [each[0] - started for each in times.values()],
-            "between": [later - earlier for earlier, later in itertools.pairwise(tokens)],
+            "first": [tokens.times[name][0] - started for name in names],
+            "between": [later - earlier for earlier, later in itertools.pairwise(beside)],
         }
 
     def beside(self, requests: int, max_tokens: int, seed: int) -> dict[str, Any]:
@@ -264,45 +264,3 @@ class Vllm:
             self.llm.llm_engine.add_request(
                 f"{time.time()}-{i}", {"prompt_token_ids": tokens}, params
             )
-
-
-class Tokens:
-    """Steps an engine and notes when each request got its tokens.
-
-    Attributes:
-        times: of each token, by request.
-    """
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self.times: dict[str, list[float]] = defaultdict(list)
-
-    def step(self) -> None:
-        """One step of the engine."""
-        outputs, now = self._engine.step(), time.perf_counter()
-        for output in outputs:
-            times = self.times[output.request_id]
-            times += [now] * (len(output.outputs[0].token_ids) - len(times))
-
-    def between(self, name: str) -> list[float]:
-        """Seconds between the tokens of a request."""
-        return [later - earlier for earlier, later in itertools.pairwise(self.times[name])]
-
-
-class Stopwatch:
-    """Calls a function and keeps how long it took.
-
-    Attributes:
-        function: that is called.
-        seconds: of the last call.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.seconds = 0.0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        result = self.function(*args, **kwargs)
-        self.seconds = time.perf_counter() - started
-        return result
