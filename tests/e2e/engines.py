@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from vllm import LLM, RequestOutput, SamplingParams, envs
+from vllm.v1.engine import core
 
 from tests.reference import Reference
 
@@ -37,6 +38,9 @@ def engine(checkpoint: Path, *, own_process: bool = False, **arguments: Any) -> 
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if own_process else "0")
+        # What the tests' process holds anyhow is frozen: see pytest_collection_finish.
+        patch.setattr(core, "freeze_gc_heap", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
         envs.disable_envs_cache()  # an engine that still runs in this process has filled it
         llm = LLM(model=str(checkpoint), **(defaults | arguments))
         try:
