@@ -89,7 +89,8 @@ def test_the_cards_compiler_is_told_its_limits(
 
 
 def test_what_the_user_has_set_for_the_card_stays(unset: pytest.MonkeyPatch):
-    given = dict.fromkeys((*FIXED, *THREADS, *LARGE, "MASTER_ADDR", "MASTER_PORT"), "the user's")
+    given = dict.fromkeys((*FIXED, *THREADS, *LARGE, "MASTER_ADDR"), "the user's")
+    given["MASTER_PORT"] = "29500"
     for name, value in given.items():
         unset.setenv(name, value)
     export_limits()
@@ -111,10 +112,23 @@ def test_the_cards_runtime_is_told_of_its_rank(world_size: int, expected: dict[s
     assert exported() == expected
 
 
-def test_ranks_of_other_engines_meet_elsewhere(unset: pytest.MonkeyPatch):
-    unset.delenv("MASTER_PORT", raising=False)
+@pytest.mark.parametrize(
+    ("given", "port"), [(None, "12358"), ("12355", "12358"), ("29500", "29503")]
+)
+def test_ranks_of_other_engines_meet_elsewhere(
+    unset: pytest.MonkeyPatch, given: str | None, port: str
+):
+    """Whatever is set, as in an image for cards: all engines of a host inherit it."""
+    if given is not None:
+        unset.setenv("MASTER_PORT", given)
     environment.export_rank_environment(rank=0, world_size=2, num_threads=6, engine=3)
-    assert os.environ["MASTER_PORT"] == "12358"
+    assert os.environ["MASTER_PORT"] == port
+
+
+def test_a_port_that_is_none_is_refused(unset: pytest.MonkeyPatch):
+    unset.setenv("MASTER_PORT", "tcp")
+    with pytest.raises(ValueError, match=r"^MASTER_PORT='tcp' is no number of a port: set one"):
+        environment.export_rank_environment(rank=0, world_size=2, num_threads=6)
 
 
 @pytest.mark.parametrize("listed", [None, "a,b,c,d"])

@@ -30,7 +30,6 @@ THREAD_COUNTS = (
 )
 """Threads of the card's compiler, which reads the first alone, and of what it calls."""
 
-
 CARD = "AIU_WORLD_RANK_{}"
 """Name of the variable with the PCI address of a card, by the card's number from 0."""
 
@@ -205,16 +204,16 @@ def export_rank_environment(
     *, rank: int, world_size: int, num_threads: int, engine: int = 0
 ) -> None:
     """Set what the card's runtime has to know of a rank; must run before ``torch_sendnn`` is
-    imported. What is set already stays as it is.
+    imported, once in a process. What the user has set stays as it is.
 
     Args:
         rank: of this process.
         world_size: ranks of the model, a card each.
         num_threads: that this rank may take of the host.
-        engine: number of the engine on this host, whose ranks meet at a port of their own.
+        engine: number of the engine on this host: its ranks meet so many ports after the first.
 
     Raises:
-        ValueError: ``RANK`` or ``WORLD_SIZE`` is set to that of another rank or model.
+        ValueError: a variable says something else of this rank, or ``MASTER_PORT`` is no number.
     """
     for name in THREAD_COUNTS:
         os.environ.setdefault(name, str(num_threads))
@@ -227,7 +226,10 @@ def export_rank_environment(
                 f"rank {rank} of {world_size}: unset it"
             )
     os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", str(12355 + engine))
+    given = os.environ.get("MASTER_PORT", "12355")  # the engines of a host inherit one
+    if not given.isdecimal():
+        raise ValueError(f"MASTER_PORT={given!r} is no number of a port: set one, or unset it")
+    os.environ["MASTER_PORT"] = str(int(given) + engine)
     if world_size >= 4:  # collectives of four ranks exceed the defaults
         for name, size in HDMA_BYTES.items():
             os.environ.setdefault(name, str(size))
