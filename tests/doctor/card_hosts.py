@@ -31,7 +31,7 @@ def image(folder: Path, *, cards: int = 1, **changes: Any) -> CardHost:
         "DTLOG_LEVEL": "error",
         "DT_PARALLEL_THREADS": "4",
     }
-    host = CardHost(variables, "x86_64", 16.0, vfio, senlib, 2 << 30)
+    host = CardHost(variables, "x86_64", lambda: 16, vfio, senlib, 2 << 30)
     return replace(host, **changes)
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is missing on the host is named: a compiler, the card's software, cores."""
 
-import os
 import stat
 from pathlib import Path
 
@@ -97,21 +96,18 @@ def test_the_cards_software_changes_what_it_is_told(
     assert "does not keep its four VLLM_DT_*" in only(host.backend()).says
 
 
-def test_threads_beyond_a_containers_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "CGROUP", tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5, 6, 7})
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert host.available_cores() == 8
-    assert only(host.threads()).says == "2 threads for 8 cores"
-    assert "unset OMP_NUM_THREADS" in only(host.threads()).do
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert host.available_cores() == 8
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
+@pytest.mark.parametrize(
+    ("cores", "level", "do"),
+    [(8, "warning", "unset OMP_NUM_THREADS"), (1, "warning", "OMP_NUM_THREADS=1: "), (2, "ok", "")],
+)
+def test_threads_against_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, level: str, do: str
+) -> None:
+    found = {"host": {"threads": 2}, "hooks": {"cores": cores}}
+    monkeypatch.setattr(host, "probe", found.__getitem__)
     finding = only(host.threads())
-    assert finding.says == "2 threads for 1.5 cores"
-    assert "OMP_NUM_THREADS=1" in finding.do
-    (tmp_path / "cpu.max").write_text("200000 100000\n")
-    assert only(host.threads()).level == "ok"
+    assert (finding.level, finding.says) == (level, f"2 threads for {cores} cores")
+    assert do in finding.do
 
 
 def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:

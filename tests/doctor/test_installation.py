@@ -5,9 +5,10 @@ import platform
 from pathlib import Path
 
 import pytest
+from vllm.utils.torch_utils import available_cpu_count
 
 from tests.doctor.findings import only, pretend_installed
-from vllm_spyre_mm.doctor import installation
+from vllm_spyre_mm.doctor import host, installation
 
 
 def test_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,3 +99,4 @@ def test_hooks_of_a_platform_that_is_not_loaded(monkeypatch: pytest.MonkeyPatch)
     finding = only(installation.hooks())
     assert finding.level == "error"
     assert "vLLM's platform is vllm.platforms." in finding.says
+    assert host.available_cores() == available_cpu_count(), "vLLM counts them all the same"

@@ -19,10 +19,11 @@ GIB = 1 << 30
 
 @pytest.fixture(autouse=True)
 def host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 GiB of which 12 are free, and 4 cores."""
-    cores = [Core(0, (number,)) for number in range(4)]
+    """16 GiB of which 12 are free, and 4 cores of two threads each."""
+    cores = [Core(0, (number, number + 4)) for number in range(4)]
     monkeypatch.setattr(data_parallel, "host_memory", lambda: HostMemory(16 * GIB, 12 * GIB))
     monkeypatch.setattr(data_parallel, "usable_cores", lambda: cores)
+    monkeypatch.setattr(data_parallel, "available_cpu_count", lambda: 8)
 
 
 def configure(checkpoint: Path, **arguments: Any) -> VllmConfig:
@@ -54,6 +55,16 @@ def test_more_engines_than_cores_are_refused(demo_checkpoint: Path) -> None:
     message = r"data-parallel-size-local=5 is more than the cores that may be used here \(4\)"
     with pytest.raises(ValueError, match=message):
         configure(demo_checkpoint, data_parallel_size=5)
+
+
+def test_more_engines_than_a_containers_quota_are_refused(
+    demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as ``--cpus 3``: the container may run on all of the cores."""
+    monkeypatch.setattr(data_parallel, "available_cpu_count", lambda: 3)
+    with pytest.raises(ValueError, match=r"=4 is more than the cores .* \(3\)"):
+        configure(demo_checkpoint, data_parallel_size=4)
+    configure(demo_checkpoint, data_parallel_size=3)
 
 
 def test_other_hosts_cores_are_not_counted(demo_checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class CardHost:
     Attributes:
         variables: the environment.
         machine: as ``platform.machine()`` names it.
-        cores: that this process may use.
+        cores: counts those that this process may use, when a check asks.
         vfio: folder with the devices.
         senlib: configuration of the card's library.
         shm_bytes: size of the shared memory; 0 where there is none.
@@ -50,7 +50,7 @@ class CardHost:
 
     variables: Mapping[str, str]
     machine: str
-    cores: float
+    cores: Callable[[], int]
     vfio: Path
     senlib: Path
     shm_bytes: int
@@ -62,7 +62,7 @@ class CardHost:
         return cls(
             variables=process_environment(),
             machine=platform.machine(),
-            cores=available_cores(),
+            cores=available_cores,
             vfio=Path("/dev/vfio"),
             senlib=Path.home() / ".senlib.json",
             shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else 0,

@@ -74,7 +74,7 @@ def _faults_of_limits(host: CardHost) -> Iterator[Fault]:
 
 
 def _faults_of_threads(host: CardHost) -> Iterator[Fault]:
-    share = max(1, int(host.cores / host.num_ranks))
+    share = max(1, host.cores() // host.num_ranks)
     for name in THREAD_COUNTS:
         given = host.variables.get(name)
         if given is None:

@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the host: backend, compiler, instruction set, threads and memory."""
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from vllm_spyre_mm.doctor.finding import Finding
 from vllm_spyre_mm.doctor.probe import ProbeError, probe
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def backend() -> Iterator[Finding]:
@@ -78,9 +74,9 @@ def cpu() -> Iterator[Finding]:
 def threads() -> Iterator[Finding]:
     """Whether there are as many threads as cores to run them."""
     cores, count = available_cores(), probe("host")["threads"]
-    said = f"{count} threads for {cores:g} cores"
-    if count > max(cores, 1):
-        do = f"set OMP_NUM_THREADS={max(int(cores), 1)}: threads that wait for a core stop all"
+    said = f"{count} threads for {cores} cores"
+    if count > cores:
+        do = f"set OMP_NUM_THREADS={cores}: threads that wait for a core stop all"
         yield Finding("threads", "warning", said, do)
     elif count <= cores / 2:
         do = "nothing if other programs need the rest; else unset OMP_NUM_THREADS"
@@ -89,15 +85,13 @@ def threads() -> Iterator[Finding]:
         yield Finding("threads", "ok", said)
 
 
-def available_cores() -> float:
-    """Cores that this process may use: its affinity, and a container's quota of them."""
-    cores = float(len(os.sched_getaffinity(0)))
-    quota = CGROUP / "cpu.max"
-    if quota.exists():
-        limit, period = quota.read_text().split()
-        if limit != "max":
-            cores = min(cores, int(limit) / int(period))
-    return cores
+def available_cores() -> int:
+    """Logical CPUs that this process may use: its affinity, and a container's quota of them.
+
+    Raises:
+        ProbeError: vLLM, which counts them, does not load.
+    """
+    return int(probe("hooks")["cores"])
 
 
 def memory() -> Iterator[Finding]:

@@ -131,8 +131,10 @@ def _compiler_limits(environment: Mapping[str, str]) -> list[str]:
 
 
 def hooks() -> dict[str, Any]:
-    """Loads the platform and adds the hooks, as each of vLLM's processes does."""
+    """Loads the platform and adds the hooks, as each of vLLM's processes does; vLLM's view of the
+    host's cores."""
     from vllm.platforms import current_platform
+    from vllm.utils.torch_utils import available_cpu_count
 
     from vllm_spyre_mm import PLATFORM_CLASS, register_hooks
 
@@ -151,7 +153,8 @@ def hooks() -> dict[str, Any]:
         processor_registration.check_bases()
         renderer.check_base()
         SpyreScheduler.check_base()
-    return {"platform": platform, "ours": platform == PLATFORM_CLASS}
+    ours = platform == PLATFORM_CLASS
+    return {"platform": platform, "ours": ours, "cores": available_cpu_count()}
 
 
 PROBES: tuple[Callable[[], dict[str, Any]], ...] = (host, torchvision, card, hooks)

@@ -7,6 +7,8 @@ cores are divided by ``worker.host_share``, in the process of each.
 
 from typing import TYPE_CHECKING
 
+from vllm.utils.torch_utils import available_cpu_count
+
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.environment import cards_named
 from vllm_spyre_mm.host_cores import usable_cores
@@ -28,7 +30,7 @@ def divide_host(vllm_config: "VllmConfig", settings: SpyreSettings) -> SpyreSett
     if parallel.data_parallel_size == 1 or parallel.data_parallel_size_local < 2:
         return settings
     num_engines = parallel.data_parallel_size_local
-    num_cores = len(usable_cores())
+    num_cores = min(len(usable_cores()), available_cpu_count())
     if num_cores < num_engines:
         raise ValueError(
             f"data-parallel-size-local={num_engines} is more than the cores that may be used here "

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process groups of a model's ranks."""
 
-import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed import ProcessGroup
+from vllm.utils.torch_utils import available_cpu_count
 
 from vllm_spyre_mm.worker.ranks import Ranks
 
@@ -59,7 +59,7 @@ def decoder_group(world_size: int, for_card: bool) -> ProcessGroup | None:
 
 def all_threads(world_size: int) -> int:
     """Threads of all ranks, each of which has its share (vLLM sets it, unless the user has)."""
-    return min(world_size * torch.get_num_threads(), len(os.sched_getaffinity(0)))
+    return min(world_size * torch.get_num_threads(), available_cpu_count())
 
 
 def host_ranks(world_size: int) -> Ranks:
