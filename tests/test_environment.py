@@ -131,6 +131,14 @@ def test_a_port_that_is_none_is_refused(unset: pytest.MonkeyPatch):
         environment.export_rank_environment(rank=0, world_size=2, num_threads=6)
 
 
+def test_threads_that_vllm_has_set_are_not_the_users(unset: pytest.MonkeyPatch):
+    """vLLM divides the host's cores by the ranks, and not by the engines too."""
+    unset.setenv("OMP_NUM_THREADS", "12")
+    unset.setenv("VLLM_OMP_NUM_THREADS_SET_BY_VLLM", "1")
+    environment.export_rank_environment(rank=0, world_size=1, num_threads=6)
+    assert exported() == THREADS
+
+
 @pytest.mark.parametrize("listed", [None, "a,b,c,d"])
 def test_an_engine_is_named_its_own_cards(monkeypatch: pytest.MonkeyPatch, listed: str | None):
     for number in range(4):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines of one host have cores of their own, whole nodes where that divides."""
+"""Engines of one host have cores of their own: whole nodes, where they are equal and it divides."""
 
 import os
 from pathlib import Path
@@ -54,6 +54,19 @@ def test_engines_have_whole_nodes_where_that_divides(num_engines: int) -> None:
         nodes = {core.node for core in share}
         assert share == [core for core in cores if core.node in nodes]
         assert len(nodes) == 4 // num_engines
+
+
+def test_engines_lie_within_a_node_where_they_are_a_multiple() -> None:
+    cores = [Core(node, (4 * node + each,)) for node in range(2) for each in range(4)]
+    shares = [share_of_cores(cores, engine, 4) for engine in range(4)]
+    assert [{core.node for core in share} for share in shares] == [{0}, {0}, {1}, {1}]
+
+
+def test_equal_shares_come_before_whole_nodes() -> None:
+    """A container may leave 3 cores of one node and 5 of another."""
+    cores = [Core(int(number > 2), (number,)) for number in range(8)]
+    shares = [share_of_cores(cores, engine, 2) for engine in range(2)]
+    assert [[core.node for core in share] for share in shares] == [[0, 0, 0, 1], [1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize(("num_cores", "num_engines"), [(7, 3), (2, 2), (8, 5), (9, 1)])

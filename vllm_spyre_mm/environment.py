@@ -78,6 +78,13 @@ def rust_frontend_requested() -> bool:
     return os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
 
 
+def threads_set_by_vllm() -> bool:
+    """Whether ``OMP_NUM_THREADS`` is vLLM's choice for its workers, and not the user's."""
+    from vllm.utils.torch_utils import OMP_NUM_THREADS_SET_BY_VLLM
+
+    return os.environ.get(OMP_NUM_THREADS_SET_BY_VLLM) == "1"
+
+
 def cpu_tier_limit() -> "CpuTier | None":
     """The CPU tier that ``SPYRE_MM_CPU_TIER`` asks for, None without it.
 
@@ -215,6 +222,8 @@ def export_rank_environment(
     Raises:
         ValueError: a variable says something else of this rank, or ``MASTER_PORT`` is no number.
     """
+    if threads_set_by_vllm():
+        del os.environ["OMP_NUM_THREADS"]
     for name in THREAD_COUNTS:
         os.environ.setdefault(name, str(num_threads))
     if world_size == 1:

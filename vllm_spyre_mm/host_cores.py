@@ -48,7 +48,11 @@ def _node_of(cpu: int) -> int:
 
 
 def share_of_cores(cores: Sequence[Core], engine: int, num_engines: int) -> list[Core]:
-    """What one of several engines has of the cores: neighbours, and whole nodes where that divides.
+    """What one of several engines has of the cores: neighbours, as many as each other engine.
+
+    Where nodes have equally many cores, an engine has whole nodes if the number of engines divides
+    that of the nodes, and lies within one if it is a multiple. Where they have not, equal shares
+    come first, and an engine may have cores of two nodes.
 
     Args:
         cores: in the order of their nodes, at least one for each engine.

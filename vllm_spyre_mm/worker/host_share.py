@@ -2,11 +2,13 @@
 """What a worker takes of its host: its order of bytes, and an engine's cores, threads and cards."""
 
 import sys
+from collections.abc import Sequence
 
 import torch
+from vllm.utils.torch_utils import available_cpu_count
 
-from vllm_spyre_mm.environment import export_cards_of_engine
-from vllm_spyre_mm.host_cores import bind_to, in_words, share_of_cores, usable_cores
+from vllm_spyre_mm.environment import export_cards_of_engine, threads_set_by_vllm
+from vllm_spyre_mm.host_cores import Core, bind_to, in_words, share_of_cores, usable_cores
 from vllm_spyre_mm.log import get_logger
 
 logger = get_logger(__name__)
@@ -15,8 +17,10 @@ logger = get_logger(__name__)
 def take_share(*, engine: int, num_engines: int, rank: int, world_size: int, card: bool) -> None:
     """Bind this process to its engine's cores, and name it its engine's cards.
 
-    The ranks of an engine share its cores, and each has its part of their threads. To be called
-    once, before anything of the card's software is imported.
+    The ranks of an engine share its cores, and each has its part of their threads: one for each
+    core, or what the user has set. Neither is more than the engine's logical CPUs, nor than its
+    part of a container's quota of them. To be called once, before anything of the card's software
+    is imported.
 
     Args:
         engine: number of the engine on this host, from 0.
@@ -28,15 +32,24 @@ def take_share(*, engine: int, num_engines: int, rank: int, world_size: int, car
     Raises:
         ValueError: the environment does not tell one engine's cards from another's.
     """
-    cores = share_of_cores(usable_cores(), engine, num_engines)
+    usable, available = usable_cores(), available_cpu_count()  # before this process is bound
+    cores = share_of_cores(usable, engine, num_engines)
     bind_to(cores)
-    num_cpus = sum(len(core.cpus) for core in cores)
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cpus // world_size)))
+    # Of a container's quota as much as of the CPUs: all of its own where there is none.
+    limit = available * _num_cpus(cores) // _num_cpus(usable)
+    wanted = len(cores) if threads_set_by_vllm() else world_size * torch.get_num_threads()
+    of_rank = max(1, min(wanted, limit) // world_size)
+    torch.set_num_threads(of_rank)
     if card:
         export_cards_of_engine(engine, world_size)
     if rank == 0:
-        what = in_words(cores)
-        logger.info("Engine %d of the %d on this host runs on %s", engine, num_engines, what)
+        what, threads = in_words(cores), of_rank * world_size
+        said = "Engine %d of the %d on this host runs on %s (threads: %d)"
+        logger.info(said, engine, num_engines, what, threads)
+
+
+def _num_cpus(cores: Sequence[Core]) -> int:
+    return sum(len(core.cpus) for core in cores)
 
 
 def read_little_endian() -> None:
