@@ -8,6 +8,8 @@ import pytest
 from vllm import LLM
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.engine import utils as engine_utils
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.frontend import data_parallel
@@ -69,6 +71,30 @@ def test_more_engines_than_a_containers_quota_are_refused(
 
 def test_other_hosts_cores_are_not_counted(demo_checkpoint: Path) -> None:
     configure(demo_checkpoint, data_parallel_size=8, data_parallel_size_local=4)
+
+
+def test_hosts_with_an_api_server_each_number_their_engines(
+    demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--data-parallel-hybrid-lb``: the second host divides itself, and its first engine is 2."""
+    config = configure(
+        demo_checkpoint,
+        data_parallel_size=4,
+        data_parallel_size_local=2,
+        data_parallel_hybrid_lb=True,
+        data_parallel_start_rank=2,
+    )
+    settings = SpyreSettings.from_vllm_config(config)
+    assert (settings.num_local_engines, settings.engine_memory_bytes) == (2, 4 * GIB)
+    started: dict[str, Any] = {}
+    monkeypatch.setattr(
+        engine_utils, "CoreEngineProcManager", lambda **kwargs: started.update(kwargs)
+    )
+    monkeypatch.setattr(engine_utils, "wait_for_engine_startup", lambda *_: None)
+    addresses = engine_utils.EngineZmqAddresses(inputs=[], outputs=[])
+    with engine_utils.launch_core_engines(config, UniProcExecutor, False, addresses):
+        numbers = ("local_engine_count", "start_index", "local_start_index")
+        assert [started[name] for name in numbers] == [2, 2, 0]
 
 
 @pytest.mark.parametrize(("num_cards", "cards_each"), [(1, 1), (3, 2), (0, 1)])
