@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The card's path in processes of its own: a server of one rank and of two, ended by a signal."""
+"""The card's path in processes of its own: a server of one rank, and one of two engines with two
+ranks each, ended by a signal."""
 
 from pathlib import Path
 
@@ -13,29 +14,50 @@ from vllm_spyre_mm.demo.pictures import Shape, draw_picture
 PICTURE = data_url(png(draw_picture([Shape("circle", "red", "top left")], (192, 144)).image))
 GRAPHS = {f"graph {number} {where}" for number in (0, 1) for where in ("in warmup", "deployed")}
 
+CARDS, PORT = [f"0000:{number}:00.0" for number in ("1a", "1b", "1c", "1d")], 12355
+"""What an image for four cards names to every process."""
 
-@pytest.mark.parametrize("ranks", [1, 2])
+
+def named(cards: list[str], port: int) -> dict[str, str]:
+    """Variables with the cards and the port of an engine."""
+    numbered = {f"AIU_WORLD_RANK_{number}": address for number, address in enumerate(cards)}
+    return {**numbered, "MASTER_PORT": str(port)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "engines"),
+    [(1, [named(CARDS, PORT)]), (2, [named(CARDS[:2], PORT), named(CARDS[2:], PORT + 1)])],
+    ids=["a rank", "two engines of two ranks"],
+)
 def test_a_server_keeps_the_contract_and_ends_at_a_signal(
-    demo_checkpoint: Path, tmp_path: Path, ranks: int
+    demo_checkpoint: Path, tmp_path: Path, ranks: int, engines: list[dict[str, str]]
 ) -> None:
     """Its status is looked at where the context is left: 0, although the card's runtime has made
-    SIGTERM end the process."""
+    SIGTERM end the process. Each engine answers, and its ranks know of its cards alone."""
     reports = tmp_path / "reports"
     reports.mkdir()
     with starting_server(
         demo_checkpoint,
         tmp_path / "log.txt",
-        *("--tensor-parallel-size", str(ranks), "--max-num-batched-tokens", "128"),
+        *("--tensor-parallel-size", str(ranks), "--data-parallel-size", str(len(engines))),
+        *("--max-num-batched-tokens", "128", "--api-server-count", "1"),
         plugins=[STAND_IN],
-        environment={"STAND_IN_REPORTS": str(reports)},
+        environment={"STAND_IN_REPORTS": str(reports), **named(CARDS, PORT)},
         defaults=True,
     ) as server:
         server.wait_until_healthy()
         client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
-        answer = chat(client, "What is in the picture?", PICTURE)
-        assert answer == "a red circle at the top left"
-        assert chat(client, "Say hello.")
-    lines = [report.read_text().splitlines() for report in reports.iterdir()]
-    assert len(lines) == ranks, "the compiler is imported by the workers alone"
-    for printed in lines:
-        assert set(printed) == GRAPHS | {"imported"}
+        for engine in range(len(engines)):
+            to = {"X-data-parallel-rank": str(engine)}
+            answer = chat(client, "What is in the picture?", PICTURE, extra_headers=to)
+            assert answer == "a red circle at the top left"
+            assert chat(client, "Say hello.", extra_headers=to)
+    variables = []
+    for report in reports.iterdir():
+        printed = report.read_text().splitlines()
+        assert {line for line in printed if "=" not in line} == GRAPHS | {"imported"}
+        variables.append(dict(line.split("=") for line in printed if "=" in line))
+    by_port = sorted(variables, key=lambda each: each["MASTER_PORT"])
+    assert by_port == [engine for engine in engines for _ in range(ranks)], (
+        "the compiler is imported by the workers alone"
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two data-parallel engines behind one address: on one host, and on two.
+"""Three data-parallel engines behind one address: two on one host, and one on another.
 
 The second host is a process of its own on this one, which knows the first by its address alone.
 """
@@ -8,18 +8,16 @@ import contextlib
 import signal
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import openai
 import psutil
 import pytest
 
+from tests.e2e.asked import Asked
 from tests.e2e.engines import relative_error
 from tests.e2e.exits import check_end
 from tests.e2e.serving import (
-    Served,
     data_url,
     free_port,
     metrics_by_engine,
@@ -32,61 +30,53 @@ from tests.reference import Reference
 from vllm_spyre_mm.payload import decode_mm_embedding
 
 QUESTION = "What is in the picture?"
-ENGINES = ("0", "1")
+ENGINES = ("0", "1", "2")
 
 
 @contextlib.contextmanager
-def one_host(checkpoint: Path, folder: Path) -> Iterator[Served]:
-    """An API server for each engine, which is vLLM's default."""
-    with starting_server(checkpoint, folder / "log.txt", "--data-parallel-size", "2") as served:
-        yield served
-
-
-@contextlib.contextmanager
-def two_hosts(checkpoint: Path, folder: Path) -> Iterator[Served]:
-    """One API server and engine, and an engine without API server."""
-    flags = (
-        *("--data-parallel-size", "2", "--data-parallel-size-local", "1"),
-        *("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(free_port())),
-    )
-    headless = ("--headless", "--data-parallel-start-rank", "1")
-    log = folder / "headless.txt"
+def engine_of_another_host(checkpoint: Path, log: Path, *flags: str) -> Iterator[None]:
+    """The third one, without API server, told to end when the context is left."""
+    alone = ("--data-parallel-size-local", "1", "--headless", "--data-parallel-start-rank", "2")
     with (
         log.open("w") as output,
         subprocess.Popen(
-            serve_command(checkpoint, 0, *flags, *headless),
+            serve_command(checkpoint, 0, *flags, *alone),
             stdout=output,
             stderr=subprocess.STDOUT,
         ) as process,
     ):
         try:
-            with starting_server(
-                checkpoint, folder / "log.txt", *flags, "--api-server-count", "1"
-            ) as served:
-                yield served
+            yield
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
     check_end(process.returncode, log.read_text())
 
 
-@pytest.fixture(scope="module", params=[one_host, two_hosts], ids=lambda each: each.__name__)
-def served(
-    request: pytest.FixtureRequest,
-    demo_checkpoint: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp(request.param.__name__)
-    with request.param(demo_checkpoint, folder) as served:
-        served.wait_until_healthy()
-        yield served
+@pytest.fixture(scope="module")
+def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
+    """Two API servers, and an engine for each of them on their host; the last test ends it."""
+    folder = tmp_path_factory.mktemp("hosts")
+    flags = (
+        *("--data-parallel-size", "3", "--data-parallel-address", "127.0.0.1"),
+        *("--data-parallel-rpc-port", str(free_port())),
+    )
+    local = ("--data-parallel-size-local", "2", "--api-server-count", "2")
+    with (
+        engine_of_another_host(demo_checkpoint, folder / "headless.txt", *flags),
+        starting_server(demo_checkpoint, folder / "log.txt", *flags, *local) as started,
+    ):
+        started.wait_until_healthy()
+        server = Asked(started)
+        server.look()
+        yield server
 
 
-def ask(client: openai.OpenAI, seed: int, **more: Any) -> Any:
+def ask(server: Asked, seed: int, **more: Any) -> Any:
     """The choice of a chat about a picture, with its embedding."""
     image = {"type": "image_url", "image_url": {"url": data_url(png(picture(seed).image))}}
     messages: list[Any] = [{"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}]
-    response = client.chat.completions.create(
+    response = server.client.chat.completions.create(
         model="demo",
         messages=messages,
         temperature=0,
@@ -97,23 +87,24 @@ def ask(client: openai.OpenAI, seed: int, **more: Any) -> Any:
     return response.choices[0]
 
 
-def test_both_engines_answer_as_one_does(served: Served, demo_reference: Reference) -> None:
-    """Those that come together go to both; a header asks for one of them."""
-    before = metrics_by_engine(served.address)
-    with (
-        openai.OpenAI(base_url=f"{served.address}/v1", api_key="unused", max_retries=0) as client,
-        ThreadPoolExecutor(8) as threads,
-    ):
-        choices = list(threads.map(lambda seed: ask(client, seed), [0, 1, 2, 3] * 2))
-        for engine in ENGINES:
-            choices.append(ask(client, 4, extra_headers={"X-data-parallel-rank": engine}))
-    for seed, choice in zip([0, 1, 2, 3, 0, 1, 2, 3, 4, 4], choices, strict=True):
+def test_every_engine_answers_as_one_does(server: Asked, demo_reference: Reference) -> None:
+    """Those that come together go to all; a header asks for one of them."""
+    before = metrics_by_engine(server.server.address)
+    seeds = [0, 1, 2, 3] * 3
+    choices = list(server.threads.map(lambda seed: (seed, ask(server, seed)), seeds))
+    for engine in ENGINES:
+        choices.append((4, ask(server, 4, extra_headers={"X-data-parallel-rank": engine})))
+    for seed in range(5):
         image = picture(seed).image
-        assert choice.message.content == answer(demo_reference, QUESTION, image)
+        expected = answer(demo_reference, QUESTION, image)
         prompt = f"<|user|>\n<image>\n{QUESTION}\n<|assistant|>\n"
         features = demo_reference.features(prompt, [image])
-        assert relative_error(decode_mm_embedding(choice.mm_embedding), features) < 1e-4
-    after = metrics_by_engine(served.address)
+        found = [choice for asked_for, choice in choices if asked_for == seed]
+        assert len(found) == 3
+        for choice in found:
+            assert choice.message.content == expected
+            assert relative_error(decode_mm_embedding(choice.mm_embedding), features) < 1e-4
+    after = metrics_by_engine(server.server.address)
     returned = {
         engine: after[engine]["mm_embeddings_returned_total"]
         - before[engine]["mm_embeddings_returned_total"]
@@ -123,22 +114,26 @@ def test_both_engines_answer_as_one_does(served: Served, demo_reference: Referen
     assert min(returned.values()) >= 2  # the one that was asked for by name, and another
 
 
-def test_engines_of_one_host_run_on_cores_of_their_own(
-    served: Served, request: pytest.FixtureRequest
-) -> None:
-    """Every thread of theirs; engines with a host to themselves run on all of its cores."""
-    root = psutil.Process(served.process.pid)
-    cores = [
-        {frozenset(psutil.Process(thread.id).cpu_affinity()) for thread in engine.threads()}
-        for engine in root.children(recursive=True)
-        if "EngineCore" in " ".join(engine.cmdline())
-    ]
-    printed = served.log.read_text()
-    if "two_hosts" in request.node.name:
-        assert cores == [{frozenset(psutil.Process().cpu_affinity())}]
-        assert "on this host runs on" not in printed
-        return
-    first, second = (of_threads for (of_threads,) in cores)
+def test_engines_of_one_host_run_on_cores_of_their_own(server: Asked) -> None:
+    """Every thread of theirs; an engine with a host to itself runs on all of its cores."""
+    cores = {
+        process.name(): {
+            frozenset(psutil.Process(thread.id).cpu_affinity()) for thread in process.threads()
+        }
+        for process in psutil.Process().children(recursive=True)
+        if "EngineCore_DP" in process.name()
+    }
+    (first,), (second,), (alone,) = (cores[f"VLLM::EngineCore_DP{number}"] for number in ENGINES)
+    assert first
+    assert second
     assert not first & second
-    for number in ENGINES:
+    assert alone == frozenset(psutil.Process().cpu_affinity())
+    printed = server.server.log.read_text()
+    for number in ENGINES[:2]:
         assert f"Engine {number} of the 2 on this host runs on " in printed
+
+
+def test_an_engine_that_dies_ends_the_server(server: Asked) -> None:
+    """The engine of the other host stays, until that is told to end."""
+    server.process("EngineCore_DP1").kill()
+    server.ends(1, "EngineCore_DP1 died unexpectedly")

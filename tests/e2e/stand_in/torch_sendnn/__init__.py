@@ -90,6 +90,9 @@ record = Record(dict(os.environ))
 device = Device()
 runtime.take_signals()
 report("imported")
+for name in (*runtime.CARDS, "MASTER_PORT"):
+    if name in record.environment:
+        report(f"{name}={record.environment[name]}")
 
 
 @register_backend(name="sendnn")

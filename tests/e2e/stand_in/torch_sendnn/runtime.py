@@ -6,6 +6,8 @@ import os
 import signal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CARDS = tuple(f"AIU_WORLD_RANK_{number}" for number in range(4))
+"""Variables with the addresses of cards, of as many as a test has."""
 CALL_SECONDS = float(os.environ.get("STAND_IN_CALL_SECONDS", "0.002"))
 
 _libc = ctypes.CDLL(None)
