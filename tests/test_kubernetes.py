@@ -16,7 +16,7 @@ from tests.test_container import PYPROJECT, SERVE, given
 from vllm_spyre_mm.scheduler.folder_connector import FolderSettings
 
 FOLDER = Path(__file__).parents[1] / "deploy" / "kubernetes"
-EXAMPLES = Path(__file__).parents[1] / "examples" / "online_serving"
+PROXY = Path(__file__).parents[1] / "examples" / "online_serving" / "encoder_proxy"
 FILES = sorted(FOLDER.glob("*.yaml"))
 OLDEST = "1.30.0"
 """The oldest release of Kubernetes that is checked for; the newest is the library's."""
@@ -152,8 +152,9 @@ def test_the_proxy_names_every_encoder_and_decoder() -> None:
     (proxy,) = (each for each in containers(file) if each["name"] == "proxy")
     addresses = {each for each in proxy["args"] if "=http" in each}
     assert addresses == expected
-    program = Path(proxy["command"][-1])
-    assert (EXAMPLES / program.name).exists()
+    assert (PROXY / Path(proxy["command"][-1]).name).exists()
+    page = (Path(__file__).parents[1] / "docs" / "kubernetes.md").read_text()
+    assert f"--from-file {PROXY.relative_to(Path(__file__).parents[1])}\n" in page
     assert f"--port={proxy['ports'][0]['containerPort']}" in proxy["args"]
 
 

@@ -30,7 +30,7 @@ from tests.e2e.test_server import answer, picture
 from tests.reference import Reference
 from vllm_spyre_mm.demo.pictures import Picture
 
-PROXY = Path(__file__).parents[2] / "examples" / "online_serving" / "encoder_proxy.py"
+PROXY = Path(__file__).parents[2] / "examples" / "online_serving" / "encoder_proxy" / "proxy.py"
 QUESTION = "What is in the picture?"
 
 
