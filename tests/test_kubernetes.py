@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from vllm.config import ECTransferConfig
@@ -56,21 +57,15 @@ def servers() -> list[Any]:
 @pytest.mark.parametrize("resource", RESOURCES)
 def test_kubernetes_takes_it(resource: dict[str, Any]) -> None:
     """By the schemas of its own API, in which nothing may stand that they do not know."""
-    validate = pytest.importorskip(
-        "kubernetes_validate", reason="kubernetes-validate is not installed: make setup"
-    )
-    for version in (OLDEST, validate.latest_version()):
-        validate.validate(resource, version, strict=True)
+    for version in (OLDEST, kubernetes_validate.latest_version()):
+        kubernetes_validate.validate(resource, version, strict=True)
 
 
 def test_a_field_that_kubernetes_does_not_know_is_found() -> None:
-    validate = pytest.importorskip(
-        "kubernetes_validate", reason="kubernetes-validate is not installed: make setup"
-    )
     resource = resources(FOLDER / "server.yaml")[0]
     resource["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
-    with pytest.raises(validate.ValidationError):
-        validate.validate(resource, OLDEST, strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(resource, OLDEST, strict=True)
 
 
 @pytest.mark.parametrize("container", servers())
@@ -130,15 +125,33 @@ def test_the_parts_of_a_workload_name_each_other(file: Path) -> None:
         assert container["resources"]["requests"] == container["resources"]["limits"]
 
 
-def test_running_requests_may_finish() -> None:
-    """A server has less time for them than its pod has."""
-    for file in FILES:
-        for workload in workloads(file):
-            pod = workload["spec"]["template"]["spec"]
-            for argument in pod["containers"][0]["args"]:
-                if argument.startswith("--shutdown-timeout="):
-                    seconds = int(argument.partition("=")[2])
-                    assert seconds < pod["terminationGracePeriodSeconds"]
+def shutdown_timeout(container: dict[str, Any]) -> int:
+    """Seconds that a server takes for running requests when it is told to end."""
+    flag = "--shutdown-timeout="
+    (argument,) = (each for each in container["args"] if each.startswith(flag))
+    return int(argument.removeprefix(flag))
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if any(workloads(file))], ids=lambda file: file.stem
+)
+def test_running_requests_may_finish(file: Path) -> None:
+    """A pod that is told to end waits until nobody sends it requests, then finishes those it has;
+    it has time for both. Pods with names of their own are the proxies' to leave."""
+    services = {
+        each["metadata"]["name"]: each["spec"]
+        for each in resources(file)
+        if each["kind"] == "Service"
+    }
+    for workload in workloads(file):
+        pod = workload["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        waits = 0
+        if services[workload["metadata"]["name"]].get("clusterIP") != "None":
+            waits = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+            assert waits >= 5
+        runs = 30 if container["name"] == "proxy" else shutdown_timeout(container)
+        assert waits + runs < pod["terminationGracePeriodSeconds"]
 
 
 def test_the_proxy_names_every_encoder_and_decoder() -> None:
@@ -169,6 +182,7 @@ def test_kserve_runs_the_image_with_flags_that_vllm_has() -> None:
     assert arguments.model_tag == "/mnt/models"
     assert arguments.served_model_name == ["{{.Name}}"]
     assert [arguments.port] == [port["containerPort"] for port in container["ports"]]
+    assert shutdown_timeout(container) < 30  # what a pod has that does not say
     asked = service["spec"]["predictor"]["model"]
     assert asked["runtime"] == runtime["metadata"]["name"]
     formats = [each["name"] for each in runtime["spec"]["supportedModelFormats"]]
