@@ -17,9 +17,11 @@ from vllm import LLM, RequestOutput
 
 from tests.e2e.asks import parity_asks
 from tests.e2e.engines import Ask, engine, greedy, relative_error
-from tests.e2e.serving import chat, data_url, png, running_server
+from tests.e2e.server_embeddings.requests import messages
+from tests.e2e.serving import running_server
 from tests.reference import Reference
 from vllm_spyre_mm.config import CpuTier
+from vllm_spyre_mm.payload import decode_mm_embedding
 
 MAX_TOKENS = 16
 BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
@@ -115,25 +117,31 @@ def test_batches_chunks_preemption_prefix_hits_and_logits(
 
 @on_classes_of_cpus
 @pytest.mark.usefixtures("tier")
-def test_two_ranks(
-    demo_checkpoint: Path, asks: list[Ask], references: list[tuple[list[int], Any]]
-) -> None:
-    with engine(demo_checkpoint, **DEFAULTS, own_process=True, tensor_parallel_size=2) as llm:
-        outputs = llm.generate([ask.prompt for ask in asks], greedy(MAX_TOKENS), use_tqdm=False)
-    check(outputs, references)
-
-
-@on_classes_of_cpus
-@pytest.mark.usefixtures("tier")
-def test_over_http(
+def test_two_ranks_over_http(
     demo_checkpoint: Path, demo_reference: Reference, tmp_path: Path, asks: list[Ask]
 ) -> None:
-    """Of a server that was given no dtype and no compiler's flag."""
+    """Of a server that was given no dtype and no compiler's flag: answers, and features.
+
+    One rank over HTTP with the defaults is in test_default_server.py.
+    """
     asked = [ask for ask in asks if len(ask.images) == 1]
-    with running_server(demo_checkpoint, tmp_path / "log.txt", defaults=True) as address:
+    two = ("--tensor-parallel-size", "2")
+    with running_server(demo_checkpoint, tmp_path / "log.txt", *two, defaults=True) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
-        answers = [chat(client, ask.question, data_url(png(ask.images[0]))) for ask in asked]
+        choices = [
+            client.chat.completions.create(
+                model="demo",
+                messages=messages(*ask.images, question=ask.question),
+                temperature=0,
+                max_tokens=24,
+                extra_body={"return_mm_embedding": True},
+            ).choices[0]
+            for ask in asked
+        ]
     tokenizer = demo_reference.processor.tokenizer
-    for ask, answer in zip(asked, answers, strict=True):
+    for ask, choice in zip(asked, choices, strict=True):
         tokens = demo_reference.generate(ask.text, list(ask.images), 24)
-        assert answer == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert choice.message.content == tokenizer.decode(tokens, skip_special_tokens=True)
+        found = decode_mm_embedding(choice.mm_embedding)
+        expected = demo_reference.features(ask.text, list(ask.images))
+        assert relative_error(found, expected) < BOUND[found.dtype]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server with the defaults, the dtype's and the compiler's: hostile requests, faults of pictures,
-and a soak. The same in fp32, where answers are exact, is in the files of those names."""
+"""A server with the defaults, the dtype's and the compiler's, in memory that holds garbage: hostile
+requests, faults of pictures, a soak, and its end. The same in fp32, where answers are exact, is in
+the files of those names."""
 
 import asyncio
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.e2e.exits import PERTURBED, check_end
 from tests.e2e.serving import Served, chat, starting_server
 from tests.e2e.test_faults import FAULTY, NAN, QUESTION, SENTENCES, faulty, good
 from tests.hostile.all import all_cases
@@ -30,8 +32,9 @@ def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         demo_checkpoint,
         tmp_path_factory.mktemp("defaults") / "log.txt",
         *("--enable-mm-embeds", "--max-num-batched-tokens", "128", "--max-num-seqs", "8"),
+        *("--shutdown-timeout", "30"),
         plugins=[INSPECTOR, FAULTY],
-        environment={"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"},
+        environment={"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1", **PERTURBED},
         defaults=True,
     ) as server:
         server.wait_until_healthy()
@@ -69,3 +72,8 @@ def test_a_soak_leaves_nothing(server: Served) -> None:
     result = asyncio.run(Soak(server.address, server.process.pid, options).run())
     assert not faults(result), report(result)
     assert set(result.endings) == {"right", "left"}
+
+
+def test_told_to_end_it_lets_its_engine_leave_in_order(server: Served) -> None:
+    server.process.terminate()
+    check_end(server.process.wait(120), server.log.read_text())

@@ -2,7 +2,8 @@
 """Everything that a user starts ends with status 0, with the defaults: bf16 and compiled.
 
 The demo, the examples and the scripts of the documentation are in files of their own, which look at
-the status too, and every server that a test starts is told to end and does so with status 0.
+the status too, and every server that a test starts is told to end and does so with status 0: one
+with the defaults in test_default_server.py.
 """
 
 import os
@@ -12,14 +13,10 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
-import openai
 import pytest
-from PIL import Image
 
 from tests.e2e.exits import PERTURBED, check_end
-from tests.e2e.serving import chat, data_url, png, starting_server
 from vllm_spyre_mm.demo.pictures import Shape, draw_picture
 
 CLI = ("-m", "vllm_spyre_mm.cli")
@@ -134,18 +131,3 @@ def test_a_program_ends_with_status_0(programs: "dict[str, Future[Ended]]", name
     crashes = {str(-number) for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)}
     for line in lines:
         assert not (line.startswith("CHILDREN") and crashes & set(line.split())), line
-
-
-def test_a_server_that_is_told_to_end_ends_with_status_0(
-    demo_checkpoint: Path, tmp_path: Path
-) -> None:
-    """It lets its engine leave in order."""
-    log = tmp_path / "log.txt"
-    defaults = ("--no-enforce-eager", "--dtype", "auto", "--shutdown-timeout", "30")
-    with starting_server(demo_checkpoint, log, *defaults, environment=PERTURBED) as server:
-        server.wait_until_healthy()
-        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="unused", max_retries=0)
-        picture = data_url(png(Image.new("RGB", (60, 60), "red")))
-        assert chat(client, "What is in the picture?", picture)
-        server.process.terminate()
-        check_end(server.process.wait(SECONDS), log.read_text())
