@@ -61,7 +61,7 @@ def test_answers_of_random_weights_are_finite(folder: Path, dtype: str) -> None:
 
 def test_two_ranks_have_parts_of_the_same_weights(folder: Path) -> None:
     alone = answers(folder)
-    together = answers(folder, own_process=True, tensor_parallel_size=2)
+    together = answers(folder, tensor_parallel_size=2)
     for one, two in zip(alone, together, strict=True):
         assert one.outputs[0].token_ids == two.outputs[0].token_ids
     other = answers(folder, seed=1)

@@ -17,7 +17,11 @@ EXAMPLES = ROOT / "examples"
 EXAMPLE = EXAMPLES / "offline_inference" / "mm_embedding_example.py"
 
 
-def run(*arguments: str, folder: Path) -> list[str]:
+IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Saves a process of the engine's; the demo and the first example have one, as users do."""
+
+
+def run(*arguments: str, folder: Path, **environment: str) -> list[str]:
     """Lines that a Python program prints; it has to succeed."""
     finished = subprocess.run(
         [sys.executable, *arguments],
@@ -25,7 +29,7 @@ def run(*arguments: str, folder: Path) -> list[str]:
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, **PERTURBED},
+        env={**os.environ, **PERTURBED, **environment},
     )
     check_end(finished.returncode, finished.stderr)
     assert "Traceback" not in finished.stderr
@@ -79,7 +83,8 @@ def test_the_example(tmp_path: Path) -> None:
 
 
 def test_retrieval_finds_the_same_colour_at_the_same_place_first(tmp_path: Path) -> None:
-    lines = run(str(EXAMPLES / "offline_inference" / "retrieval.py"), folder=tmp_path)
+    script = EXAMPLES / "offline_inference" / "retrieval.py"
+    lines = run(str(script), folder=tmp_path, **IN_ONE_PROCESS)
     answers = dict(line.split(": ", 1) for line in lines if ": " in line and "(" in line)
     assert len(answers) == 3
     for asked, found in answers.items():
@@ -90,7 +95,8 @@ def test_retrieval_finds_the_same_colour_at_the_same_place_first(tmp_path: Path)
 
 
 def test_a_linear_probe_reads_the_colour(tmp_path: Path) -> None:
-    lines = run(str(EXAMPLES / "offline_inference" / "linear_probe.py"), folder=tmp_path)
+    script = EXAMPLES / "offline_inference" / "linear_probe.py"
+    lines = run(str(script), folder=tmp_path, **IN_ONE_PROCESS)
     (line,) = (line for line in lines if line.startswith("the colour of "))
     right, total = (int(word) for word in line.split() if word.isdigit())
     assert total == 120
@@ -98,7 +104,8 @@ def test_a_linear_probe_reads_the_colour(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_is_encoded_once_is_asked_about(tmp_path: Path) -> None:
-    lines = run(str(EXAMPLES / "offline_inference" / "encode_once_ask_many.py"), folder=tmp_path)
+    script = EXAMPLES / "offline_inference" / "encode_once_ask_many.py"
+    lines = run(str(script), folder=tmp_path, **IN_ONE_PROCESS)
     whole = "a red circle at the top left and a blue square at the bottom right"
     assert after(lines, "What is in the picture?") == [whole]
     assert after(lines, "Where is the red circle?") == ["at the top left"]

@@ -2,6 +2,7 @@
 """What concerns a whole process is left alone where the process is not an engine's."""
 
 import multiprocessing
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -11,20 +12,21 @@ from vllm_spyre_mm.demo import checkpoint_path
 from vllm_spyre_mm.upstream.processes import is_engine_process
 from vllm_spyre_mm.worker import worker
 
-
-def named(name: str) -> bool:
-    """Whether a process of that name would be taken for an engine's."""
-    multiprocessing.current_process().name = name
-    return is_engine_process()
+NAMES = {"EngineCore": True, "EngineCore_DP0": True, "VllmWorker-1": True, "Process-1": False}
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("EngineCore", True), ("EngineCore_DP0", True), ("VllmWorker-1", True), ("Process-1", False)],
-)
-def test_the_processes_that_vllm_starts_are_known_by_their_names(name: str, expected: bool):
+def taken_for_engines(names: Iterable[str]) -> dict[str, bool]:
+    """Whether a process that somebody started would be taken for an engine's, by its name."""
+    taken = {}
+    for name in names:
+        multiprocessing.current_process().name = name
+        taken[name] = is_engine_process()
+    return taken
+
+
+def test_the_processes_that_vllm_starts_are_known_by_their_names():
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(named, name).result() is expected
+        assert pool.submit(taken_for_engines, list(NAMES)).result() == NAMES
 
 
 def test_a_process_without_a_parent_is_somebodys_own():
