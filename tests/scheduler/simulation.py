@@ -284,7 +284,9 @@ class Simulation:
 
     def check_nothing_is_held(self) -> None:
         scheduler = self.scheduler
-        self.ended |= scheduler.schedule().finished_req_ids  # the last ones
+        output = scheduler.schedule()  # the last messages
+        self.ended |= output.finished_req_ids
+        self.cached.difference_update(output.free_encoder_mm_hashes)
         assert self.ended >= self.outputs.keys()
         assert not scheduler.requests
         assert not scheduler.running
@@ -296,6 +298,7 @@ class Simulation:
         assert books.num_freeable_slots == books.cache_size
         assert books.num_free_slots == books.cache_size - sum(books.freeable.values())
         assert books.cached.keys() == books.freeable.keys() == books.num_embeds_by_hash.keys()
+        assert books.cached.keys() == self.cached, "the worker holds other images"
 
 
 def run(scheduler: SpyreScheduler, *requests: Request) -> Simulation:

@@ -314,6 +314,24 @@ def test_an_image_that_cannot_be_encoded_fails_who_wants_it(
     assert simulation.encoded == ["x", "z", "y"]
 
 
+def test_the_worker_forgets_an_image_that_was_evicted_and_asked_for_anew_in_vain(
+    simulation: Simulation,
+) -> None:
+    """It has the features of x still, since vLLM does not tell it of images that came back."""
+    add(simulation, picture("x", 400, 300))
+    simulation.run()
+    add(simulation, picture("z", 300, 200))
+    simulation.run()
+    simulation.pieces = 10
+    images = {"of x": (0, 300)}
+    add(simulation, picture("large", 700, 600), make_request("b", 400, images=images, fill=3))
+    simulation.step()
+    assert list(simulation.asked) == ["of large", "of x"]
+    simulation.scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
+    simulation.run()
+    assert simulation.cached == {"of large"}
+
+
 def test_an_identifier_of_two_images_fails_the_second_request(simulation: Simulation) -> None:
     add(simulation, make_request("a", 100, images={"x": (0, 50)}))
     add(simulation, make_request("b", 100, images={"x": (0, 60)}, fill=3))

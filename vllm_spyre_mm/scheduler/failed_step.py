@@ -25,6 +25,11 @@ def undo_failed_step(
 
 
 def forget_image(images: "EncoderCacheManager", identifier: str) -> None:
-    """Remove from vLLM's books an image that is not encoded and that no request refers to."""
+    """Remove from vLLM's books an image that is not encoded and that no request refers to.
+
+    The worker may have its features from before: vLLM does not tell it of an image that was evicted
+    and asked for anew within a step.
+    """
     del images.cached[identifier], images.num_embeds_by_hash[identifier]
     images.num_free_slots += images.freeable.pop(identifier)
+    images.freed.append(identifier)

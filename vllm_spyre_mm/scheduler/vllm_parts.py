@@ -47,7 +47,7 @@ def check_parts(scheduler: "Scheduler") -> None:
     require_attributes(
         scheduler.encoder_cache_manager,
         (
-            *("cached", "freeable", "num_embeds_by_hash", "num_free_slots"),
+            *("cached", "freeable", "freed", "num_embeds_by_hash", "num_free_slots"),
             *("cache_size", "num_freeable_slots", "request_cached_ids"),
         ),
     )
