@@ -12,6 +12,7 @@ from vllm.multimodal.inputs import (
     MultiModalBatchedField,
     MultiModalFieldElem,
     MultiModalKwargsItem,
+    PlaceholderRange,
 )
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
@@ -244,6 +245,26 @@ def test_requests_of_the_largest_images_are_served_one_by_one(simulation: Simula
     assert simulation.encoded == [f"of r{number}" for number in range(5)]
 
 
+def test_an_image_of_which_only_a_tail_without_features_is_left_gets_room_too(
+    simulation: Simulation,
+) -> None:
+    """vLLM wants room for each image that reaches into a chunk, before it looks for features."""
+    mask = torch.tensor([True] * 128 + [False] * 2)
+    first, again = (
+        make_request(name, length, images={"x": (0, 130)})
+        for name, length in [("first", 130), ("again", 300)]
+    )
+    for request in (first, again):
+        request.mm_features[0].mm_position = PlaceholderRange(0, 130, mask)
+    add(simulation, first)
+    simulation.run()
+    add(simulation, picture("evicts x", 1000, 960))
+    simulation.run()
+    add(simulation, again, *(picture(f"p{number}", 400, 330) for number in range(6)))
+    simulation.run(limit=400)
+    assert ("prefill", "again", 128, 192) in simulation.kinds  # behind a hit of 128
+
+
 def test_the_bytes_on_their_way_are_bounded(
     simulation: Simulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +351,19 @@ def test_the_worker_forgets_an_image_that_was_evicted_and_asked_for_anew_in_vain
     simulation.scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
     simulation.run()
     assert simulation.cached == {"of large"}
+
+
+def test_a_refused_request_takes_no_room_from_others(simulation: Simulation) -> None:
+    add(simulation, picture("a"))
+    simulation.run()
+    simulation.pieces = 10
+    add(simulation, picture("b"))
+    simulation.step()
+    add(simulation, make_request("refused", 100, images={"of a": (0, 60)}, fill=3))
+    simulation.run()
+    assert not simulation.outputs["refused"]
+    assert simulation.outputs["b"] == 4
+    assert not simulation.cancelled
 
 
 def test_an_identifier_of_two_images_fails_the_second_request(simulation: Simulation) -> None:

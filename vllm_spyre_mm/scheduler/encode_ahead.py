@@ -14,7 +14,6 @@ from vllm_spyre_mm.scheduler.outputs import EncodingDone
 from vllm_spyre_mm.scheduler.request_queue import AlternatingQueue
 
 if TYPE_CHECKING:
-    from vllm.multimodal.inputs import PlaceholderRange
     from vllm.v1.core.sched.scheduler import Scheduler
 
 
@@ -40,10 +39,7 @@ class EncodeAhead:
         self._scheduler = scheduler
         self._collects_from_start, self._enabled = collects_from_start, enabled
         self._books = scheduler.encoder_cache_manager
-        self._reservations = ImageReservations(
-            self._books,
-            lambda request, index: scheduler._allocate_encoder_inputs(request, [index], []),
-        )
+        self._reservations = ImageReservations(self._books)
         self._starts: dict[str, int] = {}  # of waiting requests: the first token to compute
         self._ready: set[str] = set()
         self.asked: set[tuple[str, int]] = set()
@@ -119,10 +115,6 @@ class EncodeAhead:
         """Forget the images that could not be encoded, once the requests that failed are gone."""
         self._reservations.forget_faulty()
 
-    def give_back(self) -> None:
-        """Give back what is reserved for waiting requests: somebody else needs the room."""
-        self._reservations.give_back()
-
     def reset(self) -> None:
         """Ask anew for everything: vLLM has emptied the books."""
         self._reservations.reset()
@@ -143,20 +135,17 @@ class EncodeAhead:
         return self._scheduler._get_local_prefix_cache_hit(request)[1]
 
     def _needed(self, request: Request, start: int, end: int | None = None) -> list[int]:
-        """Indices of the images with features in ``[start, end)`` that are to come from here.
+        """Indices of the images whose placeholders reach into ``[start, end)``.
 
-        An image whose identifier is known with another number of features is left to vLLM, which
-        refuses the request.
+        vLLM wants room for each of them, also where it has no feature in there. An image whose
+        identifier is known with another number of features is left to vLLM, which refuses the
+        request.
         """
-        connector, sizes = self._scheduler.ec_connector, self._books.num_embeds_by_hash
         needed = []
         for index, feature in enumerate(request.mm_features):
-            identifier, size = feature.identifier, request.get_num_encoder_embeds(index)
-            if (
-                _has_features_in(feature.mm_position, start, end)
-                and sizes.get(identifier, size) == size
-                and not (connector is not None and connector.has_cache_item(identifier))
-            ):
+            first, size = feature.mm_position.offset, request.get_num_encoder_embeds(index)
+            reaches_in = first + feature.mm_position.length > start and (end is None or first < end)
+            if reaches_in and self._books.num_embeds_by_hash.get(feature.identifier, size) == size:
                 needed.append(index)
         return needed
 
@@ -166,14 +155,3 @@ class EncodeAhead:
             return False
         self.asked |= {(request.request_id, index) for index in asked}
         return True
-
-
-def _has_features_in(position: "PlaceholderRange", start: int, end: int | None) -> bool:
-    first, length = position.offset, position.length
-    if first + length <= start or (end is not None and first >= end):
-        return False
-    if first >= start and (end is None or first + length <= end):
-        return True
-    inside = (max(0, start - first), length if end is None else min(length, end - first))
-    begin, stop = position.get_embeds_indices_in_range(*inside)
-    return begin < stop

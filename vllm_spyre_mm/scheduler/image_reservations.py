@@ -6,7 +6,7 @@ as room is reserved for them, as a running one does. Here is only what the books
 of those images are not encoded yet.
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -34,13 +34,10 @@ class ImageReservations:
 
     Args:
         books: vLLM's.
-        allocate: vLLM's, reserves room in the books for one image of a request.
     """
 
-    def __init__(
-        self, books: "EncoderCacheManager", allocate: Callable[[Request, int], None]
-    ) -> None:
-        self._books, self._allocate = books, allocate
+    def __init__(self, books: "EncoderCacheManager") -> None:
+        self._books = books
         self._holders: dict[str, Request] = {}  # waiting requests for which room is reserved
         self._under_way: dict[str, MultiModalFeatureSpec] = {}  # asked for and not done
         self._to_encode: dict[str, MultiModalFeatureSpec] = {}
@@ -92,13 +89,6 @@ class ImageReservations:
             for req_id, request in self._holders.items()
             if request.status != RequestStatus.RUNNING and req_id in self._books.request_cached_ids
         }
-        self._withdraw()
-
-    def give_back(self) -> None:
-        """Give back what is reserved for waiting requests."""
-        for request in self._holders.values():
-            self._books.free(request)
-        self._holders.clear()
         self._withdraw()
 
     def reset(self) -> None:
@@ -166,7 +156,7 @@ class ImageReservations:
         feature = request.mm_features[index]
         fits = self._books.can_allocate(request, index, self._books.cache_size, 0)
         assert fits, "there is room for all of them"
-        self._allocate(request, index)
+        self._books.allocate(request, index)
         self._under_way[feature.identifier] = self._to_encode[feature.identifier] = feature
         return True
 

@@ -237,7 +237,6 @@ class SpyreScheduler(Scheduler):
         if scheduled < window:
             # An image does not fit now. The chunk cannot end before it, in the middle of a
             # block: the request waits, holding no features.
-            self._ahead.give_back()
             if request.status != RequestStatus.RUNNING:
                 self.encoder_cache_manager.free(request)
                 self.max_num_active_reqs = self._num_active()  # none behind it overtakes it
