@@ -5,6 +5,7 @@ Every scenario is driven to its end by :class:`Simulation`, which checks each st
 rules that hold for all of them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -305,6 +306,20 @@ def run(scheduler: SpyreScheduler, *requests: Request) -> Simulation:
     for request in requests:
         scheduler.add_request(request)
     return Simulation(scheduler).run()
+
+
+def until(simulation: Simulation, holds: Callable[[], object]) -> None:
+    """Step until something holds."""
+    for _ in range(500):
+        if holds():
+            return
+        simulation.step()
+    raise AssertionError("it never comes")
+
+
+def admissions(kinds: list[tuple[Any, ...]]) -> list[str]:
+    """Names in the order in which their prefills began, of steps as in :class:`Simulation`."""
+    return [kind[1] for kind in kinds if kind[0] == "prefill" and kind[2] == 0]
 
 
 def check_gaps(simulation: Simulation) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of waiting requests are encoded beside the steps of running ones."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,13 +21,16 @@ from tests.scheduler.simulation import (
     CHUNK,
     MAX_MODEL_LEN,
     Simulation,
+    admissions,
     check_gaps,
     make_config,
     make_request,
     make_scheduler,
+    until,
 )
 from vllm_spyre_mm.scheduler import image_reservations
 from vllm_spyre_mm.scheduler.outputs import SpyreSchedulerOutput
+from vllm_spyre_mm.scheduler.request_queue import AlternatingQueue
 
 pytestmark = pytest.mark.usefixtures("no_blocks_left")
 
@@ -56,14 +59,6 @@ def add(simulation: Simulation, *requests: Request) -> None:
 def steps(simulation: Simulation, count: int) -> None:
     for _ in range(count):
         simulation.step()
-
-
-def until(simulation: Simulation, holds: Callable[[], object]) -> None:
-    for _ in range(500):
-        if holds():
-            return
-        simulation.step()
-    raise AssertionError("it never comes")
 
 
 # -- what is encoded when ---------------------------------------------------------------------
@@ -196,12 +191,47 @@ def test_a_hit_that_is_lost_before_admission_is_made_up_for(simulation: Simulati
     assert simulation.encoded[2:] == ["y", "x"]
 
 
+def test_who_comes_behind_a_lost_hit_keeps_its_place(simulation: Simulation) -> None:
+    images = {"x": (5, 100), "y": (180, 100)}
+    add(simulation, make_request("a", 300, images=images))
+    simulation.run()
+    simulation.scheduler.reset_encoder_cache()
+    simulation.cached.clear()
+    simulation.kinds.clear()
+    add(simulation, make_request("b", 300, images=images))
+    for name in "cd":
+        add(simulation, make_request(name, 200, images={"y": (20, 100)}, fill=ord(name)))
+    until(simulation, lambda: "y" in simulation.cached)
+    assert simulation.scheduler.reset_prefix_cache()
+    simulation.run()
+    order = admissions(simulation.kinds)
+    assert order.index("c") < order.index("d")
+
+
 def test_counts_of_runs_and_hits(simulation: Simulation) -> None:
     add(simulation, picture("a"), make_request("b", 200, images={"of a": (10, 50)}, fill=3))
     simulation.run()
     stats: Any = simulation.scheduler.make_stats()
     runs = [(each.encoder_runs, each.encoder_cache_hits) for each in (*simulation.stats, stats)]
     assert [sum(column) for column in zip(*runs, strict=True)] == [1, 1]
+
+
+def test_all_that_wait_for_images_are_looked_at_a_few_times_a_step(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once more for each of them while a text waits for its grammar."""
+    simulation.pieces = 1000
+    add(simulation, *(picture(f"p{number}") for number in range(300)))
+    blocked = make_request("blocked", 40)
+    blocked.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    add(simulation, blocked)
+    simulation.step()
+    queue = simulation.scheduler.waiting
+    assert isinstance(queue, AlternatingQueue)
+    is_ready = Mock(side_effect=queue._is_ready)
+    monkeypatch.setattr(queue, "_is_ready", is_ready)
+    simulation.step()
+    assert 0 < is_ready.call_count < 10 * 300
 
 
 # -- room ----------------------------------------------------------------------------------------

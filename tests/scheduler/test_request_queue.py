@@ -31,6 +31,7 @@ def taken(queue: RequestQueue) -> str:
     names = []
     while queue:
         first = queue.peek_request()
+        assert next(iter(queue)) is first
         assert queue.pop_request() is first
         names.append(first.request_id)
     return "".join(names)
@@ -81,6 +82,31 @@ def test_skipped_requests_come_back_where_they_were() -> None:
     skipped = [queue.pop_request() for _ in range(4)]
     queue.prepend_requests(reversed(skipped))
     assert names_of(queue) == order
+
+
+def test_those_that_are_not_ready_are_passed_over_and_come_last() -> None:
+    queue = AlternatingQueue(lambda request: request.request_id not in "ACZ")
+    for request in requests("xABCabc"):
+        queue.add_request(request)
+    assert queue.pop_request().request_id == "x"
+    for request in requests("ZY"):
+        request.status = RequestStatus.PREEMPTED
+        queue.add_request(request)
+    assert names_of(queue) == "YBabcZAC"
+    assert taken(queue) == "YBabcZAC"
+
+
+def test_who_waits_for_a_grammar_takes_no_turn() -> None:
+    """vLLM takes it out to look at the next one: a text, since it is a text's turn still."""
+    queue = queue_of("abcAB")
+    blocked = queue.peek_request()
+    blocked.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    assert names_of(queue) == "abAcB"
+    assert queue.pop_request() is blocked
+    assert queue.pop_request().request_id == "b"
+    queue.prepend_request(blocked)
+    assert names_of(queue) == "AacB"
+    assert taken(queue) == "AacB"
 
 
 def test_an_empty_queue() -> None:

@@ -42,6 +42,7 @@ class EncodeAhead:
         self._reservations = ImageReservations(self._books)
         self._starts: dict[str, int] = {}  # of waiting requests: the first token to compute
         self._ready: set[str] = set()
+        self._missed: set[str] = set()  # of the ready ones: those that lack features after all
         self.asked: set[tuple[str, int]] = set()
         self._runs = 0
 
@@ -66,7 +67,7 @@ class EncodeAhead:
             self._reserve(request, needed, {request.request_id})
         else:
             self._starts[request.request_id] = start
-            self._ready.discard(request.request_id)
+            self._missed.add(request.request_id)
         return False
 
     def look_ahead(self) -> None:
@@ -74,8 +75,8 @@ class EncodeAhead:
         if not self._enabled:
             return
         self._reservations.settle()
-        starts, ready = self._starts, self._ready
-        self._starts, self._ready = {}, set()
+        starts, ready = self._starts, self._ready - self._missed
+        self._starts, self._ready, self._missed = {}, set(), set()
         for request in self._waiting():
             req_id = request.request_id
             start = starts[req_id] if req_id in starts else self._find_start(request)

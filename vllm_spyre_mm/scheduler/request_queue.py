@@ -6,28 +6,33 @@ with images, each a prefill of many chunks.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import zip_longest
+from collections.abc import Callable, Container, Iterable, Iterator
+from itertools import filterfalse
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_spyre_mm.upstream.contract import require
 
+_ADMISSIBLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
-def next_candidates(waiting: Iterable[Request], deferred: Collection[Request]) -> Iterator[Request]:
+
+def next_candidates(
+    ready: Iterable[Request], in_transit: Container[Request] = ()
+) -> Iterator[Request]:
     """The waiting requests of which one may be admitted next.
 
     That is the first one and, while it waits for something else (its grammar), the ones after it:
     vLLM passes over such requests.
 
     Args:
-        waiting: all waiting requests, in their order.
-        deferred: the requests that vLLM has passed over.
+        ready: those that are not passed over for their images, in the order in which they are
+            taken.
+        in_transit: those whose features, when they were last looked at, were on their way.
     """
-    for request in waiting:
+    for request in ready:
         yield request
-        if request not in deferred:
+        if request.status in _ADMISSIBLE and request not in in_transit:
             return
 
 
@@ -36,6 +41,7 @@ class AlternatingQueue(RequestQueue):
 
     For each request of its own kind before it, and for itself, a request waits for at most one of
     the other kind. Preempted requests come before all that have not run yet, as in vLLM's queue.
+    One that is taken out and cannot be admitted, and is put back, takes no turn.
 
     Args:
         is_ready: whether a request may be admitted; those that are not are passed over while any
@@ -82,6 +88,12 @@ class AlternatingQueue(RequestQueue):
         queue = next(filter(None, in_order), turn)
         return queue, queue[0]
 
+    def _turn_after(self, request: Request, turn: int) -> int:
+        """Whose turn it is after a request is taken, given whose it is before."""
+        if request.status == RequestStatus.WAITING and self._is_ready(request):
+            return int(not request.mm_features)
+        return turn
+
     def add_request(self, request: Request) -> None:
         """Put a request behind the others of its kind."""
         self._queue_of(request).append(request)
@@ -89,8 +101,7 @@ class AlternatingQueue(RequestQueue):
     def pop_request(self) -> Request:
         """Remove and return the next request; then it is the other kind's turn."""
         queue, request = self._next()
-        if queue is not self._preempted:
-            self._turn = int(queue is self._kinds[0])
+        self._turn = self._turn_after(request, self._turn)
         queue.remove(request)
         return request
 
@@ -132,6 +143,11 @@ class AlternatingQueue(RequestQueue):
 
     def __iter__(self) -> Iterator[Request]:
         """All requests, in the order in which they would be taken."""
-        yield from self._preempted
-        for pair in zip_longest(self._kinds[self._turn], self._kinds[1 - self._turn]):
-            yield from (request for request in pair if request is not None)
+        turn = self._turn
+        for choose in (filter, filterfalse):
+            preempted, *kinds = (deque(choose(self._is_ready, queue)) for queue in self._queues)
+            yield from preempted
+            while any(kinds):
+                request = (kinds[turn] or kinds[1 - turn]).popleft()
+                turn = self._turn_after(request, turn)
+                yield request

@@ -133,28 +133,24 @@ class SpyreScheduler(Scheduler):
         Args:
             num_decoding: running requests that the next decode has room for.
         """
-        return (
-            any(map(self._ahead.is_ready, self.waiting))
-            and self.pause_state == PauseState.UNPAUSED
-            and self._num_active() < self.max_num_active_reqs
-            and num_decoding == len(self.running)
-            and self._has_room()
-        )
+        is_open = self.pause_state == PauseState.UNPAUSED
+        has_slot = self._num_active() < self.max_num_active_reqs
+        return is_open and has_slot and num_decoding == len(self.running) and self._has_room()
 
     def _has_room(self) -> bool:
-        """Whether one more request fits beside the running ones, all of which decode.
+        """Whether a waiting request is ready and fits beside the running ones, all of which decode.
 
         Two bounds apply: batch × padded length, where a prompt counts with the token that it will
         decode, and the bytes of the embeddings held.
         """
         lengths = [request.num_tokens for request in self.running]
-        return all(
+        in_transit = self.deferred_waiting if self.ec_connector is not None else ()
+        candidates = list(next_candidates(filter(self._ahead.is_ready, self.waiting), in_transit))
+        return bool(candidates) and all(
             len(self.geometry.decode_rows_that_fit([*lengths, request.num_tokens + 1]))
             == len(lengths) + 1
             and self._embedding_budget.has_room(request, self.requests)
-            for request in next_candidates(
-                filter(self._ahead.is_ready, self.waiting), self.deferred_waiting
-            )
+            for request in candidates
         )
 
     def _run(self, step: Step, throttle_prefills: bool) -> SchedulerOutput:
@@ -223,12 +219,10 @@ class SpyreScheduler(Scheduler):
         covers too: at its admission the window starts at the prompt's start. Cached features are
         referenced, evicted ones encoded once more, and the hit is kept.
         """
-        if self._sits_out(request):
-            return [], 0, encoder_compute_budget, [], []
         chunk = min(num_new_tokens, self._chunk_tokens(request, num_computed_tokens))
         start = 0 if self._collects_from_start(request) else num_computed_tokens
         end = num_computed_tokens + chunk
-        if not self._ahead.have_features(request, start, end):
+        if self._sits_out(request) or not self._ahead.have_features(request, start, end):
             return [], 0, encoder_compute_budget, [], []
         window = end - start
         inputs, scheduled, budget, external, duplicates = super()._try_schedule_encoder_inputs(
@@ -244,10 +238,21 @@ class SpyreScheduler(Scheduler):
         return inputs, chunk, budget, external, duplicates
 
     def _ec_transfer_pending(self, request: Request, num_computed_tokens: int) -> bool:
-        """Whether a waiting request waits for features; vLLM passes over such ones."""
-        return super()._ec_transfer_pending(
-            request, num_computed_tokens
-        ) or not self._ahead.have_features(request, num_computed_tokens)
+        """Whether a waiting request waits for features; vLLM passes over such ones.
+
+        Nobody behind it is admitted in this step, unless :meth:`_has_room` has looked behind it:
+        where an EC connector made it wait before, or by priority where it was not ready.
+        """
+        if super()._ec_transfer_pending(request, num_computed_tokens):
+            looked_behind = request in self.deferred_waiting
+        elif self._ahead.have_features(request, num_computed_tokens):
+            return False
+        else:
+            by_priority = self.policy == SchedulingPolicy.PRIORITY
+            looked_behind = by_priority and not self._ahead.is_ready(request)
+        if not looked_behind:
+            self.max_num_active_reqs = self._num_active()
+        return True
 
     def reset_encoder_cache(self) -> None:
         """Forget all encoded images, and ask anew for those that are under way."""

@@ -36,7 +36,7 @@ def check_parts(scheduler: "Scheduler") -> None:
     require_attributes(
         scheduler,
         (
-            *("deferred_waiting", "encoder_cache_mismatch_reqs"),
+            *("deferred_waiting", "ec_connector", "encoder_cache_mismatch_reqs"),
             *("max_num_active_reqs", "num_waiting_for_streaming_input", "waiting"),
         ),
     )
