@@ -308,6 +308,17 @@ def run(scheduler: SpyreScheduler, *requests: Request) -> Simulation:
     return Simulation(scheduler).run()
 
 
+def picture(name: str, num_tokens: int = 100, size: int = 50, **more: Any) -> Request:
+    """A request with an image of its own."""
+    images = {f"of {name}": (10, size)}
+    return make_request(name, num_tokens, images=images, fill=sum(map(ord, name)), **more)
+
+
+def add(simulation: Simulation, *requests: Request) -> None:
+    for request in requests:
+        simulation.scheduler.add_request(request)
+
+
 def until(simulation: Simulation, holds: Callable[[], object]) -> None:
     """Step until something holds."""
     for _ in range(500):

@@ -15,17 +15,19 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import RequestStatus
 
 from tests.scheduler.simulation import (
     CHUNK,
     MAX_MODEL_LEN,
     Simulation,
+    add,
     admissions,
     check_gaps,
     make_config,
     make_request,
     make_scheduler,
+    picture,
     until,
 )
 from vllm_spyre_mm.scheduler import image_reservations
@@ -43,17 +45,6 @@ def vllm_config(demo_checkpoint: Path) -> VllmConfig:
 @pytest.fixture
 def simulation(vllm_config: VllmConfig) -> Simulation:
     return Simulation(make_scheduler(vllm_config, num_blocks=200))
-
-
-def picture(name: str, num_tokens: int = 100, size: int = 50, **more: Any) -> Request:
-    """A request with an image of its own."""
-    images = {f"of {name}": (10, size)}
-    return make_request(name, num_tokens, images=images, fill=sum(map(ord, name)), **more)
-
-
-def add(simulation: Simulation, *requests: Request) -> None:
-    for request in requests:
-        simulation.scheduler.add_request(request)
 
 
 def steps(simulation: Simulation, count: int) -> None:
@@ -408,7 +399,7 @@ def test_an_identifier_of_two_images_fails_the_second_request(simulation: Simula
 
 
 def test_all_is_asked_for_anew_when_the_cache_is_emptied(simulation: Simulation) -> None:
-    """Also for a request in the middle of its prefill, which gives its turn to decodes."""
+    """Also for a request in the middle of its prefill, which makes way for others."""
     add(simulation, make_request("text", 40, max_tokens=100))
     add(simulation, make_request("a", 900, images={"x": (0, 50), "y": (700, 100)}, fill=2))
     until(simulation, lambda: any(kind[:2] == ("prefill", "a") for kind in simulation.kinds))
@@ -433,19 +424,3 @@ def test_nothing_is_asked_for_while_the_engine_pauses(simulation: Simulation) ->
 def test_a_step_without_images_has_vllms_message(simulation: Simulation) -> None:
     add(simulation, make_request("text", 40))
     assert not isinstance(simulation.scheduler.schedule(), SpyreSchedulerOutput)
-
-
-def test_by_priority_those_whose_images_are_encoded_go_on(vllm_config: VllmConfig) -> None:
-    vllm_config.scheduler_config.policy = "priority"
-    try:
-        simulation = Simulation(make_scheduler(vllm_config))
-    finally:
-        vllm_config.scheduler_config.policy = "fcfs"
-    simulation.pieces = 10
-    urgent, later = picture("urgent"), make_request("later", 40)
-    later.priority = 5
-    add(simulation, urgent, later)
-    simulation.step()
-    assert simulation.kinds[0] == ("prefill", "later", 0, 40)
-    simulation.run()
-    check_gaps(simulation)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Has the images of waiting requests encoded ahead of time, beside the steps of running ones."""
 
+import time
 from collections.abc import Callable, Container, Iterable
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from vllm_spyre_mm.multimodal.given_features import given_features
 from vllm_spyre_mm.scheduler.image_reservations import ImageReservations
@@ -50,34 +51,32 @@ class EncodeAhead:
         """Whether a waiting request has its features, as of the last :meth:`look_ahead`."""
         return not self._enabled or not request.mm_features or request.request_id in self._ready
 
-    def have_features(self, request: Request, start: int, end: int | None = None) -> bool:
-        """Whether the features of ``[start, end)`` are there, or come from elsewhere.
+    def have_features(self, request: Request, start: int) -> bool:
+        """Whether the features of a waiting request's tokens from ``start`` on are there.
 
-        Otherwise they are asked for: at once if the request runs, at the next :meth:`look_ahead` if
-        it waits.
+        Otherwise they are asked for at the next :meth:`look_ahead`.
         """
         if not self._enabled:
             return True
         if self._collects_from_start(request):
             start = 0
-        needed = self._needed(request, start, end)
-        if self._reservations.is_complete(request, needed):
+        if self._reservations.is_complete(request, self._needed(request, start)):
             return True
-        if request.status == RequestStatus.RUNNING:
-            self._reserve(request, needed, {request.request_id})
-        else:
-            self._starts[request.request_id] = start
-            self._missed.add(request.request_id)
+        self._starts[request.request_id] = start
+        self._missed.add(request.request_id)
         return False
 
     def look_ahead(self) -> None:
         """Reserve room for images of waiting requests and ask for those that are not encoded."""
         if not self._enabled:
             return
-        self._reservations.settle()
+        waiting = list(self._waiting())
+        self._reservations.settle(waiting)
         starts, ready = self._starts, self._ready - self._missed
         self._starts, self._ready, self._missed = {}, set(), set()
-        for request in self._waiting():
+        if self._scheduler.pause_state != PauseState.UNPAUSED:
+            return
+        for request in waiting:
             req_id = request.request_id
             start = starts[req_id] if req_id in starts else self._find_start(request)
             self._starts[req_id] = start
@@ -99,7 +98,7 @@ class EncodeAhead:
         if self.asked:
             unfinished = self._scheduler.requests
             self.asked = {each for each in self.asked if each[0] in unfinished}
-        return self._reservations.instruct(output, may_encode)
+        return self._reservations.instruct(output, may_encode, self._waiting())
 
     def finish(self, done: Iterable[EncodingDone]) -> dict[str, str]:
         """Note images that are done; returns a sentence for each request that fails."""
@@ -117,17 +116,23 @@ class EncodeAhead:
         self._reservations.forget_faulty()
 
     def reset(self) -> None:
-        """Ask anew for everything: vLLM has emptied the books."""
+        """Ask anew for everything: vLLM has emptied the books.
+
+        Prefills that are under way are preempted, so that nobody waits for their images but they.
+        """
         self._reservations.reset()
+        scheduler = self._scheduler
+        running = scheduler.running if self._enabled else []
+        for request in [each for each in running if each.is_prefill_chunk and each.mm_features]:
+            scheduler.running.remove(request)
+            scheduler._preempt_request(request, time.monotonic())
 
     def _waiting(self) -> Iterable[Request]:
         """Waiting requests with images, in the order in which they may be admitted."""
-        scheduler = self._scheduler
-        if scheduler.pause_state != PauseState.UNPAUSED:
-            return ()
-        if isinstance(scheduler.waiting, AlternatingQueue):
-            return scheduler.waiting.with_images()
-        return (request for request in scheduler.waiting if request.mm_features)
+        waiting = self._scheduler.waiting
+        if isinstance(waiting, AlternatingQueue):
+            return waiting.with_images()
+        return (request for request in waiting if request.mm_features)
 
     def _find_start(self, request: Request) -> int:
         """The first token of a waiting request whose features are needed."""
@@ -135,18 +140,18 @@ class EncodeAhead:
             return 0
         return self._scheduler._get_local_prefix_cache_hit(request)[1]
 
-    def _needed(self, request: Request, start: int, end: int | None = None) -> list[int]:
-        """Indices of the images whose placeholders reach into ``[start, end)``.
+    def _needed(self, request: Request, start: int) -> list[int]:
+        """Indices of the images whose placeholders reach behind ``start``.
 
-        vLLM wants room for each of them, also where it has no feature in there. An image whose
+        vLLM wants room for each of them, also where it has no feature there. An image whose
         identifier is known with another number of features is left to vLLM, which refuses the
         request.
         """
         needed = []
         for index, feature in enumerate(request.mm_features):
-            first, size = feature.mm_position.offset, request.get_num_encoder_embeds(index)
-            reaches_in = first + feature.mm_position.length > start and (end is None or first < end)
-            if reaches_in and self._books.num_embeds_by_hash.get(feature.identifier, size) == size:
+            end = feature.mm_position.offset + feature.mm_position.length
+            size = request.get_num_encoder_embeds(index)
+            if end > start and self._books.num_embeds_by_hash.get(feature.identifier, size) == size:
                 needed.append(index)
         return needed
 

@@ -7,10 +7,11 @@ of those images are not encoded yet.
 """
 
 from collections.abc import Container, Iterable, Mapping
+from itertools import dropwhile
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from vllm_spyre_mm.multimodal.item_names import named
 from vllm_spyre_mm.multimodal.item_tensors import num_bytes
@@ -71,10 +72,9 @@ class ImageReservations:
         if not missing:
             return []
         self._make_room(request, missing, before)
-        if self._room_for(request, missing) < 0 or self._is_too_much(request, missing):
+        if not self._fits(request, missing):
             return None
-        if request.status != RequestStatus.RUNNING:
-            self._holders[request.request_id] = request
+        self._holders[request.request_id] = request
         refer = self._books.check_and_update_cache
         absent = [index for index in missing if not refer(request, index)]
         # Of an image that is there twice the first place asks, and the second one refers to it.
@@ -82,12 +82,15 @@ class ImageReservations:
             index for index in absent if not refer(request, index) and self._ask(request, index)
         ]
 
-    def settle(self) -> None:
-        """Drop what is out of date: of requests that run, and images that nobody refers to."""
+    def settle(self, waiting: Iterable[Request]) -> None:
+        """Drop what is out of date: of requests that run, and images that nobody refers to.
+
+        Args:
+            waiting: all waiting requests with images, in their order.
+        """
+        held = self._holders.keys() & self._books.request_cached_ids.keys()
         self._holders = {
-            req_id: request
-            for req_id, request in self._holders.items()
-            if request.status != RequestStatus.RUNNING and req_id in self._books.request_cached_ids
+            request.request_id: request for request in waiting if request.request_id in held
         }
         self._withdraw()
 
@@ -98,9 +101,19 @@ class ImageReservations:
         self._under_way.clear()
         self._holders.clear()
 
-    def instruct(self, output: SchedulerOutput, may_encode: bool) -> SchedulerOutput:
-        """A step's message with what is to be encoded beside it, if there is anything."""
+    def instruct(
+        self, output: SchedulerOutput, may_encode: bool, requests: Iterable[Request]
+    ) -> SchedulerOutput:
+        """A step's message with what is to be encoded beside it, if there is anything.
+
+        Args:
+            output: the message.
+            may_encode: whether encoding may take time of the step.
+            requests: the waiting ones, in their order.
+        """
         self._withdraw()
+        if self._to_encode:
+            self._arrange(requests)
         if not (self._under_way or self._to_cancel):
             return output
         instructed = SpyreSchedulerOutput(
@@ -160,6 +173,30 @@ class ImageReservations:
         self._under_way[feature.identifier] = self._to_encode[feature.identifier] = feature
         return True
 
+    def _arrange(self, requests: Iterable[Request]) -> None:
+        """Have images encoded in the order of their requests.
+
+        What was asked for and now comes later is cancelled, and asked for once more behind the
+        others. The first one stays, since it may be half done.
+        """
+        rank: dict[str, int] = {}
+        for request in requests:
+            for index in sorted(self._books.get_cached_input_ids(request)):
+                rank.setdefault(request.mm_features[index].identifier, len(rank))
+        asked = list(self._under_way)
+        half_done = asked[0] if asked[0] not in self._to_encode else None
+        order = sorted(asked, key=lambda each: (each != half_done, rank.get(each, len(rank))))
+        moved = dropwhile(lambda pair: pair[0] == pair[1], zip(asked, order, strict=True))
+        for _, identifier in list(moved):
+            feature = self._under_way.pop(identifier)
+            if self._to_encode.pop(identifier, None) is None:
+                self._to_cancel.append(identifier)
+            self._under_way[identifier] = self._to_encode[identifier] = feature
+
+    def _fits(self, request: Request, missing: list[int]) -> bool:
+        room, too_much = self._room_for(request, missing), self._is_too_much(request, missing)
+        return room >= 0 and not too_much
+
     def _room_for(self, request: Request, missing: list[int]) -> int:
         """Room in the cache beyond what images take that no request refers to yet."""
         sizes = {
@@ -181,7 +218,7 @@ class ImageReservations:
     def _make_room(self, request: Request, missing: list[int], before: Container[str]) -> None:
         """Give back what later requests have reserved, the last one's first, as far as needed."""
         later = [each for each in self._holders.values() if each.request_id not in before]
-        while later and self._room_for(request, missing) < 0:
+        while later and not self._fits(request, missing):
             last = later.pop()
             self._books.free(last)
             del self._holders[last.request_id]

@@ -219,12 +219,11 @@ class SpyreScheduler(Scheduler):
         covers too: at its admission the window starts at the prompt's start. Cached features are
         referenced, evicted ones encoded once more, and the hit is kept.
         """
+        if self._sits_out(request):
+            return [], 0, encoder_compute_budget, [], []
         chunk = min(num_new_tokens, self._chunk_tokens(request, num_computed_tokens))
         start = 0 if self._collects_from_start(request) else num_computed_tokens
-        end = num_computed_tokens + chunk
-        if self._sits_out(request) or not self._ahead.have_features(request, start, end):
-            return [], 0, encoder_compute_budget, [], []
-        window = end - start
+        window = num_computed_tokens + chunk - start
         inputs, scheduled, budget, external, duplicates = super()._try_schedule_encoder_inputs(
             request, start, window, encoder_compute_budget, shift_computed_tokens
         )
@@ -255,7 +254,7 @@ class SpyreScheduler(Scheduler):
         return True
 
     def reset_encoder_cache(self) -> None:
-        """Forget all encoded images, and ask anew for those that are under way."""
+        """Forget all encoded images, and ask anew for those that are wanted."""
         super().reset_encoder_cache()
         self._ahead.reset()
 

@@ -24,7 +24,7 @@ def check_methods(overriding: "type[Scheduler]") -> None:
     require_overridable(base, overriding.reset_encoder_cache)
     require_overridable(base, overriding.schedule)
     require_overridable(base, overriding.update_from_output)
-    require_attributes(base, ("make_stats",))
+    require_attributes(base, ("_preempt_request", "make_stats"))
 
 
 def check_parts(scheduler: "Scheduler") -> None:
