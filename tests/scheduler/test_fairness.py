@@ -12,10 +12,12 @@ from tests.scheduler.simulation import (
     CHUNK,
     MAX_MODEL_LEN,
     Simulation,
+    admissions,
     make_config,
     make_request,
     make_scheduler,
 )
+from vllm_spyre_mm.config import SpyreSettings
 
 LONG = MAX_MODEL_LEN - 10
 CHUNKS = math.ceil(LONG / CHUNK)
@@ -23,9 +25,9 @@ CHUNKS = math.ceil(LONG / CHUNK)
 pytestmark = pytest.mark.usefixtures("no_blocks_left")
 
 
-@pytest.fixture(scope="module")
-def vllm_config(demo_checkpoint: Path) -> VllmConfig:
-    return make_config(demo_checkpoint)
+@pytest.fixture(scope="module", params=[False, True], ids=["in steps", "ahead"])
+def vllm_config(demo_checkpoint: Path, request: pytest.FixtureRequest) -> VllmConfig:
+    return make_config(demo_checkpoint, encode_ahead=request.param)
 
 
 @pytest.fixture
@@ -60,11 +62,6 @@ def run_until(simulation: Simulation, name: str) -> int:
     raise AssertionError(f"{name} starves")
 
 
-def admissions(simulation: Simulation) -> list[str]:
-    """Names in the order in which their prefills began."""
-    return [kind[1] for kind in simulation.kinds if kind[0] == "prefill" and kind[2] == 0]
-
-
 # Steps from one admission to the next, with a slot free: a prefill in chunks, a decode after each.
 TURN = 2 * CHUNKS
 
@@ -75,7 +72,7 @@ def test_a_text_behind_500_images_waits_for_two_of_them_at_most(simulation: Simu
     simulation.step()
     add_texts(simulation, 1)
     assert run_until(simulation, "text-0") <= 2 * TURN + 1
-    assert len(admissions(simulation)) <= 3
+    assert len(admissions(simulation.kinds)) <= 3
 
 
 def test_texts_behind_500_images_take_every_second_turn(simulation: Simulation) -> None:
@@ -84,7 +81,7 @@ def test_texts_behind_500_images_take_every_second_turn(simulation: Simulation) 
         simulation.step()
     add_texts(simulation, 20)
     steps = run_until(simulation, "text-19")
-    order = admissions(simulation)
+    order = admissions(simulation.kinds)
     for number in range(20):
         before = order[: order.index(f"text-{number}")]
         assert sum(name.startswith("image") for name in before) <= number + 2
@@ -94,12 +91,18 @@ def test_texts_behind_500_images_take_every_second_turn(simulation: Simulation) 
 
 
 def test_an_image_behind_500_texts_does_not_starve(simulation: Simulation) -> None:
+    """Besides, one text at most is admitted for each piece of its encoding ahead."""
+    simulation.pieces = 20
     add_texts(simulation, 500)
     simulation.step()
     add_images(simulation, 1)
     steps = run_until(simulation, "image-0")
-    assert len(admissions(simulation)) <= 3
-    assert steps <= TURN + 2 * (2 + 2 * 3)
+    pieces = [number for number, kind in enumerate(simulation.kinds) if kind[0] == "piece"]
+    assert len(pieces) in (0, 20)
+    assert len(admissions(simulation.kinds)) <= 3 + len(pieces)
+    if pieces:
+        assert len(admissions(simulation.kinds[pieces[-1] :])) <= 3
+    assert steps <= TURN + 2 * (2 + 2 * 3) + 2 * len(pieces)
 
 
 def test_every_request_of_a_mixed_queue_is_served(simulation: Simulation) -> None:
@@ -121,7 +124,7 @@ def test_maximal_prefills_delay_a_decode_by_one_chunk_a_token(simulation: Simula
     already = len(simulation.kinds)
     for _ in range(400):
         simulation.step()
-    kinds = [kind[0] for kind in simulation.kinds[already:]]
+    kinds = [kind[0] for kind in simulation.kinds[already:] if kind[0] != "piece"]
     assert kinds.count("prefill") > 150, "nothing was prefilled beside them"
     between = "".join(kind[0] for kind in kinds).split("d")
     assert max(map(len, between)) == 1
@@ -136,7 +139,12 @@ def test_a_prefill_waits_for_one_decode_a_chunk(simulation: Simulation) -> None:
     for _ in range(10):
         simulation.step()
     add_images(simulation, 1)
-    assert run_until(simulation, "image-0") <= TURN + 1
+    run_until(simulation, "image-0")
+    first = simulation.kinds.index(("prefill", "image-0", 0, CHUNK))
+    kinds = [kind[0] for kind in simulation.kinds[first:]]
+    assert "piece" not in kinds
+    assert kinds.count("prefill") == CHUNKS
+    assert len(kinds) <= TURN
 
 
 @pytest.mark.parametrize("with_image", [False, True])
@@ -152,6 +160,7 @@ def test_a_lone_request_at_every_limit_finishes(vllm_config: VllmConfig, with_im
 
 
 def test_vllms_policy_of_priorities_is_kept(vllm_config: VllmConfig) -> None:
+    """Among those whose images are encoded, and in the order of encoding."""
     vllm_config.scheduler_config.policy = "priority"
     try:
         simulation = Simulation(make_scheduler(vllm_config, num_blocks=200))
@@ -163,4 +172,8 @@ def test_vllms_policy_of_priorities_is_kept(vllm_config: VllmConfig) -> None:
         simulation.run()
     finally:
         vllm_config.scheduler_config.policy = "fcfs"
-    assert admissions(simulation) == ["urgent", "image-0", "image-1", "image-2", "text-0"]
+    order = ["urgent", "image-0", "image-1", "image-2", "text-0"]
+    if SpyreSettings.from_vllm_config(vllm_config).encode_ahead:
+        order = ["text-0", *order[:-1]]  # it has no image to wait for
+    assert admissions(simulation.kinds) == order
+    assert simulation.encoded == ["x", "image-0", "image-1", "image-2"]
