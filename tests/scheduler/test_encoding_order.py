@@ -43,9 +43,9 @@ def by_priority(vllm_config: VllmConfig) -> Simulation:
         vllm_config.scheduler_config.policy = "fcfs"
 
 
-def urgent(name: str, *sizes: int) -> Request:
+def urgent(name: str, *sizes: int, priority: int = -1) -> Request:
     request = picture(name, *sizes)
-    request.priority = -1
+    request.priority = priority
     return request
 
 
@@ -82,12 +82,10 @@ def test_room_and_bytes_are_taken_from_the_least_urgent(
         add(by_priority, request)
         by_priority.step()
     assert list(by_priority.asked) == ["of a", "of urgent"]  # of 400 bytes each
-    add(by_priority, urgent("large", 1000, 960))
+    add(by_priority, urgent("large", 1000, 960, priority=-2))
     by_priority.step()
-    assert by_priority.scheduler.encoder_cache_manager.request_cached_ids.keys() == {
-        "urgent",
-        "large",
-    }
+    assert list(by_priority.asked) == ["of urgent", "of large"]
+    assert by_priority.cancelled == ["of b", "of a"]
     by_priority.run()
     assert by_priority.encoded == ["of urgent", "of large", "of a", "of b"]
 
