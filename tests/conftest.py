@@ -51,6 +51,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_sessionfinish() -> None:
+    """Libraries complain of what is never freed."""
+    gc.unfreeze()
+
+
 COVERS = "covers"
 
 
