@@ -86,6 +86,8 @@ class SpyreSettings(BaseModel):
             the host) it is the host's fastest dtype.
         encoder_cache_tokens: image features kept for later requests, in feature rows. Raised to
             ``max_model_len`` where it is less, so that one request's images always fit.
+            ``None``: ``max_model_len`` on a CPU; twice that for a card, beside whose prefill of one
+            request the host encodes the next one's images.
         encode_ahead: encode the images of waiting requests beside the steps of running ones. Off,
             they are encoded in the step of the chunk that needs them, and everybody waits.
         max_batch_tkv: bound on batch × padded length of a decode step, in tokens. ``None``: no
@@ -199,11 +201,14 @@ class SpyreSettings(BaseModel):
                 f"max_batch_tkv={max_batch_tkv} is less than one row of max_model_len="
                 f"{max_model_len} tokens: raise it to {longest_row} or lower --max-model-len"
             )
+        encoder_cache_tokens = self.encoder_cache_tokens
+        if encoder_cache_tokens is None and backend == "sendnn":
+            encoder_cache_tokens = 2 * max_model_len
         return self.model_copy(
             update={
                 "backend": backend,
                 "encoder_dtype": encoder_dtype,
-                "encoder_cache_tokens": max(self.encoder_cache_tokens or 0, max_model_len),
+                "encoder_cache_tokens": max(encoder_cache_tokens or 0, max_model_len),
                 "max_batch_tkv": max_batch_tkv,
                 "resolved": True,
             }
