@@ -2,6 +2,7 @@
 """The card's path in processes of its own: a server of one rank, and one of two engines with two
 ranks each, ended by a signal."""
 
+import json
 from pathlib import Path
 
 import openai
@@ -25,12 +26,19 @@ def named(cards: list[str], port: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "engines"),
-    [(1, [named(CARDS, PORT)]), (2, [named(CARDS[:2], PORT), named(CARDS[2:], PORT + 1)])],
-    ids=["a rank", "two engines of two ranks"],
+    ("ranks", "engines", "encode_ahead"),
+    [
+        (1, [named(CARDS, PORT)], True),
+        (2, [named(CARDS[:2], PORT), named(CARDS[2:], PORT + 1)], False),
+    ],
+    ids=["a rank and an encoder", "two engines of two ranks"],
 )
 def test_a_server_keeps_the_contract_and_ends_at_a_signal(
-    demo_checkpoint: Path, tmp_path: Path, ranks: int, engines: list[dict[str, str]]
+    demo_checkpoint: Path,
+    tmp_path: Path,
+    ranks: int,
+    engines: list[dict[str, str]],
+    encode_ahead: bool,
 ) -> None:
     """Its status is looked at where the context is left: 0, although the card's runtime has made
     SIGTERM end the process. Each engine answers, and its ranks know of its cards alone."""
@@ -41,6 +49,7 @@ def test_a_server_keeps_the_contract_and_ends_at_a_signal(
         tmp_path / "log.txt",
         *("--tensor-parallel-size", str(ranks), "--data-parallel-size", str(len(engines))),
         *("--max-num-batched-tokens", "128", "--api-server-count", "1"),
+        *("--additional-config", json.dumps({"encode_ahead": encode_ahead})),
         plugins=[STAND_IN],
         environment={"STAND_IN_REPORTS": str(reports), **named(CARDS, PORT)},
         defaults=True,
