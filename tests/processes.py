@@ -20,8 +20,11 @@ GROUPS = {
     "tests/e2e/test_clients.py": "server",
     "tests/e2e/test_hostile.py": "server",
     "tests/e2e/test_server.py": "server",
+    "tests/worker/test_encode_ahead.py": "in_two_ranks",
+    "tests/worker/test_ranks.py": "in_two_ranks",
 }
-"""Files that share a server, and so a process, by the name of its fixture or of their folder."""
+"""Files that share a server or other processes, and so run in one process, by the name of the
+fixture or of their folder."""
 
 
 class GroupScheduling(LoadFileScheduling):

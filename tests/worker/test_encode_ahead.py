@@ -2,7 +2,6 @@
 """What the worker does of encoding beside the steps, alone and with another rank."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from tests.worker.test_encoding import image
-from tests.worker.test_ranks import in_two_ranks
+from tests.worker.two_ranks import TwoRanks
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
 from vllm_spyre_mm.scheduler.outputs import (
     EncodingDone,
@@ -129,8 +128,8 @@ def _steps(ranks: Ranks) -> list[Any]:
     return results
 
 
-def test_two_ranks_have_the_same_images_at_the_same_steps(tmp_path: Path) -> None:
-    first, second = in_two_ranks(tmp_path, _steps)
+def test_two_ranks_have_the_same_images_at_the_same_steps(in_two_ranks: TwoRanks) -> None:
+    first, second = in_two_ranks(_steps)
     rows = [[[3.0] * 4] * length for length in (3, 5)]
     done = [[("of 3", None)], [("of 2", "could not be encoded")], [], [("of 5", None)], rows]
     assert first == [*done, "KeyError"]

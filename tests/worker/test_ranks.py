@@ -2,15 +2,11 @@
 """The first rank works for two, which are processes that talk through Gloo."""
 
 import sys
-from collections.abc import Callable
-from multiprocessing.queues import Queue
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
 from torch.serialization import (
     LoadEndianness,
     get_default_load_endianness,
@@ -18,40 +14,13 @@ from torch.serialization import (
 )
 
 from tests.worker.test_encoding import image, in_one_piece
+from tests.worker.two_ranks import TwoRanks
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
 from vllm_spyre_mm.worker.ec_transfer import FeatureTransfer
 from vllm_spyre_mm.worker.encoding import ImageEncoder, ImageEncodingError
 from vllm_spyre_mm.worker.groups import register_default_group
 from vllm_spyre_mm.worker.host_share import read_little_endian
 from vllm_spyre_mm.worker.ranks import Ranks
-
-SECONDS = 120
-
-
-def in_two_ranks(folder: Path, task: Callable[[Ranks], Any]) -> list[Any]:
-    """What a task gives in each of two ranks."""
-    context = multiprocessing.get_context("spawn")
-    results: Queue[tuple[int, Any]] = context.Queue()
-    store = f"file://{folder}/store"
-    ranks = [context.Process(target=_run, args=(rank, store, task, results)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        return [result for _, result in sorted(results.get(timeout=SECONDS) for _ in ranks)]
-    finally:
-        for process in ranks:
-            process.join(SECONDS)
-            process.kill()
-
-
-def _run(
-    rank: int, store: str, task: Callable[[Ranks], Any], results: "Queue[tuple[int, Any]]"
-) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    with torch.inference_mode():
-        results.put((rank, task(Ranks(distributed.new_group(backend="gloo"), num_threads=3))))
-    distributed.destroy_process_group()
 
 
 def _values(ranks: Ranks) -> list[list[float]]:
@@ -62,8 +31,8 @@ def _values(ranks: Ranks) -> list[list[float]]:
     return [*(each.flatten().tolist() for each in values), [said["number"]]]
 
 
-def test_what_the_first_rank_has_the_others_get(tmp_path: Path) -> None:
-    first, second = in_two_ranks(tmp_path, _values)
+def test_what_the_first_rank_has_the_others_get(in_two_ranks: TwoRanks) -> None:
+    first, second = in_two_ranks(_values)
     assert first == second == [[7, 7]] * 6 + [[9]]
 
 
@@ -75,8 +44,8 @@ def _sum_in_default_group(ranks: Ranks) -> list[Any]:
     return [world.size(), total.item()]
 
 
-def test_the_group_of_all_ranks_has_the_name_that_the_card_asks_for(tmp_path: Path) -> None:
-    assert in_two_ranks(tmp_path, _sum_in_default_group) == [[2, 2.0]] * 2
+def test_the_group_of_all_ranks_has_the_name_that_the_card_asks_for(in_two_ranks: TwoRanks) -> None:
+    assert in_two_ranks(_sum_in_default_group) == [[2, 2.0]] * 2
 
 
 def _encode(ranks: Ranks) -> list[Any]:
@@ -103,9 +72,9 @@ def _encode(ranks: Ranks) -> list[Any]:
     return [results, calls, torch.get_num_threads()]
 
 
-def test_pictures_are_encoded_once_with_the_threads_of_all(tmp_path: Path) -> None:
+def test_pictures_are_encoded_once_with_the_threads_of_all(in_two_ranks: TwoRanks) -> None:
     """And one that cannot be encoded fails on both ranks, which go on together."""
-    (first, threads, after), (second, none, _) = in_two_ranks(tmp_path, _encode)
+    (first, threads, after), (second, none, _) = in_two_ranks(_encode)
     assert first == second
     encoded, raised, nan, again = first
     assert [(len(rows), dtype) for rows, dtype in encoded] == [
@@ -132,8 +101,8 @@ def _take_what_arrived(ranks: Ranks) -> list[Any]:
     return [(name, rows.tolist(), str(rows.dtype)) for name, rows in transfer.cache.tensors.items()]
 
 
-def test_what_a_connector_brought_is_checked_once_and_shared(tmp_path: Path) -> None:
-    first, second = in_two_ranks(tmp_path, _take_what_arrived)
+def test_what_a_connector_brought_is_checked_once_and_shared(in_two_ranks: TwoRanks) -> None:
+    first, second = in_two_ranks(_take_what_arrived)
     assert first == second == [("of 3", [[7.0] * 4] * 3, "torch.bfloat16")]
 
 
@@ -173,8 +142,8 @@ def _sample_or_fail(ranks: Ranks) -> list[Any]:
     return results
 
 
-def test_what_fails_on_the_first_rank_fails_on_the_others_at_once(tmp_path: Path) -> None:
-    first, second = in_two_ranks(tmp_path, _sample_or_fail)
+def test_what_fails_on_the_first_rank_fails_on_the_others_at_once(in_two_ranks: TwoRanks) -> None:
+    first, second = in_two_ranks(_sample_or_fail)
     told = ("FirstRankError", "the first rank, which works for all, failed: KeyError: 'no'")
     assert first == [([[5], [0]], "details"), *[("KeyError", "'no'")] * 2, ([[5], [0]], "details")]
     assert second == [([[5], [0]], None), told, told, ([[5], [0]], None)]
