@@ -40,7 +40,11 @@ class EncodeQueue(Protocol):
         """
 
     def submit(self, images: "Sequence[MultiModalFeatureSpec]") -> None:
-        """Ask for images, none of which is asked for already, behind those that are."""
+        """Ask for images, none of which is asked for already, behind those that are.
+
+        An image is told from another one by its identifier as long as it is asked for; one that was
+        cancelled may have been another image.
+        """
 
     def advance(self, *, idle: bool) -> list[EncodedImage]:
         """Go on with the encoding; returns the images that are done, each once, in any order.

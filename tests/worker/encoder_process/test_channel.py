@@ -3,6 +3,7 @@
 
 import gc
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,35 @@ def test_what_was_sent_before_an_end_closed_is_received() -> None:
         other.send(3)
 
 
-def test_an_end_that_closed_with_messages_unread_ends_the_other() -> None:
+def test_an_end_that_closed_with_messages_unread_has_said_what_it_said_before() -> None:
     one, other = channel_pair()
     one.send(1)
+    other.send(2)
     other.close()
+    assert one.receive() == 2
     with pytest.raises(EOFError):
         one.receive()
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_message_for_which_there_is_no_descriptor_is_an_error(spare: int) -> None:
+    """One comes with it, and mapping its memory takes another one for a moment."""
+    one, other = channel_pair()
+    one.send(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as first_free:
+        limit = first_free.fileno() + spare
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match=r"no file descriptor is left|the memory .* to be had"):
+            other.receive()
+        if not spare:
+            with pytest.raises(OSError, match="Too many open files"):
+                other.send(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    one.send(2)
+    assert other.receive() == 2
 
 
 def test_large_messages_do_not_wait_for_the_receiver() -> None:

@@ -2,8 +2,10 @@
 """The encoder's real process: what it gives, and how it ends."""
 
 import dataclasses
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,9 +28,12 @@ from vllm_spyre_mm.model_executor.loader import LoadOptions, load_model
 from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.model_executor.pieces import whole
 from vllm_spyre_mm.multimodal.mm_mappings import get_mm_mapping
+from vllm_spyre_mm.worker.encoder_process import parent
+from vllm_spyre_mm.worker.encoder_process.channel import Channel, channel_pair
+from vllm_spyre_mm.worker.encoder_process.child import serve
 from vllm_spyre_mm.worker.encoder_process.messages import EncoderJob
-from vllm_spyre_mm.worker.encoder_process.parent import EncoderProcess
-from vllm_spyre_mm.worker.encoder_process.queue import EncoderProcessError, ProcessEncodeQueue
+from vllm_spyre_mm.worker.encoder_process.parent import EncoderProcess, ProcessFault
+from vllm_spyre_mm.worker.encoder_process.queue import ProcessEncodeQueue
 from vllm_spyre_mm.worker.encoding import encode_pieces
 from vllm_spyre_mm.worker.step_sizes import step_sizes
 
@@ -164,43 +169,112 @@ def test_one_that_is_killed_is_replaced_and_its_picture_fails(
     assert not killed.is_running()
 
 
-def test_one_that_cannot_be_started_says_why(model: Model, tmp_path: Path) -> None:
+def open_descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("refused", ["socket.socketpair", "subprocess.Popen", "os.memfd_create"])
+def test_one_that_the_system_refuses_is_a_fault_and_leaves_nothing(
+    refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EAGAIN, "no")
+
+    before, children = open_descriptors(), psutil.Process().children()
+    monkeypatch.setattr(refused, refuse)
+    sentence = r"^could not be had or spoken to: \[Errno 11\] no$"
+    with pytest.raises(ProcessFault, match=sentence):
+        EncoderProcess(NO_JOB, 1)
+    assert open_descriptors() <= before
+    assert psutil.Process().children() == children
+
+
+NO_JOB: Any = "the process waits for this to be a job"
+
+
+def pretended(
+    monkeypatch: pytest.MonkeyPatch, code: str, job: EncoderJob = NO_JOB
+) -> EncoderProcess:
+    """A process that runs other code, which has its end of the channel as a file descriptor."""
+    start = subprocess.Popen
+
+    def pretend(command: list[str], **more: Any) -> "subprocess.Popen[bytes]":
+        return start([sys.executable, "-c", code, command[-1]], **more)
+
+    monkeypatch.setattr(subprocess, "Popen", pretend)
+    return EncoderProcess(job, 1)
+
+
+def test_one_that_cannot_load_the_encoder_says_why(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does is done in this process, at a copy of its end of the channel."""
+    ends = channel_pair()
+    copy = Channel(socket.socket(fileno=os.dup(ends[1].fileno())))
+    monkeypatch.setattr(parent, "channel_pair", lambda: ends)
     job = dataclasses.replace(model.job, checkpoint=tmp_path)
-    queue = ProcessEncodeQueue(1 << 20, BOUND_SECONDS)
-    sentence = "^the vision encoder's process could not load the encoder: CheckpointError: "
-    with pytest.raises(EncoderProcessError, match=sentence):
-        queue.start(lambda: EncoderProcess(job, 1))
-    assert not psutil.pid_exists(queue.pid)
-
-
-STARTS_ONE = """
-import sys
-from vllm_spyre_mm.worker.encoder_process.parent import EncoderProcess
-
-process = EncoderProcess("it waits for this to be a job", 1)
-print(process.pid, flush=True)
-{end}
-"""
+    process = pretended(monkeypatch, "", job)
+    serve(copy)
+    with pytest.raises(ProcessFault, match=r"^could not load the encoder: CheckpointError: "):
+        next(process.receive())
+    copy.close()
+    assert process.end() == 0
 
 
 @pytest.mark.parametrize(
-    "end",
-    ["sys.stdin.read()", "print(process.end())"],
-    ids=["killed", "in order"],
+    ("code", "reason"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was ended by SIGKILL, which the system sends when"),
+        ("import os; os.kill(os.getpid(), 11)", "was ended by SIGSEGV$"),
+        ("raise SystemExit(3)", "ended with status 3$"),
+    ],
 )
-def test_it_ends_with_the_process_that_started_it(end: str) -> None:
+def test_an_end_is_told_as_it_was(monkeypatch: pytest.MonkeyPatch, code: str, reason: str) -> None:
+    process = pretended(monkeypatch, code)
+    process.wait(BOUND_SECONDS)
+    with pytest.raises(ProcessFault, match=f"^{reason}"):
+        next(process.receive())
+    process.kill()
+
+
+def test_one_whose_output_nobody_reads_any_more_ends_too() -> None:
+    module = "vllm_spyre_mm.worker.encoder_process.__main__"
+    code = f"import sys, {module} as main; print('unread'); sys.stdin.read(); main.leave()"
     with subprocess.Popen(
-        [sys.executable, "-c", STARTS_ONE.format(end=end)],
+        [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdin.close()
+        assert process.wait(BOUND_SECONDS) == 0
+
+
+STARTS_TWO = """
+import sys
+from vllm_spyre_mm.worker.encoder_process.parent import EncoderProcess
+
+one, other = (EncoderProcess("it waits for this to be a job", 1) for _ in range(2))
+print(one.pid, other.pid, one.end(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_it_ends_with_the_process_that_started_it() -> None:
+    """In order, and if that is killed."""
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTS_TWO], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as starter:
         assert starter.stdout is not None
-        started = psutil.Process(int(starter.stdout.readline()))
-        if end.startswith("sys"):
-            starter.kill()
-        elif end.startswith("print"):
-            assert starter.stdout.readline() == "0\n"
+        ended, left, status = map(int, starter.stdout.readline().split())
+        assert status == 0
+        assert not psutil.pid_exists(ended)
+        started = psutil.Process(left)
+        assert started.is_running()
+        starter.kill()
         starter.wait(BOUND_SECONDS)
     psutil.wait_procs([started], timeout=BOUND_SECONDS)
     assert not started.is_running()

@@ -39,6 +39,9 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
 
 @dataclass
 class Pretended:
@@ -51,11 +54,14 @@ class Pretended:
     waits: int = 0
     pid: int = 0
     killed: bool = False
+    cannot_be_sent: ProcessFault | None = None
 
     def __post_init__(self) -> None:
         self.last_heard = self.clock.now
 
     def send(self, pictures: list[MultiModalFeatureSpec]) -> None:
+        if self.cannot_be_sent is not None:
+            raise self.cannot_be_sent
         self.batches.append([picture.identifier for picture in pictures])
 
     def wait(self, seconds: float) -> None:
@@ -86,8 +92,11 @@ class Processes:
         self.clock, self.started = clock, 0
         self.become_ready = True
         self.first_says: ProcessFault | None = None
+        self.refusals: deque[ProcessFault] = deque()
 
     def __call__(self) -> Any:
+        if self.refusals:
+            raise self.refusals.popleft()
         self.started += 1
         self.present = Pretended(self.clock, ready=self.become_ready)
         if self.first_says is not None:
@@ -195,6 +204,31 @@ def test_a_picture_that_is_asked_for_again_while_it_is_encoded_is_encoded_once(
     assert not processes.present.batches
 
 
+def test_another_picture_of_the_same_identifier_is_encoded_itself(
+    queue: ProcessEncodeQueue, processes: Processes
+) -> None:
+    """Identifiers may be a caller's own: what is on its way under one may be another picture."""
+    ask(queue, "a", values=100)
+    queue.cancel(["a"])
+    ask(queue, "a", values=200)
+    assert [*processes.present.batches] == [["a"], ["a"]]
+    processes.present.encode()
+    assert advance(queue) == [], "of the picture that was cancelled"
+    processes.present.encode()
+    assert advance(queue) == ["a"]
+
+
+def test_of_two_pictures_of_one_identifier_both_can_be_cancelled(
+    queue: ProcessEncodeQueue, processes: Processes
+) -> None:
+    ask(queue, "a", values=100)
+    queue.cancel(["a"])
+    ask(queue, "a", values=200)
+    queue.cancel(["a"])
+    processes.present.encode(2)
+    assert advance(queue) == []
+
+
 def test_a_picture_that_ends_the_process_fails_and_those_behind_it_do_not(
     queue: ProcessEncodeQueue, processes: Processes
 ) -> None:
@@ -204,6 +238,7 @@ def test_a_picture_that_ends_the_process_fails_and_those_behind_it_do_not(
     assert advance(queue) == [fault("a", "ended with status 1")]
     assert first.killed
     assert processes.started == 2
+    assert advance(queue) == []
     assert [*processes.present.batches] == [["b"], ["c"]]
     processes.present.encode(2)
     assert advance(queue) == ["b", "c"]
@@ -215,11 +250,12 @@ def test_of_a_batch_that_ends_the_process_only_the_guilty_picture_fails(
     ask(queue, "abc")
     ask(queue, "de")
     processes.present.said.append(ProcessFault("ended with status 1"))
-    assert advance(queue) == []
+    assert advance(queue) == advance(queue) == []
     assert [*processes.present.batches] == [["a"], ["b"]]
     processes.present.encode()
     processes.present.said.append(ProcessFault("ended with status 2"))
     assert advance(queue) == ["a", fault("b", "ended with status 2")]
+    assert advance(queue) == []
     assert [*processes.present.batches] == [["c"], ["d", "e"]]
     processes.present.encode(2)
     assert advance(queue) == ["c", "d", "e"]
@@ -228,13 +264,42 @@ def test_of_a_batch_that_ends_the_process_only_the_guilty_picture_fails(
 def test_cancelled_pictures_are_not_tried_again(
     queue: ProcessEncodeQueue, processes: Processes
 ) -> None:
-    ask(queue, "ab")
+    """Those that were encoded together with them are: the cancelled one may be to blame."""
+    ask(queue, "abc")
     queue.cancel(["a"])
     processes.present.said.append(ProcessFault("ended with status 1"))
-    assert advance(queue) == [fault("b", "ended with status 1")]
+    assert advance(queue) == advance(queue) == []
+    assert [*processes.present.batches] == [["b"], ["c"]]
+    processes.present.encode(2)
+    assert advance(queue) == ["b", "c"]
     ask(queue, "a")
     processes.present.encode()
     assert advance(queue) == ["a"]
+
+
+def test_a_picture_whose_partner_was_cancelled_is_tried_again(
+    queue: ProcessEncodeQueue, processes: Processes, clock: Clock
+) -> None:
+    ask(queue, "ab")
+    queue.cancel(["a"])
+    clock.now += TIMEOUT + 1
+    assert advance(queue) == advance(queue) == []
+    assert [*processes.present.batches] == [["b"]]
+    clock.now += TIMEOUT + 1
+    assert advance(queue) == [
+        fault("b", "did not encode a batch within 10 s (encode_timeout_seconds)")
+    ]
+
+
+def test_a_process_that_hangs_at_a_picture_that_nobody_wants_is_replaced(
+    queue: ProcessEncodeQueue, processes: Processes, clock: Clock
+) -> None:
+    ask(queue, "a")
+    queue.cancel(["a"])
+    clock.now += TIMEOUT + 1
+    assert advance(queue) == []
+    assert processes.started == 2
+    assert not processes.present.batches
 
 
 def test_a_process_that_says_nothing_while_it_encodes_is_replaced(
@@ -291,6 +356,60 @@ def test_pictures_that_end_processes_never_end_the_engine(
         ask(queue, "a")
         processes.present.said.append(ProcessFault("ended with status 1"))
         assert advance(queue) == [fault("a", "ended with status 1")]
+
+
+def test_processes_that_the_system_refuses_are_asked_for_again_after_a_while(
+    queue: ProcessEncodeQueue, processes: Processes, clock: Clock
+) -> None:
+    ask(queue, "ab", BATCH_VALUES)
+    refusal = ProcessFault("could not be had or spoken to: [Errno 11] no")
+    processes.refusals += [refusal, refusal]
+    processes.present.said.append(ProcessFault("ended with status 1"))
+    assert advance(queue) == [fault("a", "ended with status 1")]
+    assert advance(queue) == []
+    assert len(processes.refusals) == 1, "it is not asked at once"
+    before = clock.now
+    while processes.refusals:
+        assert queue.advance(idle=True) == []
+    assert clock.now >= before + module.REFUSED_SECONDS, "a step with nothing to do waits"
+    clock.now += 2 * module.REFUSED_SECONDS
+    assert advance(queue) == []
+    assert [*processes.present.batches] == [["b"]]
+
+
+def test_a_system_that_refuses_processes_again_and_again_is_an_error(
+    queue: ProcessEncodeQueue, processes: Processes, clock: Clock
+) -> None:
+    processes.refusals += [ProcessFault("could not be had or spoken to: [Errno 11] no")] * 3
+    processes.present.said.append(ProcessFault("ended with status 1"))
+    for _ in range(2):
+        assert advance(queue) == []
+        clock.now += 2 * module.REFUSED_SECONDS
+    reason = "failed 3 times in a row before it was ready; the last one could not be had .* no$"
+    with pytest.raises(EncoderProcessError, match=f"^the vision encoder's process {reason}"):
+        advance(queue)
+
+
+def test_pictures_that_cannot_be_sent_are_to_blame_and_not_those_under_way(
+    queue: ProcessEncodeQueue, processes: Processes
+) -> None:
+    ask(queue, "a", BATCH_VALUES)
+    first = processes.present
+    first.cannot_be_sent = ProcessFault("could not be had or spoken to: [Errno 24] no")
+    queue.submit(pictures("b", BATCH_VALUES))
+    assert advance(queue) == [fault("b", "could not be had or spoken to: [Errno 24] no")]
+    assert first.killed
+    assert advance(queue) == []
+    assert [*processes.present.batches] == [["a"]]
+
+
+def test_a_first_process_that_the_system_refuses_is_an_error(processes: Processes) -> None:
+    queue = ProcessEncodeQueue(BATCH_VALUES, TIMEOUT)
+    processes.refusals.append(ProcessFault("could not be had or spoken to: [Errno 11] no"))
+    sentence = "^the vision encoder's process could not be had or spoken to: .*no$"
+    with pytest.raises(EncoderProcessError, match=sentence):
+        queue.start(processes)
+    queue.close()
 
 
 def test_a_start_waits_for_the_first_process_and_says_why_it_failed(processes: Processes) -> None:

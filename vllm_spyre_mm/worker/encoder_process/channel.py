@@ -80,6 +80,7 @@ class Channel:
 
         Raises:
             ConnectionError: the other end is closed.
+            OSError: the system has no memory or no file descriptor to spare.
         """
         pickled = io.BytesIO()
         pickler = _Pickler(pickled)
@@ -110,13 +111,18 @@ class Channel:
 
         Raises:
             EOFError: the other end is closed, and all that it sent before was received.
+            OSError: the system has no memory or no file descriptor to spare; the message is lost.
         """
         try:
             header, fds, _, _ = socket.recv_fds(self._socket, HEADER.size, 1)
-        except ConnectionError:  # it was closed with messages that it had not received
-            raise EOFError from None
+        except ConnectionError:
+            # The other end was closed with messages that it had not received. That is said once,
+            # before what it had sent.
+            header, fds, _, _ = socket.recv_fds(self._socket, HEADER.size, 1)
         if not header:
             raise EOFError
+        if not fds:
+            raise OSError("no file descriptor is left for a message")
         (memory_fd,) = fds
         try:
             memory = _mapped(memory_fd)
@@ -134,10 +140,16 @@ def _mapped(memory_fd: int) -> torch.Tensor:
     """All of a file as bytes, uint8 ``(size,)``.
 
     Python's own maps keep a descriptor open for each.
+
+    Raises:
+        OSError: the system has no memory or no file descriptor to spare.
     """
     size = os.fstat(memory_fd).st_size
     name = f"/proc/self/fd/{memory_fd}"
-    return torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+    try:
+        return torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise OSError(f"the memory of a message is not to be had: {error}") from error
 
 
 def channel_pair() -> tuple[Channel, Channel]:

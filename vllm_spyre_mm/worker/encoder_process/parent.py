@@ -25,6 +25,15 @@ class ProcessFault(RuntimeError):
     """The encoder's process failed; the message goes on after "the vision encoder's process"."""
 
 
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Make a fault of the process of what the system refuses: processes, descriptors, memory."""
+    try:
+        yield
+    except OSError as error:
+        raise ProcessFault(f"could not be had or spoken to: {error}") from error
+
+
 class EncoderProcess:
     """A process that encodes pictures; it ends with this object's channel, and so with the worker.
 
@@ -36,20 +45,27 @@ class EncoderProcess:
         ready: whether it has said that it can encode.
         last_heard: when it was started, last sent pictures while it had none, or said something; of
             ``time.monotonic``.
+
+    Raises:
+        ProcessFault: the system refuses a process, or what it is spoken to with.
     """
 
     def __init__(self, job: EncoderJob, num_threads: int) -> None:
-        self._channel, theirs = channel_pair()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __package__, str(theirs.fileno())],
-            env=encoder_environment(num_threads),
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-        )
-        theirs.close()
         self.ready = False
         self.last_heard = time.monotonic()
-        self._send(job)
+        with _refusals(), contextlib.ExitStack() as undo:
+            self._channel, theirs = channel_pair()
+            undo.callback(self._channel.close)
+            with contextlib.closing(theirs):
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", __package__, str(theirs.fileno())],
+                    env=encoder_environment(num_threads),
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                )
+            undo.callback(self.kill)
+            self._send(job)
+            undo.pop_all()
 
     @property
     def pid(self) -> int:
@@ -57,11 +73,18 @@ class EncoderProcess:
         return self._process.pid
 
     def send(self, pictures: "Sequence[MultiModalFeatureSpec]") -> None:
-        """Hand a batch over; returns at once."""
+        """Hand a batch over; returns at once.
+
+        Raises:
+            ProcessFault: the system has no room for it.
+        """
         self._send(list(pictures))
 
     def _send(self, message: object) -> None:
-        with contextlib.suppress(ConnectionError):  # it has ended, as receive() will say
+        with (
+            _refusals(),
+            contextlib.suppress(ConnectionError),  # it has ended, as receive() will say
+        ):
             self._channel.send(message)
 
     def wait(self, seconds: float) -> None:
@@ -72,11 +95,12 @@ class EncoderProcess:
         """What it has encoded; does not wait.
 
         Raises:
-            ProcessFault: it has ended, or cannot encode.
+            ProcessFault: it has ended, or cannot encode or be heard.
         """
         while self._channel.poll():
             try:
-                said = self._channel.receive()
+                with _refusals():
+                    said = self._channel.receive()
             except EOFError:
                 self._raise_end()
             self.last_heard = time.monotonic()
@@ -95,9 +119,10 @@ class EncoderProcess:
             raise ProcessFault("closed its channel") from None
         if status >= 0:
             raise ProcessFault(f"ended with status {status}")
-        name = signal.Signals(-status).name
+        reason = ", which the system sends when memory runs out, or somebody else"
+        is_kill = -status == signal.SIGKILL
         raise ProcessFault(
-            f"was ended by {name}, which the system sends when memory runs out, or somebody else"
+            f"was ended by {signal.Signals(-status).name}{reason if is_kill else ''}"
         )
 
     def end(self) -> int:

@@ -4,6 +4,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,10 @@ START_SECONDS = 300.0
 """For a process to load the encoder and to compile it."""
 
 MAX_STARTS = 3
-"""Processes that may fail one after the other before they are ready."""
+"""Processes that may fail one after the other before they are ready, or not be had at all."""
+
+REFUSED_SECONDS = 1.0
+"""Until a process is asked for again that the system refused, for want of memory for instance."""
 
 BATCHES_AHEAD = 2
 """Batches that a process has at a time: one under way, and one so that it never waits."""
@@ -32,6 +36,19 @@ IDLE_SECONDS = 0.02
 
 class EncoderProcessError(RuntimeError):
     """No process can be had that encodes pictures."""
+
+
+@dataclass(slots=True, eq=False)
+class Sent:
+    """A picture that the process has.
+
+    Attributes:
+        image: the picture.
+        is_wanted: whether anybody still asks for it.
+    """
+
+    image: "MultiModalFeatureSpec"
+    is_wanted: bool = True
 
 
 class ProcessEncodeQueue:
@@ -51,10 +68,9 @@ class ProcessEncodeQueue:
         self._batch_values, self._timeout = batch_values, timeout
         self._start: Callable[[], EncoderProcess] | None = None
         self._present: EncoderProcess | None = None
-        self._failed_starts = 0
+        self._failed_starts, self._refused = 0, 0.0
         self._waiting: deque[MultiModalFeatureSpec] = deque()
-        self._sent: deque[list[MultiModalFeatureSpec]] = deque()
-        self._unwanted: set[str] = set()
+        self._sent: deque[list[Sent]] = deque()
         self._suspects: set[str] = set()
 
     def start(self, start: Callable[[], EncoderProcess]) -> None:
@@ -67,15 +83,17 @@ class ProcessEncodeQueue:
             EncoderProcessError: the process failed; no other is tried.
         """
         started = time.monotonic()
-        self._start, self._present = start, start()
-        while not self._process.ready:
-            self._process.wait(1.0)
-            try:
+        self._start = start
+        try:
+            self._present = start()
+            while not self._process.ready:
+                self._process.wait(1.0)
                 received = [*self._receive()]
-            except ProcessFault as fault:
-                self._process.kill()
-                raise EncoderProcessError(f"the vision encoder's process {fault}") from None
-            assert not received, "it was sent no pictures"
+                assert not received, "it was sent no pictures"
+        except ProcessFault as fault:
+            if self._present is not None:
+                self._present.kill()
+            raise EncoderProcessError(f"the vision encoder's process {fault}") from None
         elapsed = time.monotonic() - started
         logger.info("The vision encoder is ready in process %d, after %.1f s", self.pid, elapsed)
 
@@ -94,18 +112,26 @@ class ProcessEncodeQueue:
         gone = set(identifiers)
         self._suspects -= gone
         self._waiting = deque(each for each in self._waiting if each.identifier not in gone)
-        self._unwanted |= gone & {each.identifier for each in chain(*self._sent)}
+        for sent in chain(*self._sent):
+            sent.is_wanted &= sent.image.identifier not in gone
 
     def submit(self, images: "Sequence[MultiModalFeatureSpec]") -> None:
         """Have pictures encoded, each of which :meth:`advance` returns once."""
         for image in images:
-            if image.identifier in self._unwanted:  # it is on its way already
-                self._unwanted.remove(image.identifier)
+            # On its way already is a picture that was cancelled, unless it is another one to which
+            # the user gave the same identifier.
+            for sent in chain(*self._sent):
+                if sent.image.identifier == image.identifier and sent.image.data == image.data:
+                    sent.is_wanted = True
+                    break
             else:
                 self._waiting.append(image)
 
     def advance(self, *, idle: bool) -> list[EncodedImage]:
         """Pictures that became ready, or failed, since the last call.
+
+        Also to be called while no picture is asked for: a process that has ended is then replaced
+        before anybody waits for it.
 
         Args:
             idle: whether there is nothing else to do, so that it may wait a little.
@@ -113,15 +139,19 @@ class ProcessEncodeQueue:
         Raises:
             EncoderProcessError: processes fail again and again.
         """
+        if self._present is None and time.monotonic() - self._refused > REFUSED_SECONDS:
+            self._start_next()
         if idle and (self._sent or self._waiting):
-            self._process.wait(IDLE_SECONDS)
+            self._wait()
+        if self._present is None:
+            return []
         encoded = []
         try:
             for each in self._receive():
                 encoded.append(each)
+            self._send()
         except ProcessFault as fault:
             encoded += self._replace(fault)
-        self._send()
         return encoded
 
     def close(self) -> None:
@@ -131,12 +161,15 @@ class ProcessEncodeQueue:
 
     # -- the process --------------------------------------------------------------------------
 
+    def _wait(self) -> None:
+        if self._present is None:
+            time.sleep(IDLE_SECONDS)
+        else:
+            self._present.wait(IDLE_SECONDS)
+
     def _receive(self) -> Iterator[EncodedImage]:
         for encoded in self._process.receive():
-            self._forget(encoded.identifier)
-            if encoded.identifier in self._unwanted:
-                self._unwanted.remove(encoded.identifier)
-            else:
+            if self._forget(encoded.identifier).is_wanted:
                 yield encoded
         silent = time.monotonic() - self._process.last_heard
         if not self._process.ready and silent > START_SECONDS:
@@ -147,13 +180,22 @@ class ProcessEncodeQueue:
             )
 
     def _send(self) -> None:
-        """Keep the process busy."""
+        """Keep the process busy.
+
+        Raises:
+            ProcessFault: the first batch of :attr:`_sent` could not be sent, and is to blame.
+        """
         while self._process.ready and self._waiting and len(self._sent) < BATCHES_AHEAD:
             batch = self._next_batch()
             if not self._sent:
                 self._process.last_heard = time.monotonic()
-            self._process.send(batch)
-            self._sent.append(batch)
+            sent = [Sent(image) for image in batch]
+            try:
+                self._process.send(batch)
+            except ProcessFault:
+                self._sent.appendleft(sent)
+                raise
+            self._sent.append(sent)
 
     def _next_batch(self) -> "list[MultiModalFeatureSpec]":
         first = self._waiting.popleft()
@@ -173,34 +215,43 @@ class ProcessEncodeQueue:
         """
         self._failed_starts = 0 if self._process.ready else self._failed_starts + 1
         self._process.kill()
+        failed = self._sent.popleft() if self._sent else []
+        again = [sent.image for sent in chain(*self._sent) if sent.is_wanted]
+        self._sent.clear()
+        wanted = [sent.image for sent in failed if sent.is_wanted]
+        if len(failed) > 1:  # one of them may be to blame for all, also one that nobody wants now
+            self._suspects |= {image.identifier for image in wanted}
+            again, wanted = wanted + again, []
+        self._waiting.extendleft(reversed(again))
+        self._go_on_after(fault)
+        self._start_next()
+        reason = f"could not be encoded: the vision encoder's process {fault}"
+        return [EncodedImage(image.identifier, None, reason) for image in wanted]
+
+    def _start_next(self) -> None:
+        """Start another process, or note that the system refuses one."""
+        assert self._start is not None, "start comes first"
+        self._present = None
+        try:
+            self._present = self._start()
+        except ProcessFault as fault:
+            self._failed_starts, self._refused = self._failed_starts + 1, time.monotonic()
+            self._go_on_after(fault)
+
+    def _go_on_after(self, fault: ProcessFault) -> None:
         if self._failed_starts == MAX_STARTS:
             raise EncoderProcessError(
                 f"the vision encoder's process failed {MAX_STARTS} times in a row before it was "
                 f"ready; the last one {fault}"
             )
         logger.error("The vision encoder's process %s: another one is started", fault)
-        sent = [[each for each in batch if self._is_wanted(each)] for batch in self._sent]
-        failed = sent.pop(0) if sent else []
-        if len(failed) > 1:
-            self._suspects |= {each.identifier for each in failed}
-            sent.insert(0, failed)
-            failed = []
-        self._waiting.extendleft(reversed([*chain(*sent)]))
-        self._sent.clear()
-        self._unwanted.clear()
-        assert self._start is not None, "start comes first"
-        self._present = self._start()
-        reason = f"could not be encoded: the vision encoder's process {fault}"
-        return [EncodedImage(each.identifier, None, reason) for each in failed]
 
-    def _forget(self, identifier: str) -> None:
-        """Note that a picture of the batch under way is done."""
-        batch = [each for each in self._sent[0] if each.identifier != identifier]
+    def _forget(self, identifier: str) -> Sent:
+        """Take a picture that is done out of the batch under way."""
+        batch = self._sent[0]
+        (sent,) = (each for each in batch if each.image.identifier == identifier)
+        batch.remove(sent)
         self._suspects.discard(identifier)
-        if batch:
-            self._sent[0] = batch
-        else:
+        if not batch:
             self._sent.popleft()
-
-    def _is_wanted(self, image: "MultiModalFeatureSpec") -> bool:
-        return image.identifier not in self._unwanted
+        return sent
