@@ -2,11 +2,12 @@
 """What the worker does of encoding beside the steps, alone and with another rank."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
@@ -50,6 +51,10 @@ class Queue:
 
     def close(self) -> None:
         self.calls.append("close")
+
+
+OWN = SchedulerOutput.make_empty()
+"""vLLM's own message, which comes while no image is asked for."""
 
 
 def message(
@@ -103,6 +108,44 @@ def test_a_queue_that_takes_no_time_is_asked_in_every_step() -> None:
     assert queue.calls[-1] == "close"
 
 
+class Replacing(Queue):
+    """Has something to put right while nothing is asked for, which fails the second time."""
+
+    def advance(self, *, idle: bool) -> list[EncodedImage]:
+        if self.images:
+            return super().advance(idle=idle)
+        self.calls.append(("advance", idle))
+        if self.calls.count(("advance", False)) == 2:
+            raise KeyError("no")
+        return []
+
+
+def test_such_a_queue_is_asked_while_nothing_is_asked_for_too() -> None:
+    """It may have a process that ended, and that is to be replaced before anybody waits for it."""
+    queue, cache = Replacing(), EncoderCache()
+    ahead = AheadEncoding(queue, Ranks(), in_every_step=True)
+    ahead.step(OWN, cache)
+    assert queue.calls == [("advance", False)]
+    with pytest.raises(KeyError):
+        ahead.step(message(), cache)
+    in_pieces = Queue()
+    AheadEncoding(in_pieces, Ranks()).step(OWN, cache)
+    assert not in_pieces.calls
+
+
+def test_features_that_do_not_fit_the_placeholder_are_a_fault_of_the_image() -> None:
+    """Where a caller gave two images one identifier, for instance."""
+    queue, cache = Queue(), EncoderCache()
+    ahead = AheadEncoding(queue, Ranks())
+    other = replace(image(3), mm_position=PlaceholderRange(0, 5))
+    queue.advance = lambda *, idle: [EncodedImage("of 3", torch.zeros(3, 4))]  # type: ignore[method-assign]
+    ahead.step(message(other), cache)
+    assert "of 3" not in cache
+    (done,) = ahead.attach(EMPTY_MODEL_RUNNER_OUTPUT).encodings_done  # type: ignore[attr-defined]
+    sentence = "features of shape (3, 4), but its placeholder in the prompt has 5 positions"
+    assert done.fault == f"was encoded to {sentence}"
+
+
 def _steps(ranks: Ranks) -> list[Any]:
     """Images that are done, one that cannot be encoded, one cancelled, and a queue that fails."""
     cache = EncoderCache()
@@ -110,6 +153,7 @@ def _steps(ranks: Ranks) -> list[Any]:
     ahead = AheadEncoding(queue, ranks)
     results: list[Any] = []
     for output in (
+        OWN,
         message(image(3), image(2)),
         message(image(4), cancelled=[]),
         message(cancelled=["of 4"]),
@@ -131,7 +175,7 @@ def _steps(ranks: Ranks) -> list[Any]:
 def test_two_ranks_have_the_same_images_at_the_same_steps(in_two_ranks: TwoRanks) -> None:
     first, second = in_two_ranks(_steps)
     rows = [[[3.0] * 4] * length for length in (3, 5)]
-    done = [[("of 3", None)], [("of 2", "could not be encoded")], [], [("of 5", None)], rows]
+    done = [[], [("of 3", None)], [("of 2", "could not be encoded")], [], [("of 5", None)], rows]
     assert first == [*done, "KeyError"]
     assert second == [*done, "FirstRankError"]
 

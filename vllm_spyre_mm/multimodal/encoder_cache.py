@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_count
 from vllm_spyre_mm.multimodal.merge import FeatureSlice
 
 if TYPE_CHECKING:
@@ -88,9 +89,7 @@ def check_feature_count(feature: "MultiModalFeatureSpec", features: torch.Tensor
     Raises:
         FeatureCountError: names both counts.
     """
-    expected = feature.mm_position.get_num_embeds()
-    if features.ndim != 2 or len(features) != expected:
-        raise FeatureCountError(
-            f"image {feature.identifier!r} was encoded to features of shape "
-            f"{tuple(features.shape)}, but its placeholder in the prompt has {expected} positions"
-        )
+    try:
+        check_count(features, feature.mm_position.get_num_embeds())
+    except FeatureError as error:
+        raise FeatureCountError(f"image {feature.identifier!r} was encoded to {error}") from None

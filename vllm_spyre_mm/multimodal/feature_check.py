@@ -31,11 +31,7 @@ def check_features(
         FeatureError: they are not ``(num_features, width)``, not finite, or beyond what the
             decoder's dtype holds.
     """
-    if features.ndim != 2 or len(features) != num_features:
-        raise FeatureError(
-            f"features of shape {tuple(features.shape)}, but its placeholder in the prompt has "
-            f"{num_features} positions"
-        )
+    check_count(features, num_features)
     if features.shape[1] != width:
         raise FeatureError(
             f"features of {features.shape[1]} elements, but the model's have {width}: the "
@@ -52,6 +48,19 @@ def check_features(
             f"features up to {max_magnitude(features):.6g}, which the decoder's "
             f"{dtype_name(merged_dtype)} cannot hold: run this checkpoint on the CPU, with backend "
             "'inductor'"
+        )
+
+
+def check_count(features: torch.Tensor, num_features: int) -> None:
+    """Check that the features of an image are as many as its placeholder in the prompt has.
+
+    Raises:
+        FeatureError: they are not ``(num_features, …)``.
+    """
+    if features.ndim != 2 or len(features) != num_features:
+        raise FeatureError(
+            f"features of shape {tuple(features.shape)}, but its placeholder in the prompt has "
+            f"{num_features} positions"
         )
 
 

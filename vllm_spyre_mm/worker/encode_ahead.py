@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worker's part of encoding beside the steps: does what the scheduler says, on every rank."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
+from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_count
 from vllm_spyre_mm.scheduler.outputs import (
     EncodingDone,
     SpyreModelRunnerOutput,
@@ -24,7 +27,8 @@ class AheadEncoding:
     Args:
         queue: encodes; None on the other ranks.
         ranks: of the model; all of them put the features into their caches in the same step.
-        in_every_step: whether the queue takes no time of a step, so that it is asked in each.
+        in_every_step: whether the queue takes no time of a step, so that it is asked in each, also
+            while no image is asked for.
     """
 
     def __init__(
@@ -34,30 +38,28 @@ class AheadEncoding:
         self._asked: dict[str, MultiModalFeatureSpec] = {}
         self._done: list[EncodingDone] = []
 
-    def step(self, scheduler_output: SpyreSchedulerOutput, cache: EncoderCache) -> None:
+    def step(self, scheduler_output: SchedulerOutput, cache: EncoderCache) -> None:
         """Do a step's part of the encoding; called on every rank, before the step.
 
         Args:
-            scheduler_output: of the step; where it is vLLM's own there is nothing to do.
+            scheduler_output: of the step; where it is vLLM's own nothing is asked for or cancelled.
             cache: takes the features of images that are done.
 
         Raises:
-            FirstRankError: on the others, as soon as anything was raised on the first.
+            FirstRankError: on the others, as soon as anything was raised on the first while an
+                image was asked for.
         """
-        for identifier in scheduler_output.cancelled_images:
-            self._asked.pop(identifier, None)
-        images = scheduler_output.images_to_encode
-        self._asked |= {image.identifier: image for image in images}
-        if self._queue is not None:
-            self._queue.cancel(scheduler_output.cancelled_images)
-            self._queue.submit(images)
-        if self._asked and (scheduler_output.may_encode or self._in_every_step):
+        may_encode = self._in_every_step
+        if isinstance(scheduler_output, SpyreSchedulerOutput):
+            self._take(scheduler_output.cancelled_images, scheduler_output.images_to_encode)
+            may_encode |= scheduler_output.may_encode
+        if self._asked and may_encode:
             idle = scheduler_output.total_num_scheduled_tokens == 0
             for encoded in self._advance(idle):
-                image = self._asked.pop(encoded.identifier)
-                if encoded.features is not None:
-                    cache.put(image, encoded.features)
-                self._done.append(EncodingDone(encoded.identifier, encoded.fault))
+                self._put(self._asked.pop(encoded.identifier), encoded, cache)
+        elif self._queue is not None and self._in_every_step:
+            done = self._queue.advance(idle=False)  # it may have something to put right
+            assert not done, "nothing is asked for"
 
     def attach(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
         """A step's output with what is done since the last one."""
@@ -71,6 +73,28 @@ class AheadEncoding:
         """End what encodes."""
         if self._queue is not None:
             self._queue.close()
+
+    def _take(self, cancelled: Sequence[str], images: "Sequence[MultiModalFeatureSpec]") -> None:
+        """Note what nobody wants any more, and then what is asked for."""
+        for identifier in cancelled:
+            self._asked.pop(identifier, None)
+        self._asked |= {image.identifier: image for image in images}
+        if self._queue is not None:
+            self._queue.cancel(cancelled)
+            self._queue.submit(images)
+
+    def _put(
+        self, image: "MultiModalFeatureSpec", encoded: EncodedImage, cache: EncoderCache
+    ) -> None:
+        """Note that an image is done, and keep its features if they fit its placeholder."""
+        fault = encoded.fault
+        if encoded.features is not None:
+            try:
+                check_count(encoded.features, image.mm_position.get_num_embeds())
+                cache.put(image, encoded.features)
+            except FeatureError as error:
+                fault = f"was encoded to {error}"
+        self._done.append(EncodingDone(image.identifier, fault))
 
     def _advance(self, idle: bool) -> list[EncodedImage]:
         if self._queue is None:

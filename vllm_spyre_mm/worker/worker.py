@@ -38,7 +38,6 @@ from vllm_spyre_mm.model_executor.model import SpyreModel
 from vllm_spyre_mm.model_executor.parts import ModelPart
 from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 from vllm_spyre_mm.scheduler.geometry import geometry_of
-from vllm_spyre_mm.scheduler.outputs import SpyreSchedulerOutput
 from vllm_spyre_mm.upstream.processes import is_engine_process
 from vllm_spyre_mm.worker.ec_transfer import loaded_part
 from vllm_spyre_mm.worker.encode_ahead import AheadEncoding
@@ -266,9 +265,8 @@ class SpyreWorker(RefusingWorker):
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Run one step; a request whose images cannot be encoded fails alone, on every rank."""
-        if isinstance(scheduler_output, SpyreSchedulerOutput):
-            with self.backend.without_gradients():
-                self.ahead.step(scheduler_output, self.model_runner.encoder_cache)
+        with self.backend.without_gradients():
+            self.ahead.step(scheduler_output, self.model_runner.encoder_cache)
         try:
             output = self.model_runner.execute_model(scheduler_output)
         except ImageEncodingError as error:
