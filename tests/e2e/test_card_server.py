@@ -3,13 +3,15 @@
 ranks each, ended by a signal."""
 
 import json
+import signal
 from pathlib import Path
 
-import openai
 import pytest
 
+from tests.e2e.asked import asked
 from tests.e2e.conftest import STAND_IN
 from tests.e2e.serving import chat, data_url, png, starting_server
+from tests.e2e.test_faults import FAULTY, SHUT_DOWN, failed
 from vllm_spyre_mm.demo.pictures import Shape, draw_picture
 
 PICTURE = data_url(png(draw_picture([Shape("circle", "red", "top left")], (192, 144)).image))
@@ -40,27 +42,37 @@ def test_a_server_keeps_the_contract_and_ends_at_a_signal(
     engines: list[dict[str, str]],
     encode_ahead: bool,
 ) -> None:
-    """Its status is looked at where the context is left: 0, although the card's runtime has made
-    SIGTERM end the process. Each engine answers, and its ranks know of its cards alone."""
+    """With status 0, although the card's runtime has made SIGTERM end the process, and while the
+    encoder's process is in the middle of a picture. Each engine answers, and its ranks know of its
+    cards alone."""
     reports = tmp_path / "reports"
     reports.mkdir()
-    with starting_server(
-        demo_checkpoint,
-        tmp_path / "log.txt",
-        *("--tensor-parallel-size", str(ranks), "--data-parallel-size", str(len(engines))),
-        *("--max-num-batched-tokens", "128", "--api-server-count", "1"),
-        *("--additional-config", json.dumps({"encode_ahead": encode_ahead})),
-        plugins=[STAND_IN],
-        environment={"STAND_IN_REPORTS": str(reports), **named(CARDS, PORT)},
-        defaults=True,
-    ) as server:
-        server.wait_until_healthy()
-        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
+    with (
+        starting_server(
+            demo_checkpoint,
+            tmp_path / "log.txt",
+            *("--tensor-parallel-size", str(ranks), "--data-parallel-size", str(len(engines))),
+            *("--max-num-batched-tokens", "128", "--api-server-count", "1"),
+            *("--additional-config", json.dumps({"encode_ahead": encode_ahead})),
+            "--enable-log-requests",
+            plugins=[STAND_IN, FAULTY],
+            environment={"STAND_IN_REPORTS": str(reports), **named(CARDS, PORT)},
+            defaults=True,
+        ) as started,
+        asked(started) as server,
+    ):
         for engine in range(len(engines)):
             to = {"X-data-parallel-rank": str(engine)}
-            answer = chat(client, "What is in the picture?", PICTURE, extra_headers=to)
+            answer = chat(server.client, "What is in the picture?", PICTURE, extra_headers=to)
             assert answer == "a red circle at the top left"
-            assert chat(client, "Say hello.", extra_headers=to)
+            assert chat(server.client, "Say hello.", extra_headers=to)
+        encoders = [each for each in server.processes if each.name() == "VLLM::Encoder"]
+        assert len(encoders) == encode_ahead
+        under_way = server.stall() if encode_ahead else []
+        started.process.send_signal(signal.SIGTERM)
+        for request in under_way:
+            assert SHUT_DOWN in failed(request)
+        server.ends(0, "shutting down FastAPI HTTP server")
     variables = []
     for report in reports.iterdir():
         printed = report.read_text().splitlines()
