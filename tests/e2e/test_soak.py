@@ -23,6 +23,7 @@ def test_every_request_ends_in_one_way_and_nothing_is_left(soaked: Served) -> No
     assert result.endings.total() == OPTIONS.requests
     assert set(result.endings) == {"right", "left"}
     assert min(result.endings.values()) > OPTIONS.requests / 10
+    assert result.evicted > 0, "the encoder cache holds every picture"
     assert {request.kind for request in soak.pool} > {"greedy", "sampled", "maximal", "tiny"}
 
 
@@ -51,6 +52,8 @@ def test_what_is_left_is_noticed() -> None:
     assert State({"open files of the engine": 91}, {}).more_than(baseline) == [
         "open files of the engine: 90 before, 91 after"
     ]
+    stuck = State({"under_way_asked in the engine": 1}, {})
+    assert stuck.more_than(stuck) == ["under_way_asked in the engine: 0 before, 1 after"]
     (line,) = State({}, {"dict in Scheduler": 3}).more_than(baseline)
     assert "3 request ids in a dict in Scheduler" in line
 

@@ -27,11 +27,16 @@ def main() -> int:
     parser.add_argument(
         "--defaults", action="store_true", help="the default dtype, compiled (default: fp32, eager)"
     )
+    parser.add_argument(
+        "--stand-in", action="store_true", help="on the stand-in for a card, with its defaults"
+    )
     arguments = vars(parser.parse_args())
-    log, defaults = arguments.pop("log"), arguments.pop("defaults")
+    log, defaults, stand_in = map(arguments.pop, ("log", "defaults", "stand_in"))
     with (
         tempfile.TemporaryDirectory() as folder,
-        soaked_server(log or Path(folder) / "log.txt", defaults=defaults) as server,
+        soaked_server(
+            log or Path(folder) / "log.txt", defaults=defaults, stand_in=stand_in
+        ) as server,
     ):
         server.wait_until_healthy()
         soak = Soak(server.address, server.process.pid, SoakOptions(**arguments))

@@ -30,7 +30,7 @@ def report(result: SoakResult) -> str:
     lines = [
         f"{total} requests in {result.seconds:.0f} s: "
         + ", ".join(f"{count} {ending}" for ending, count in sorted(result.endings.items()))
-        + f"; {result.preemptions} preemptions",
+        + f"; {result.preemptions} preemptions, {result.evicted} images evicted",
     ]
     for name, growth in result.growth().items():
         last = result.resident[-1][1][name] / (1 << 20)

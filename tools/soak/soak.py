@@ -30,6 +30,8 @@ SERVER_FLAGS = (
 )
 """Chunks, queues and preemptions: prompts are longer than a chunk, and the cache is too small."""
 
+STAND_IN = Path(__file__).parents[2] / "tests" / "e2e" / "stand_in"
+
 LEAVING = 0.45
 """Share of the requests whose client means to go away; about a third do before their end."""
 
@@ -63,6 +65,7 @@ class SoakResult:
         wrong: what went wrong, a line each.
         seconds: of the traffic.
         preemptions: of the engine.
+        evicted: images that the encoder cache had no more room for.
         resident: samples of memory: requests that had ended, and bytes by process.
         late: steps, at most, that a request took part in after its abort had arrived.
         grown: what the processes hold in the end and did not before.
@@ -72,6 +75,7 @@ class SoakResult:
     wrong: list[str] = field(default_factory=list)
     seconds: float = 0.0
     preemptions: int = 0
+    evicted: int = 0
     resident: list[tuple[int, dict[str, int]]] = field(default_factory=list)
     late: int = 0
     grown: list[str] = field(default_factory=list)
@@ -92,21 +96,24 @@ def _mean(samples: list[tuple[int, dict[str, int]]], name: str, first: float, la
     return sum(chosen) / len(chosen)
 
 
-def soaked_server(log: Path, *, defaults: bool = False) -> AbstractContextManager[Served]:
+def soaked_server(
+    log: Path, *, defaults: bool = False, stand_in: bool = False
+) -> AbstractContextManager[Served]:
     """A server of the embedded checkpoint with the inspector, which is starting.
 
     Args:
         log: file for what it prints.
         defaults: with the default dtype and compiled, instead of fp32 and eager.
+        stand_in: on the stand-in for a card, with the defaults and an encoder's process.
     """
     return starting_server(
         checkpoint_path(),
         log,
         *SERVER_FLAGS,
-        plugins=[INSPECTOR],
+        plugins=[INSPECTOR, STAND_IN] if stand_in else [INSPECTOR],
         # The model is tiny: threads would only wait for each other.
         environment={"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"},
-        defaults=defaults,
+        defaults=defaults or stand_in,
     )
 
 
@@ -143,6 +150,7 @@ class Soak:
         state: State = await settled_state(self.address, self.root, baseline)
         self.result.grown = state.more_than(baseline)
         self.result.late = state.work["late"]
+        self.result.evicted = state.work["evicted"] - baseline.work["evicted"]
         return self.result
 
     def _session(self) -> aiohttp.ClientSession:

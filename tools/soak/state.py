@@ -17,6 +17,9 @@ SETTLE_SECONDS = 30.0
 
 Figures = dict[str, int]
 
+UNDER_WAY = "under_way"
+"""In the names of figures that are 0 when no request is under way."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -25,8 +28,8 @@ class State:
     Attributes:
         figures: by name and process: what may be there and must not become more.
         mentions: places in their memory that name a request.
-        work: what the engine has done: ``steps``, images ``encoded``, and steps that an aborted
-            request took part in too ``late``.
+        work: what the engine has done: ``steps``, images ``encoded`` and ``evicted``, and steps
+            that an aborted request took part in too ``late``.
     """
 
     figures: Figures
@@ -34,31 +37,39 @@ class State:
     work: Figures = field(default_factory=dict)
 
     def more_than(self, baseline: "State") -> list[str]:
-        """What is there that was not, one line each."""
+        """What is there that was not, or that is under way when nothing is; one line each."""
+        before = {name: 0 if UNDER_WAY in name else n for name, n in baseline.figures.items()}
         grown = [
-            f"{name}: {baseline.figures.get(name, 0)} before, {value} after"
+            f"{name}: {before.get(name, 0)} before, {value} after"
             for name, value in self.figures.items()
-            if value > baseline.figures.get(name, 0)
+            if value > before.get(name, 0)
         ]
         return grown + [
             f"{count} request ids in a {where}" for where, count in self.mentions.items()
         ]
 
 
+TITLES = {"VLLM::EngineCore": "engine", "VLLM::Encoder": "encoder"}
+"""Of processes, and what they are called here."""
+
+
 def processes(root: int) -> dict[str, psutil.Process]:
-    """The server and everything it started, by what each is: ``server``, ``engine`` and others."""
+    """The server and everything it started, by what each is: ``server``, ``engine``, beside a card
+    ``encoder``, and others."""
     server = psutil.Process(root)
     found = {"server": server}
     for number, child in enumerate(server.children(recursive=True)):
-        is_engine = child.name().startswith("VLLM::EngineCore")
-        found["engine" if is_engine else f"{child.name()} {number}"] = child
+        title = child.name()
+        is_one = [name for known, name in TITLES.items() if title.startswith(known)]
+        found[is_one[0] if is_one else f"{title} {number}"] = child
     return found
 
 
 def resident_bytes(root: int) -> dict[str, int]:
-    """Resident memory of the server and of its engine."""
+    """Resident memory of the server, its engine, and the encoder's process if there is one."""
     found = processes(root)
-    return {name: found[name].memory_info().rss for name in ("server", "engine")}
+    names = ("server", *TITLES.values())
+    return {name: found[name].memory_info().rss for name in names if name in found}
 
 
 def _outside(root: int) -> Figures:

@@ -14,7 +14,8 @@ from tests.e2e.serving import data_url, png
 from vllm_spyre_mm.demo import pictures
 
 MAX_MODEL_LEN = 1024
-NUM_PICTURES = 12
+NUM_PICTURES = 24
+"""Together they have some 3,500 features, and the encoder cache has room for 1,024."""
 
 EMBEDDINGS: tuple[Any, ...] = (False, True, {"pooling": "image"}, {"dtype": "int8"})
 COLOURS = {"type": "object", "properties": {"colour": {"enum": ["red", "green", "blue"]}}}

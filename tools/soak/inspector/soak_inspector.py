@@ -19,6 +19,9 @@ from typing import Any
 
 REQUEST_ID = re.compile(r"^(?:\d+_)?(?:chatcmpl|cmpl|mmemb)-")
 CONTAINERS = (dict, set, list, deque)
+QUEUED = ("_waiting", "_alone", "_batch", "_cancelled", "_suspects")
+"""What the one or the other queue of images has. (The encoder's process may go on with an image
+that nobody wants any more until the next step, so that ``_sent`` may have it.)"""
 
 schedulers: "weakref.WeakSet[Any]" = weakref.WeakSet()
 """The scheduler of the engine that runs in this process."""
@@ -31,6 +34,7 @@ class Work:
     Attributes:
         steps: that computed something.
         encoded: images that were scheduled for the encoder.
+        evicted: images that the encoder cache had no more room for.
         late: steps begun between the arrival of a request's abort and the last step that it took
             part in, at most. One is the step under way: its requests may be chosen already.
         arrived: by hash of a request's id, the steps begun when its abort arrived.
@@ -38,6 +42,7 @@ class Work:
 
     steps: int = 0
     encoded: int = 0
+    evicted: int = 0
     late: int = 0
     arrived: dict[int, int] = field(default_factory=dict)
 
@@ -135,6 +140,7 @@ def _watch_scheduler(module: ModuleType) -> None:
         work.steps += bool(output.num_scheduled_tokens)
         work.encoded += sum(map(len, output.scheduled_encoder_inputs.values()))
         work.encoded += len(getattr(output, "images_to_encode", ()))
+        work.evicted += len(output.free_encoder_mm_hashes)
         for req_id in output.num_scheduled_tokens:
             late = work.steps - work.arrived.get(hash(req_id), work.steps)
             work.late = max(work.late, late)
@@ -177,7 +183,10 @@ def _worker(worker: Any) -> dict[str, Any]:
         ],
         decoding=runner.decodes.req_ids,
         prefilled=runner.prefilled.req_ids,
+        under_way_asked=worker.ahead._asked,
     )
+    queue = worker.ahead._queue
+    counts |= {f"under_way_in_queue{name}": len(getattr(queue, name, ())) for name in QUEUED}
     for scheduler in schedulers:
         pool = scheduler.kv_cache_manager.block_pool
         books = scheduler.encoder_cache_manager
@@ -187,6 +196,8 @@ def _worker(worker: Any) -> dict[str, Any]:
             running=scheduler.running,
             waiting=scheduler.waiting,
             encoder_references=books.request_cached_ids,
+            under_way_scheduled=scheduler._ahead._reservations._under_way,
+            under_way_reservations=scheduler._ahead._reservations._holders,
             referenced_images=[name for name, users in books.cached.items() if users],
             images_without_features=set(books.cached) - set(features),
             features_without_image=set(features) - set(books.cached) - set(books.freed),
@@ -194,5 +205,5 @@ def _worker(worker: Any) -> dict[str, Any]:
         counts["held_bytes"] = scheduler._embedding_budget.held(scheduler.requests)
         counts["blocks_in_use"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
         counts["encoder_places_lost"] = books.cache_size - books.num_freeable_slots
-    done = {"steps": work.steps, "encoded": work.encoded, "late": work.late}
+    done = {name: getattr(work, name) for name in ("steps", "encoded", "evicted", "late")}
     return {"counts": counts | _pools(), "work": done}
