@@ -83,6 +83,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"additional_config": REFUSE, "ec_transfer_config": transfer("ec_both")},
         "missing_features='refuse' is for an engine with",
     ),
+    (
+        {
+            "additional_config": REFUSE,
+            "ec_transfer_config": transfer("ec_consumer"),
+            "mm_encoder_only": True,
+        },
+        "and without --mm-encoder-only: any other encodes its images",
+    ),
     ({"mm_encoder_only": True, "tensor_parallel_size": 2}, "is not divided among ranks"),
     (
         {"mm_encoder_only": True, "additional_config": {"backend": "sendnn"}},

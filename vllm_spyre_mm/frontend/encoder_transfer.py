@@ -81,10 +81,14 @@ def check_encoder_transfer(
             "the vision encoder is not divided among ranks: leave --tensor-parallel-size out where "
             "an engine runs it alone"
         )
-    if settings.missing_features == "refuse" and not (
-        transfer is not None and transfer.is_ec_consumer and not transfer.is_ec_producer
-    ):
+    only_consumes = (
+        transfer is not None
+        and transfer.is_ec_consumer
+        and not transfer.is_ec_producer
+        and not vllm_config.is_mm_encoder_only
+    )
+    if settings.missing_features == "refuse" and not only_consumes:
         raise ValueError(
-            "missing_features='refuse' is for an engine with the ec_role 'ec_consumer': any other "
-            "encodes its images"
+            "missing_features='refuse' is for an engine with the ec_role 'ec_consumer' and without "
+            "--mm-encoder-only: any other encodes its images"
         )
