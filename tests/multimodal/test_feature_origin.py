@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The origin of features changes with all that they depend on, and with nothing else."""
 
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.checkpoints import edit_tensors
-from vllm_spyre_mm.multimodal.feature_origin import origin_of
+from vllm_spyre_mm.multimodal import feature_origin
+from vllm_spyre_mm.multimodal.feature_origin import COMPUTES, origin_of
 
 
 @pytest.fixture
@@ -75,3 +77,28 @@ def test_what_the_engine_is_asked_for_counts(checkpoint: Path) -> None:
     ]
     assert len(set(found)) == len(found)
     assert origin(checkpoint, max_model_len=512, max_num_seqs=3) == found[0]
+
+
+def test_the_processor_counts_where_the_weights_lie_elsewhere(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ``--download-dir``, which the processor's files do not go to."""
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    shutil.copy(checkpoint / "model.safetensors", weights)
+    monkeypatch.setattr(feature_origin, "find_checkpoint", lambda *_: weights)
+    before = origin(checkpoint)
+    changed_processor(checkpoint)
+    assert origin(checkpoint) != before
+
+
+@pytest.mark.parametrize("name", COMPUTES)
+def test_another_release_of_what_processes_or_encodes_counts(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config = EngineArgs(model=str(checkpoint), load_format="dummy").create_engine_config()
+    before, version = origin_of(config, "float32"), importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda asked: "9" if asked == name else version(asked)
+    )
+    assert origin_of(config, "float32") != before

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from vllm_spyre_mm.model_executor.checkpoint import find_checkpoint, open_checkpoint, weight_files
 from vllm_spyre_mm.model_executor.mistral_layout import layout_of
@@ -17,7 +18,10 @@ from vllm_spyre_mm.multimodal.mm_mappings import MMUtils, get_mm_mapping
 from vllm_spyre_mm.upstream.contract import DISTRIBUTION
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
+
+COMPUTES = (DISTRIBUTION, "vllm", "transformers", "torch", "torchvision", "ibm-fms")
+"""Distributions that process pictures and encode them."""
 
 PROCESSOR_FILES = (
     "processor_config.json",
@@ -32,7 +36,7 @@ def origin_of(vllm_config: "VllmConfig", encoder_dtype: str) -> str:
 
     It depends on the content of the encoder's weights, of the configuration and of the files
     that say how pictures are processed; on the model's name and revision, the encoder's dtype, the
-    engine's ``mm_processor_kwargs``, and this package's release.
+    engine's ``mm_processor_kwargs``, and the releases of what processes and encodes.
 
     Args:
         vllm_config: of the engine.
@@ -43,7 +47,7 @@ def origin_of(vllm_config: "VllmConfig", encoder_dtype: str) -> str:
     multimodal = model_config.multimodal_config
     assert multimodal is not None, "the model takes images"
     named = {
-        "release": importlib.metadata.version(DISTRIBUTION),
+        "releases": {name: _release(name) for name in COMPUTES},
         "model": model_config.model,
         "revision": model_config.revision,
         "config": model_config.hf_config.to_dict(),
@@ -51,19 +55,31 @@ def origin_of(vllm_config: "VllmConfig", encoder_dtype: str) -> str:
         "mm_processor_kwargs": multimodal.mm_processor_kwargs,
     }
     digest = hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode())
+    _add_processor(digest, model_config)
     if vllm_config.load_config.load_format == "dummy":
         digest.update(f"random weights, seed {model_config.seed}".encode())
     else:
         folder = find_checkpoint(model_config, vllm_config.load_config)
-        _add_processor(digest, folder)
         _add_weights(digest, folder, mapping)
     return digest.hexdigest()
 
 
-def _add_processor(digest: "hashlib._Hash", folder: Path) -> None:
+def _release(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _add_processor(digest: "hashlib._Hash", model_config: "ModelConfig") -> None:
+    """Add the files that the processor was made of.
+
+    They are in the model's folder, or in the hub's cache: ``--download-dir`` is for weights alone.
+    """
     for name in PROCESSOR_FILES:
-        if (folder / name).exists():
-            digest.update(name.encode() + (folder / name).read_bytes())
+        content = get_hf_file_bytes(name, model_config.model, model_config.revision or "main")
+        if content is not None:
+            digest.update(name.encode() + content)
 
 
 def _add_weights(digest: "hashlib._Hash", folder: Path, mapping: MMUtils) -> None:
