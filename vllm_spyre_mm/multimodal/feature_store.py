@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
+import uuid
 from collections import OrderedDict
 from pathlib import Path
 
@@ -31,7 +31,17 @@ ABANDONED_SECONDS = 3600
 MAX_KNOWN = 4096
 """Files that a store remembers to have checked."""
 
+RESCAN_WRITES = 16
+"""Files that a store writes before it looks again at what others have written."""
+
+SPARE_PART = 16
+"""A full folder is emptied by one part of so many, so that not every file written has it listed."""
+
 Identity = tuple[int, int, int]
+
+
+class TooLargeError(OSError):
+    """Features are larger than all files of the folder may be together."""
 
 
 class FeatureStore:
@@ -47,6 +57,8 @@ class FeatureStore:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.origin, self.max_bytes = folder, origin, max_bytes
         self._checked: OrderedDict[Path, Identity] = OrderedDict()
+        self._told: set[tuple[type[OSError], int | None]] = set()
+        self._total, self._num_unseen = 0, RESCAN_WRITES  # the first write looks at the folder
 
     def path(self, identifier: str) -> Path:
         """The file of a picture; the identifier may be any text."""
@@ -54,38 +66,42 @@ class FeatureStore:
         return self.folder / f"{name}{SUFFIX}"
 
     def holds(self, identifier: str) -> bool:
-        """Whether there are whole features of a picture; what is damaged is deleted."""
+        """Whether there are whole features of a picture, which are used now.
+
+        What is damaged is deleted; what cannot be read is taken as not there.
+        """
         path = self.path(identifier)
-        identity = _identity(path)
-        if identity is None:
+        try:
+            identity = _identity(path.stat())
+        except OSError as error:
+            self._tell_unreadable(error)
             return False
-        if self._checked.get(path) != identity and self.read(identifier) is None:
+        if self._checked.get(path) == identity:
+            _touch(path)
+        elif self.read(identifier) is None:
             return False
-        self._checked[path] = identity
-        self._checked.move_to_end(path)
-        while len(self._checked) > MAX_KNOWN:
-            self._checked.popitem(last=False)
+        self._remember(path, identity)
         return True
 
     def read(self, identifier: str) -> torch.Tensor | None:
         """The features of a picture, ``(num_features, width)`` in memory of their own.
 
         Returns:
-            None if there are none, or no whole ones: a damaged file is deleted.
+            None if there are none, they cannot be read, or are not whole: a damaged file is
+            deleted.
         """
         path = self.path(identifier)
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
+        except OSError as error:
+            self._tell_unreadable(error)
             return None
         rows = _parsed(content, self.origin, identifier)
         if rows is None:
             logger.warning("the features in %s are damaged: they are encoded anew", path)
-            path.unlink(missing_ok=True)
+            _delete(path)
             return None
-        with contextlib.suppress(FileNotFoundError):  # another engine's turn to delete it
-            used = time.time_ns()
-            os.utime(path, ns=(used, path.stat().st_mtime_ns))
+        _touch(path)
         return rows
 
     def write(self, identifier: str, rows: torch.Tensor) -> None:
@@ -96,51 +112,99 @@ class FeatureStore:
             rows: ``(num_features, width)``.
 
         Raises:
+            TooLargeError: they are larger than the bound.
             OSError: the folder cannot be written.
         """
         content = _composed(rows, self.origin, identifier)
         if len(content) > self.max_bytes:
-            return
-        handle, name = tempfile.mkstemp(suffix=UNFINISHED, dir=self.folder)
-        unfinished = Path(name)
+            raise TooLargeError(
+                f"the features of a picture take {len(content)} bytes, and the folder may take "
+                f"max_bytes={self.max_bytes}"
+            )
+        path, unfinished = self.path(identifier), self.folder / f"{uuid.uuid4().hex}{UNFINISHED}"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with unfinished.open("xb") as file:
                 file.write(content)
-            unfinished.replace(self.path(identifier))
+                file.flush()
+                identity = _identity(os.fstat(file.fileno()))
+            unfinished.replace(path)
         finally:
-            unfinished.unlink(missing_ok=True)
-        self._make_room()
+            _delete(unfinished)
+        self._remember(path, identity)
+        self._total += len(content)
+        self._num_unseen += 1
+        if self._total > self.max_bytes or self._num_unseen > RESCAN_WRITES:
+            self._make_room(path)
 
-    def _make_room(self) -> None:
-        """Delete the files that were used longest ago, down to the bound."""
-        now, total = time.time(), 0
-        files: list[tuple[int, int, str]] = []
+    def is_news(self, error: OSError) -> bool:
+        """Whether an error is the first of its kind, which the log is told."""
+        kind = type(error), error.errno
+        if kind in self._told:
+            return False
+        self._told.add(kind)
+        return True
+
+    def _tell_unreadable(self, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError) and self.is_news(error):
+            logger.warning("features in the folder cannot be read: %s", error)
+
+    def _remember(self, path: Path, identity: Identity) -> None:
+        self._checked[path] = identity
+        self._checked.move_to_end(path)
+        while len(self._checked) > MAX_KNOWN:
+            self._checked.popitem(last=False)
+
+    def _make_room(self, written: Path) -> None:
+        """Look at all files, and in a full folder delete those that were used longest ago.
+
+        Args:
+            written: the file that room is made for.
+        """
+        files = self._files()
+        total = sum(size for _, size, _ in files)
+        if total > self.max_bytes:
+            bound = self.max_bytes - self.max_bytes // SPARE_PART
+            for _, size, path in sorted(files):
+                if total > bound and path != written and _delete(path):
+                    total -= size
+        self._total, self._num_unseen = total, 0
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """When each file was used, its size and path; what a dead process left is deleted."""
+        now = time.time()
+        files: list[tuple[int, int, Path]] = []
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat()
-                    if entry.name.endswith(SUFFIX):
-                        files.append((status.st_atime_ns, status.st_size, entry.path))
-                        total += status.st_size
-                    elif entry.name.endswith(UNFINISHED) and _is_abandoned(status, now):
-                        Path(entry.path).unlink(missing_ok=True)
-        for _, size, path in sorted(files):
-            if total <= self.max_bytes:
-                break
-            Path(path).unlink(missing_ok=True)
-            total -= size
+                with contextlib.suppress(OSError):  # another engine has deleted it
+                    status, path = entry.stat(), Path(entry.path)
+                    if path.suffix == SUFFIX:
+                        files.append((status.st_atime_ns, status.st_size, path))
+                    elif path.suffix == UNFINISHED and _is_abandoned(status, now):
+                        _delete(path)
+        return files
+
+
+def _touch(path: Path) -> None:
+    """Note that a file is used now, where its owner and the folder allow it."""
+    with contextlib.suppress(OSError):
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+def _delete(path: Path) -> bool:
+    """Delete a file, if it is there and the folder allows it; says whether it has gone."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def _is_abandoned(status: os.stat_result, now: float) -> bool:
     return now - status.st_mtime > ABANDONED_SECONDS
 
 
-def _identity(path: Path) -> Identity | None:
-    """What changes when a file is written again; None if it is not there."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
+def _identity(status: os.stat_result) -> Identity:
+    """What changes when a file is written again."""
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
