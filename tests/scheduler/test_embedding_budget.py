@@ -25,6 +25,7 @@ from tests.scheduler.simulation import (
 )
 from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.scheduler.embedding_budget import EmbeddingBudget
+from vllm_spyre_mm.scheduler.outputs import SpyreModelRunnerOutput
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 
 ROWS = 100
@@ -39,11 +40,11 @@ def vllm_config(
     return vllm_config_ahead if request.param else vllm_config
 
 
-def bounded(vllm_config: VllmConfig, max_held: int) -> SpyreScheduler:
+def bounded(vllm_config: VllmConfig, max_held: int, **changes: Any) -> SpyreScheduler:
     scheduler = make_scheduler(vllm_config)
     settings = SpyreSettings.from_vllm_config(vllm_config)
     scheduler._embedding_budget = EmbeddingBudget(
-        settings.model_copy(update={"max_held_mm_embedding_bytes": max_held}),
+        settings.model_copy(update={"max_held_mm_embedding_bytes": max_held, **changes}),
         vllm_config.model_config,
     )
     return scheduler
@@ -205,6 +206,28 @@ def test_each_image_is_a_run_or_a_hit_once(vllm_config: VllmConfig) -> None:
     run(scheduler, unwanted)
     # The prefix cache has four whole blocks, and x lies within them; y reaches beyond.
     assert total() == (0, 1)
+
+
+def test_what_is_asked_of_an_engine_without_an_encoder_is_no_run(vllm_config: VllmConfig) -> None:
+    """The request is refused, whether or not the scheduler knew that there are no features."""
+    scheduler = bounded(vllm_config, 1 << 30, missing_features="refuse")
+    counts = note_counts(scheduler)
+    run(scheduler, make_request("a", 128, images={"x": (5, 50)}))
+    assert not any(map(any, counts))
+
+
+def test_what_a_connector_did_not_bring_is_a_run_and_no_hit(vllm_config: VllmConfig) -> None:
+    scheduler = bounded(vllm_config, 1 << 30)
+    counts, images = note_counts(scheduler), {"x": (5, 50), "y": (60, 30)}
+    run(scheduler, make_request("a", 128, images=images))
+    counts.clear()
+    scheduler.add_request(make_request("b", 128, images=images, fill=9))
+    output = scheduler.schedule()
+    sampled = SpyreModelRunnerOutput(
+        req_ids=["b"], req_id_to_index={"b": 0}, sampled_token_ids=[[1]], num_encoded_anew=1
+    )
+    scheduler.update_from_output(output, sampled)
+    assert counts == [(1, 1)]
 
 
 def test_an_image_is_counted_where_its_first_feature_is(vllm_config: VllmConfig) -> None:

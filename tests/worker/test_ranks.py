@@ -13,10 +13,9 @@ from torch.serialization import (
     set_default_load_endianness,
 )
 
+from tests.worker.connector_stub import WIDTH, Metadata, Transfer
 from tests.worker.test_encoding import image, in_one_piece
 from tests.worker.two_ranks import TwoRanks
-from vllm_spyre_mm.multimodal.encoder_cache import EncoderCache
-from vllm_spyre_mm.worker.ec_transfer import FeatureTransfer
 from vllm_spyre_mm.worker.encoding import ImageEncoder, ImageEncodingError
 from vllm_spyre_mm.worker.groups import register_default_group
 from vllm_spyre_mm.worker.host_share import read_little_endian
@@ -87,23 +86,38 @@ def test_pictures_are_encoded_once_with_the_threads_of_all(in_two_ranks: TwoRank
     assert (threads, none, after) == ([3] * 4, [], 1)
 
 
-def _take_what_arrived(ranks: Ranks) -> list[Any]:
-    """Three pictures that a connector was to bring: it brought one, and one with NaN."""
-    given, damaged, absent = image(3), image(2), image(4)
-    model: Any = SimpleNamespace(mapping=SimpleNamespace(feature_width=4))
-    encoder = ImageEncoder(model, ranks, torch.bfloat16, torch.bfloat16)
-    transfer = FeatureTransfer(EncoderCache(), encoder, ranks, active=True, merges=True)
-    if ranks.is_first:
-        transfer.cache.put(given, torch.full((3, 4), 7.0))
-        transfer.cache.put(damaged, torch.full((2, 4), torch.nan))
-        transfer._unchecked = {given.identifier, damaged.identifier}
-    transfer._share([given, damaged, absent])
-    return [(name, rows.tolist(), str(rows.dtype)) for name, rows in transfer.cache.tensors.items()]
+def _transfer_features(ranks: Ranks) -> list[Any]:
+    """Steps of requests whose features a connector brings, which only the first rank has."""
+    made = Transfer(ranks)
+    good, bad = torch.full((3, WIDTH), 7.0), torch.full((2, WIDTH), torch.nan)
+    told: list[Any] = []
+
+    def step(*arguments: Any, **more: Any) -> None:
+        told.append((made.step(*arguments, **more), made.encoded[-1], sorted(made.cache.items())))
+
+    step(Metadata({"of 3": good, "of 2": bad}), image(3), image(2), image(4))
+    step(Metadata({"of 5": torch.ones(5, WIDTH)}), image(5), image(6), asked=(0, 1))
+    made.connector.fault = "save"
+    step(Metadata(), image(7), image(8, "image_embeds"), asked=(0, 1))
+    step(Metadata({"of 7": torch.ones(7, WIDTH)}), image(7))
+    made.transfer.cache.clear()
+    step(Metadata({"of 3": good}), image(3), image(2))
+    return told
 
 
-def test_what_a_connector_brought_is_checked_once_and_shared(in_two_ranks: TwoRanks) -> None:
-    first, second = in_two_ranks(_take_what_arrived)
-    assert first == second == [("of 3", [[7.0] * 4] * 3, "torch.bfloat16")]
+def test_what_a_connector_brings_and_takes_is_the_same_on_both_ranks(
+    in_two_ranks: TwoRanks,
+) -> None:
+    """What is damaged or asked for is encoded on both, and what is not saved fails on both."""
+    first, second = in_two_ranks(_transfer_features)
+    assert first == second
+    faults, encoded, caches = zip(*first, strict=True)
+    names = [[name for name, _ in cache] for cache in caches]
+    assert [fault is None for fault in faults] == [True, True, False, True, False]
+    assert list(encoded) == [[1, 2], [0, 1], [0, 1], [], [1]]
+    assert names[1] == names[2] == ["of 2", "of 3", "of 4", "of 5", "of 6"]
+    assert names[3:] == [[*names[1], "of 7"], ["of 3"]]
+    assert caches[0] == [(f"of {n}", [[v] * WIDTH] * n) for n, v in ((2, 1.0), (3, 7.0), (4, 1.0))]
 
 
 def _sample_or_fail(ranks: Ranks) -> list[Any]:

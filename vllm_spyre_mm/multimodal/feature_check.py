@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 
+EMBEDDING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that features may have."""
+
+
 class FeatureError(RuntimeError):
     """The features of an image cannot be used; the message goes on after "was encoded to"."""
 
@@ -28,9 +32,16 @@ def check_features(
         merged_dtype: the decoder's dtype, which they will be converted to; None without a decoder.
 
     Raises:
-        FeatureError: they are not ``(num_features, width)``, not finite, or beyond what the
-            decoder's dtype holds.
+        FeatureError: they are no tensor of a dtype that features may have, not
+            ``(num_features, width)``, not finite, or beyond what the decoder's dtype holds.
     """
+    if not isinstance(features, torch.Tensor):  # a connector may bring anything
+        raise FeatureError(f"a {type(features).__name__}, which is no tensor")
+    if features.dtype not in EMBEDDING_DTYPES:
+        raise FeatureError(
+            f"features in {dtype_name(features.dtype)}, which is no floating-point dtype of 16 "
+            "bits or more"
+        )
     check_count(features, num_features)
     if features.shape[1] != width:
         raise FeatureError(
@@ -101,9 +112,6 @@ def fault_of_serialized_embedding(embedding: torch.Tensor) -> str | None:
     if embedding.untyped_storage().nbytes() < embedding.numel() * embedding.itemsize:
         return f"it has fewer elements than its shape says, {tuple(embedding.shape)}"
     return None
-
-
-EMBEDDING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def fault_of_embedding(embedding: torch.Tensor, hidden_size: int) -> str | None:

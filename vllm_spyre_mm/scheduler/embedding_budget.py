@@ -134,15 +134,21 @@ class EmbeddingBudget:
             if given_features(feature) is not None or (request.request_id, index) in encoded_ahead:
                 continue
             if index in scheduled:
-                self._encoder_runs += 1
+                self._encoder_runs += self._settings.missing_features == "encode"
             elif (0 if admitted else start) <= first_feature(position) < end and (
                 collects or position.offset + position.length > start
             ):
                 self._encoder_cache_hits += 1
 
     def record_runs(self, num_images: int) -> None:
-        """Count images that were encoded and that no step had asked for."""
+        """Count images that were encoded and that no step had asked for.
+
+        Where nothing is encoded ahead, an EC connector had them and did not bring them: each was
+        taken for a hit.
+        """
         self._encoder_runs += num_images
+        if not self._settings.encode_ahead:
+            self._encoder_cache_hits -= num_images
 
     def record_returned(self, num_embeddings: int) -> None:
         """Count embeddings that the worker has handed over."""

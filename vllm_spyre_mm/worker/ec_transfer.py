@@ -9,10 +9,11 @@ The connector is that of the first rank, which shares with the others what arriv
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
-from vllm.distributed.ec_transfer import get_ec_transfer, has_ec_transfer
+from vllm.distributed.ec_transfer import has_ec_transfer
+from vllm.distributed.ec_transfer.ec_connector.utils import ECOutputAggregator
 from vllm.v1.outputs import ECConnectorOutput, ModelRunnerOutput
 from vllm.v1.worker.ec_connector_model_runner_mixin import ECConnectorModelRunnerMixin
 
@@ -24,12 +25,13 @@ from vllm_spyre_mm.multimodal.feature_check import FeatureError, check_item
 from vllm_spyre_mm.multimodal.given_features import given_features
 from vllm_spyre_mm.multimodal.item_names import named
 from vllm_spyre_mm.scheduler.outputs import SpyreModelRunnerOutput
+from vllm_spyre_mm.scheduler.step import connector_steps
 from vllm_spyre_mm.worker.encoding import ImageEncoder, ImageEncodingError
 from vllm_spyre_mm.worker.ranks import Ranks
 from vllm_spyre_mm.worker.requests import RequestTable, WorkerRequest
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ECTransferConfig, VllmConfig
     from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -51,7 +53,7 @@ class FeatureTransfer(ECConnectorModelRunnerMixin):
         cache: of the worker.
         encoder: of the worker; gives the form that features have.
         ranks: of the model.
-        active: whether the engine has an EC connector.
+        config: of the engine's EC connector, None without one.
         merges: whether the engine's decoder reads features.
     """
 
@@ -61,13 +63,14 @@ class FeatureTransfer(ECConnectorModelRunnerMixin):
         encoder: ImageEncoder,
         ranks: Ranks,
         *,
-        active: bool,
+        config: "ECTransferConfig | None",
         merges: bool,
     ) -> None:
         self.cache, self.encoder, self.ranks = cache, encoder, ranks
-        self.active, self.merges = active, merges
+        self.config, self.merges = config, merges
         self._unchecked: set[str] = set()
-        self._output: ECConnectorOutput | None = None
+        self._encoded: list[MultiModalFeatureSpec] = []  # in the step that is under way
+        self._reports: list[ECConnectorOutput] = []
         self._encoded_anew = 0
 
     @contextlib.contextmanager
@@ -75,34 +78,65 @@ class FeatureTransfer(ECConnectorModelRunnerMixin):
         """The part of a step in which images are encoded: load before it, save after it.
 
         Raises:
-            ImageEncodingError: the connector did not take what was encoded.
+            ImageEncodingError: on every rank, the connector did not take what was encoded.
         """
-        if not has_ec_transfer() or scheduler_output.ec_connector_metadata is None:
+        self._encoded.clear()
+        if self.config is None or scheduler_output.ec_connector_metadata is None:
             yield
             return
+        *earlier, last = connector_steps(scheduler_output)
+        for each in earlier:
+            with contextlib.ExitStack() as stack:
+                self._load(each, stack)
         with contextlib.ExitStack() as stack:
-            before = set(self.cache.tensors)
-            try:
-                entered = self.maybe_get_ec_connector_output(scheduler_output, self.cache.tensors)
-                self._output = stack.enter_context(entered)
-            except Exception:  # a connector may raise anything: what is missing is seen next
-                logger.exception("The EC connector could not load the features of this step")
-            loaded = set(self.cache.tensors)
-            self._unchecked = (self._unchecked | (loaded - before)) & loaded
+            self._load(last, stack)
             yield
-            if get_ec_transfer().is_producer:
-                self._save(self.cache.tensors.keys() - loaded)
+            if self.config.is_ec_producer:
+                self._save()
 
-    def _save(self, identifiers: Collection[str]) -> None:
-        for identifier in identifiers:
+    def _load(self, scheduler_output: "SchedulerOutput", stack: contextlib.ExitStack) -> None:
+        """Let the connector begin a step, which ends with the stack.
+
+        Raises:
+            ImageEncodingError: a producer's connector does not take what was encoded earlier.
+        """
+        if not has_ec_transfer():
+            return
+        before = set(self.cache.tensors)
+        try:
+            entered = self.maybe_get_ec_connector_output(scheduler_output, self.cache.tensors)
+            self._reports += filter(None, [stack.enter_context(entered)])
+        except Exception as error:  # a connector may raise anything
+            assert self.config is not None, "there is a connector"
+            if self.config.is_encode_only and scheduler_output.num_scheduled_tokens:
+                _not_taken(error)
+            # What is missing is seen next.
+            logger.exception("The EC connector could not load the features of this step")
+        loaded = set(self.cache.tensors)
+        self._unchecked = (self._unchecked | (loaded - before)) & loaded
+
+    def _save(self) -> None:
+        """Give the connector what was encoded; what clients gave as features is theirs to keep."""
+        made = [each.identifier for each in self._encoded if given_features(each) is None]
+        if not made:
+            return
+        fault: ImageEncodingError | None = None
+        if self.ranks.is_first:
+            try:
+                self._give(made)
+            except ImageEncodingError as error:  # the other ranks wait for it
+                fault = error
+        fault = self.ranks.broadcast_object(fault)
+        if fault is not None:
+            self.cache.evict(each.identifier for each in self._encoded)
+            raise fault
+
+    def _give(self, identifiers: Iterable[str]) -> None:
+        for identifier in dict.fromkeys(identifiers):
             try:
                 self.maybe_save_ec_to_connector(self.cache.tensors, identifier)
             except Exception as error:
-                self.cache.evict(identifiers)
-                raise ImageEncodingError(
-                    "the images of the request were encoded, but the EC connector did not take "
-                    f"them: {type(error).__name__}: {error}"
-                ) from error
+                _not_taken(error)
 
     def to_encode(
         self, scheduler_output: "SchedulerOutput", requests: RequestTable
@@ -119,22 +153,32 @@ class FeatureTransfer(ECConnectorModelRunnerMixin):
             ImageEncodingError: something is to be encoded, and the engine has no encoder.
         """
         asked = scheduler_output.scheduled_encoder_inputs
-        if not self.active:
+        if self.config is None:
             return asked
         found: dict[str, list[int]] = {}
         for req_id, num_new in scheduler_output.num_scheduled_tokens.items():
             request, items = requests[req_id], asked.get(req_id, [])
             if request.prefilled:
                 continue
+            self._forget(request.mm_features[item].identifier for item in items)
             lacking = self.lacking(request, num_new, items)
             if lacking:
                 self._share([request.mm_features[item] for item in lacking])
                 lacking = self.lacking(request, num_new, items)
-            self._encoded_anew += len(lacking)
-            if wanted := [*items, *lacking]:
-                found[req_id] = wanted
-                self._check_encodable({item: request.mm_features[item] for item in wanted})
+            wanted = {item: request.mm_features[item] for item in (*items, *lacking)}
+            if wanted:
+                self._check_encodable(wanted)
+                found[req_id] = list(wanted)
+                self._encoded += wanted.values()
+                anew = [item for item in lacking if given_features(wanted[item]) is None]
+                self._encoded_anew += len(anew)
         return found
+
+    def _forget(self, identifiers: Iterable[str]) -> None:
+        """Drop what the connector brought of images that are to be encoded: one rank has it."""
+        for identifier in identifiers:
+            self._unchecked.discard(identifier)
+            self.cache.evict([identifier])
 
     def lacking(self, request: WorkerRequest, num_new: int, asked: Collection[int]) -> list[int]:
         """Items that a prefill reads, are not asked for, and are in no cache; each image once.
@@ -193,9 +237,22 @@ class FeatureTransfer(ECConnectorModelRunnerMixin):
 
     def attach(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
         """Put what the connector says of a step on the step's output."""
-        report, self._output = self._output, None
+        reports, self._reports = self._reports, []
         count, self._encoded_anew = self._encoded_anew, 0
         if count:
             output = SpyreModelRunnerOutput.of(output)
             output.num_encoded_anew = count
-        return ModelRunnerOutput.with_ec_conn_output(output, report)
+        if not reports:
+            return output
+        outputs: list[ModelRunnerOutput | None] = [output]
+        outputs += map(ModelRunnerOutput.with_ec_conn_output_only, reports)
+        attached = ECOutputAggregator().aggregate(outputs)
+        assert attached is not None, "there is an output to attach it to"
+        return attached
+
+
+def _not_taken(error: Exception) -> NoReturn:
+    raise ImageEncodingError(
+        "the images of the request were encoded, but the EC connector did not take them: "
+        f"{type(error).__name__}: {error}"
+    ) from error

@@ -70,7 +70,7 @@ class SpyreModelRunner:
             self.encoder_cache,
             self.encoder,
             ranks,
-            active=vllm_config.ec_transfer_config is not None,
+            config=vllm_config.ec_transfer_config,
             merges=model.part.has_decoder,
         )
         self.decodes = SamplingBatch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
