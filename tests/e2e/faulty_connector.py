@@ -3,6 +3,8 @@
 
 from typing import Any
 
+from vllm.distributed.ec_transfer import get_ec_transfer, has_ec_transfer
+
 from vllm_spyre_mm.scheduler.folder_connector import FolderConnector
 
 
@@ -24,3 +26,14 @@ class FaultyConnector(FolderConnector):
         if self.fault == "save":
             raise ConnectionError("the peer takes nothing")
         super().save_caches(*args, **kwargs)
+
+
+class SetsFault:
+    """Extends a worker: its connector, where it has one, can be told to fail."""
+
+    def set_fault(self, fault: str | None) -> None:
+        """Fail from now on in this part, or in none."""
+        if has_ec_transfer():
+            connector = get_ec_transfer()
+            assert isinstance(connector, FaultyConnector)
+            connector.fault = fault

@@ -240,3 +240,7 @@ def test_a_steps_output_has_no_embeddings_unless_they_are_given():
     other = SpyreModelRunnerOutput(req_ids=["b"], req_id_to_index={"b": 0})
     one.mm_embeddings["a"] = torch.zeros(1, 1)
     assert other.mm_embeddings == {}
+
+
+def test_an_encoder_alone_has_no_blocks() -> None:
+    assert state_of(block_ids=()).blocks == []

@@ -8,6 +8,7 @@ import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput as VllmEngineCoreOutput
 from vllm.v1.engine import EngineCoreOutputs as VllmEngineCoreOutputs
+from vllm.v1.engine import FinishReason
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 
@@ -167,6 +168,9 @@ def attach_mm_embeddings(
 def give_reasons(outputs: dict[int, Any], reasons: dict[str, str]) -> None:
     """Put the reasons on the last outputs of failed requests, in place.
 
+    vLLM ends the requests of an engine without a decoder as complete once their prompts have gone
+    by, whatever became of their images: they are errors too, and name nothing that is ready.
+
     Args:
         outputs: vLLM's ``EngineCoreOutputs`` by client index; a request that was aborted meanwhile
             has none.
@@ -177,3 +181,5 @@ def give_reasons(outputs: dict[int, Any], reasons: dict[str, str]) -> None:
         for output in client_outputs.outputs:
             if output.request_id in reasons:
                 output.stop_reason = reasons[output.request_id]
+                output.finish_reason = FinishReason.ERROR
+                output.ec_transfer_params = None

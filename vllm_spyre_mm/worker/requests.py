@@ -117,8 +117,8 @@ class WorkerRequest(CachedRequestState):
 
     @property
     def blocks(self) -> list[int]:
-        """Block ids of the one KV cache group, in prompt order."""
-        return self.block_ids[0]
+        """Block ids of the one KV cache group, in prompt order; none where there is no cache."""
+        return self.block_ids[0] if self.block_ids else []
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Token ids of the positions ``[start, end)``, generated ones included."""
