@@ -16,6 +16,8 @@ from typing import Any
 import openai
 import pytest
 
+from tests.e2e.engines import relative_error
+from tests.e2e.server_embeddings.requests import expected_features, parts_of, post
 from tests.e2e.serving import (
     START_SECONDS,
     Served,
@@ -29,6 +31,7 @@ from tests.e2e.serving import (
 from tests.e2e.test_server import answer, picture
 from tests.reference import Reference
 from vllm_spyre_mm.demo.pictures import Picture
+from vllm_spyre_mm.payload import decode_mm_embedding
 
 PROXY = Path(__file__).parents[2] / "examples" / "online_serving" / "encoder_proxy" / "proxy.py"
 QUESTION = "What is in the picture?"
@@ -121,6 +124,21 @@ def test_encoders_encode_and_the_decoder_answers(
         assert ask(client, each) == answer(demo_reference, QUESTION, each.image)
     assert [fleet.encoded_by(encoder) for encoder in fleet.encoders] == runs
     assert fleet.encoded_by(fleet.decoder) == 0
+
+
+def test_a_producer_serves_embeddings_and_saves_what_it_encodes(
+    fleet: Fleet, client: openai.OpenAI, demo_reference: Reference
+) -> None:
+    """The decoder answers about the picture with what the folder has since."""
+    drawn = picture(30)
+    before = sum(map(fleet.encoded_by, fleet.encoders))
+    status, body = post(fleet.encoders[0].address, {"input": parts_of(drawn.image)})
+    assert status == 200
+    found = decode_mm_embedding(body["mm_embedding"])
+    assert relative_error(found, expected_features(demo_reference, drawn.image)) < 1e-4
+    assert ask(client, drawn) == answer(demo_reference, QUESTION, drawn.image)
+    assert fleet.encoded_by(fleet.decoder) == 0
+    assert sum(map(fleet.encoded_by, fleet.encoders)) == before + 1
 
 
 def test_an_answer_streams_and_brings_the_embedding(

@@ -16,17 +16,25 @@ from vllm.config import ECTransferConfig
 
 from tests import architectures, qwen_vl
 from tests.checkpoints import edit_tensors, llava_next_config
-from tests.e2e.engines import Ask, engine, greedy, relative_error
+from tests.e2e.engines import engine, greedy, relative_error
 from tests.e2e.server_embeddings.requests import drawn, expected_features, parts_of, post
 from tests.e2e.serving import running_server
+from tests.e2e.test_qwen_vl import QwenAsk
+from tests.e2e.video_asks import VideoAsk
 from tests.multimodal.mm_mappings.suite import picture
 from tests.reference import Reference
+from tests.videos import video
 from vllm_spyre_mm.payload import decode_mm_embedding
 
 MAX_TOKENS = 12
 CONFIGS = {"llava_next": llava_next_config(), "qwen3_vl": qwen_vl.qwen3_vl()}
-TAGS = {"llava_next": "<image>", "qwen3_vl": qwen_vl.IMAGE}
+LIMITS = {"llava_next": {"image": 4}, "qwen3_vl": {"image": 4, "video": 1}}
 FILE = "encoder_cache.safetensors"
+
+
+class LlavaAsk(VideoAsk):
+    image_tag, video_tag = "<image>\n", ""
+    template = "<|user|>\n{items}{question}\n<|assistant|>\n"
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -50,13 +58,17 @@ def folder(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asks(model: str) -> dict[str, Ask]:
-    tag = TAGS[model]
-    return {
-        "one": Ask("What is it?", (picture(120, 60),), tag),
-        "two": Ask("And these?", (picture(120, 60), picture(40, 100)), tag),
-        "damaged": Ask("Say what you see.", (picture(64, 48),), tag),
+def asks(model: str) -> dict[str, VideoAsk]:
+    videos = model == "qwen3_vl"
+    ask = QwenAsk if videos else LlavaAsk
+    asks: dict[str, VideoAsk] = {
+        "one": ask("What is it?", (picture(120, 60),)),
+        "two": ask("And these?", (picture(120, 60), picture(40, 100))),
+        "damaged": ask("Say what you see.", (picture(64, 48),)),
     }
+    if videos:
+        asks["video"] = ask("And then?", (picture(120, 60),), (video(6, 80, 64),))
+    return asks
 
 
 def transfer(role: Any, folder: Path) -> ECTransferConfig:
@@ -68,7 +80,7 @@ def transfer(role: Any, folder: Path) -> ECTransferConfig:
     )
 
 
-def generate(llm: LLM, ask: Ask) -> RequestOutput:
+def generate(llm: LLM, ask: VideoAsk) -> RequestOutput:
     (output,) = llm.generate(ask.prompt, greedy(MAX_TOKENS))
     return output
 
@@ -86,40 +98,45 @@ def encoder_runs(llm: LLM) -> int:
 
 @pytest.fixture(scope="module")
 def produced(
-    checkpoint: Path, folder: Path, asks: dict[str, Ask]
+    model: str, checkpoint: Path, folder: Path, asks: dict[str, VideoAsk]
 ) -> Iterator[dict[str, RequestOutput]]:
     """What a producer answers; its process has ended, and its features are in the folder."""
     with engine(
         checkpoint,
         own_process=True,
         ec_transfer_config=transfer("ec_producer", folder),
+        limit_mm_per_prompt=LIMITS[model],
         max_num_batched_tokens=128,
         disable_log_stats=False,
     ) as llm:
         outputs = {name: generate(llm, ask) for name, ask in asks.items()}
-        assert encoder_runs(llm) == 3
+        assert encoder_runs(llm) == len(asks)
     return outputs
 
 
 def test_a_producer_answers_once_its_images_are_encoded(
-    produced: dict[str, RequestOutput], asks: dict[str, Ask], reference: Reference, folder: Path
+    produced: dict[str, RequestOutput],
+    asks: dict[str, VideoAsk],
+    reference: Reference,
+    folder: Path,
 ) -> None:
-    assert len(list(folder.rglob(FILE))) == 3
+    assert len(list(folder.rglob(FILE))) == len(asks)
     for name, ask in asks.items():
         output = produced[name]
         assert output.outputs[0].finish_reason == "stop"
         assert not output.outputs[0].token_ids
-        expected = reference.features(ask.text, ask.images)
+        expected = ask.features(reference)
+        assert expected is not None
         assert relative_error(embedding(output), expected) < 1e-4
         assert output.ec_transfer_params is not None
-        assert len(output.ec_transfer_params) == len(ask.images)
+        assert len(output.ec_transfer_params) == len(ask.images) + len(ask.videos)
 
 
 def test_a_consumer_answers_with_the_features_of_another(
     produced: dict[str, RequestOutput],
     model: str,
     checkpoint: Path,
-    asks: dict[str, Ask],
+    asks: dict[str, VideoAsk],
     reference: Reference,
     folder: Path,
 ) -> None:
@@ -133,19 +150,20 @@ def test_a_consumer_answers_with_the_features_of_another(
         checkpoint,
         own_process=True,
         ec_transfer_config=transfer("ec_consumer", folder),
+        limit_mm_per_prompt=LIMITS[model],
         max_num_batched_tokens=128,
         disable_log_stats=False,
         additional_config={"missing_features": "refuse" if refuses else "encode"},
     ) as llm:
-        for name, runs in (("one", 0), ("two", 0), ("damaged", 1)):
+        for name in asks:
+            runs = int(name == "damaged")
             output, ask = generate(llm, asks[name]), asks[name]
             if refuses and runs:
                 assert output.outputs[0].finish_reason == "error"
                 assert "this engine encodes none" in str(output.outputs[0].stop_reason)
                 continue
             assert encoder_runs(llm) == runs
-            expected = reference.generate(ask.text, ask.images, MAX_TOKENS)
-            assert list(output.outputs[0].token_ids) == expected
+            assert list(output.outputs[0].token_ids) == ask.expected(reference, MAX_TOKENS)
             assert relative_error(embedding(output), embedding(produced[name])) < 1e-6
 
 
