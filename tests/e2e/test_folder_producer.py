@@ -3,6 +3,9 @@
 time: that of tests/e2e/test_feature_folder.py is another's.)"""
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.e2e.engines import Ask, relative_error
 from tests.e2e.test_feature_folder import (
@@ -15,10 +18,18 @@ from tests.e2e.test_feature_folder import (
     set_fault,
 )
 from tests.reference import Reference
+from vllm_spyre_mm.worker import encoding
+
+
+def out_of_memory(*_: Any) -> Any:
+    raise MemoryError("no room")
 
 
 def test_a_producer_answers_for_what_is_in_the_folder_and_goes_on_after_faults(
-    llava_next_checkpoint: Path, llava_next_reference: Reference, tmp_path: Path
+    llava_next_checkpoint: Path,
+    llava_next_reference: Reference,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It has no KV cache, whose blocks a failed request would give back."""
     expected = llava_next_reference.features(TWO.text, TWO.images)
@@ -47,3 +58,10 @@ def test_a_producer_answers_for_what_is_in_the_folder_and_goes_on_after_faults(
         assert answer(llm, given).finish_reason == "stop"
         assert sorted(tmp_path.iterdir()) == files
         assert since() == (0, 0)
+        monkeypatch.setattr(encoding, "encode_pieces", out_of_memory)
+        failed = generate(llm, LATER)
+        assert failed.finish_reason == "error"
+        assert "image 1 of the request could not be encoded: MemoryError" in failed.stop_reason
+        monkeypatch.undo()
+        assert generate(llm, LATER).finish_reason == "stop"
+        assert len(list(tmp_path.iterdir())) == 3

@@ -134,6 +134,14 @@ def test_the_folder_is_listed_when_it_is_full_and_now_and_then(
     assert len(list((tmp_path / "store").iterdir())) == 30
 
 
+def test_a_file_that_fills_the_folder_is_kept(tmp_path: Path) -> None:
+    size = size_of_one(tmp_path)
+    store = FeatureStore(tmp_path / "store", "origin", size)
+    for name in "ab":
+        store.write(name, ROWS)
+    assert [name for name in "ab" if store.holds(name)] == ["b"]
+
+
 def test_features_beyond_the_bound_are_refused(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, "origin", 20)
     with pytest.raises(

@@ -99,6 +99,9 @@ def test_what_has_gone_from_the_folder_is_kept_again(
     assert not list(tmp_path.iterdir()), "nobody has asked for it"
     made.step(cache, picture)
     assert list(tmp_path.iterdir()) == [file]
+    written = file.stat()
+    made.step(cache, picture)
+    assert file.stat().st_ino == written.st_ino, "it was there"
 
 
 def test_a_consumer_keeps_nothing(sides: Callable[..., Sides], tmp_path: Path) -> None:
