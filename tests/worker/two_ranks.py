@@ -12,7 +12,7 @@ from torch import distributed, multiprocessing
 
 from vllm_spyre_mm.worker.ranks import Ranks
 
-SECONDS = 120
+SECONDS = 300
 
 Task = Callable[[Ranks], Any]
 """What a rank does; found by its name in a process that imports its module anew."""
