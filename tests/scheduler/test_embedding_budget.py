@@ -40,6 +40,10 @@ def vllm_config(
     return vllm_config_ahead if request.param else vllm_config
 
 
+with_a_connector = pytest.mark.parametrize("vllm_config", [False], ids=["in steps"], indirect=True)
+"""Beside an EC connector nothing is encoded ahead."""
+
+
 def bounded(vllm_config: VllmConfig, max_held: int, **changes: Any) -> SpyreScheduler:
     scheduler = make_scheduler(vllm_config)
     settings = SpyreSettings.from_vllm_config(vllm_config)
@@ -208,6 +212,7 @@ def test_each_image_is_a_run_or_a_hit_once(vllm_config: VllmConfig) -> None:
     assert total() == (0, 1)
 
 
+@with_a_connector
 def test_what_is_asked_of_an_engine_without_an_encoder_is_no_run(vllm_config: VllmConfig) -> None:
     """The request is refused, whether or not the scheduler knew that there are no features."""
     scheduler = bounded(vllm_config, 1 << 30, missing_features="refuse")
@@ -216,6 +221,7 @@ def test_what_is_asked_of_an_engine_without_an_encoder_is_no_run(vllm_config: Vl
     assert not any(map(any, counts))
 
 
+@with_a_connector
 def test_what_a_connector_did_not_bring_is_a_run_and_no_hit(vllm_config: VllmConfig) -> None:
     scheduler = bounded(vllm_config, 1 << 30)
     counts, images = note_counts(scheduler), {"x": (5, 50), "y": (60, 30)}
