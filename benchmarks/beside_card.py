@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests with pictures that come while a text is generated, on the stand-in for a card.
 
-A call to it takes time and leaves the host's cores idle, as one to a card does. What is measured is
-the host's part alone: nothing here says how fast a card is.
+A call to it takes time and leaves the host's cores idle, as one to a card does: its results are
+made up. What is measured is the host's part alone: nothing here says how fast a card is.
 """
 
 import os
@@ -34,6 +34,7 @@ def beside_card_rows(checkpoint: Path, quick: bool) -> Iterator[Row]:
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "STAND_IN_CALL_SECONDS": str(CALL_SECONDS),
+        "STAND_IN_COMPUTES": "0",
         "PYTHONPATH": os.pathsep.join([str(STAND_IN), *filter(None, [os.getenv("PYTHONPATH")])]),
     }
     with (

@@ -114,11 +114,15 @@ def compile_graph(
         record.compiled_outside += 1
         _raise_if(record.fail_compiling, symbolic)
     limits = Limits.from_environment(record.environment)
+    computed: list[Any] = []  # by the first run of the deployed program
 
     def run(*inputs: Any) -> Any:
         named = dict(zip(symbolic, inputs, strict=True))
         tensors = {name: each for name, each in named.items() if isinstance(each, torch.Tensor)}
         is_first = record.add_run(number, tensors)
+        if computed and not runtime.COMPUTES:
+            runtime.call_device(deploys=False)
+            return device.made_up(named, computed)
         record.add_faults(faults_of_run(symbolic, named, limits))
         _raise_if(record.fail_running, named)
         loaded, faults = device.load(named, record.in_warmup)
@@ -126,6 +130,8 @@ def compile_graph(
             runtime.call_device(deploys=is_first)
         outputs = graph(*loaded)
         record.add_faults([*faults, *faults_of_outputs(symbolic, outputs)])
+        if not record.in_warmup:
+            computed[:] = outputs
         return device.store(outputs)
 
     return run

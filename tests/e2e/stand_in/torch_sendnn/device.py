@@ -69,6 +69,22 @@ class Device:
         self._real[ghost.data_ptr()] = (ghost, output)
         return ghost
 
+    def made_up(self, named: Mapping[str, Any], computed: Sequence[Any]) -> tuple[Any, ...]:
+        """Outputs of a graph that nobody computed: its caches as they came, and zeros.
+
+        Args:
+            named: inputs of the graph by placeholder name.
+            computed: outputs of another run, whose first dimension is the rows of its batch.
+        """
+        caches = iter([each for name, each in named.items() if "past_key_value" in name])
+        rows = next(len(each) for name, each in named.items() if "embeds" in name)
+        return tuple(
+            next(caches)
+            if tuple(each.shape) in self._shapes
+            else each.new_zeros((rows, *each.shape[1:]))
+            for each in computed
+        )
+
     def poison(self) -> None:
         """Fill the device's KV cache with NaN."""
         for _, real in self._real.values():

@@ -9,6 +9,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CARDS = tuple(f"AIU_WORLD_RANK_{number}" for number in range(4))
 """Variables with the addresses of cards, of as many as a test has."""
 CALL_SECONDS = float(os.environ.get("STAND_IN_CALL_SECONDS", "0.002"))
+COMPUTES = os.environ.get("STAND_IN_COMPUTES", "1") == "1"
+"""Whether a deployed program's results are right, for which the host computes. A benchmark of the
+host beside a card takes results that are made up: a card's calls leave the host's cores idle."""
 
 _libc = ctypes.CDLL(None)
 _libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
