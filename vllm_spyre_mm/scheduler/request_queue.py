@@ -145,9 +145,12 @@ class AlternatingQueue(RequestQueue):
         """All requests, in the order in which they would be taken."""
         turn = self._turn
         for choose in (filter, filterfalse):
-            preempted, *kinds = (deque(choose(self._is_ready, queue)) for queue in self._queues)
+            preempted, *kinds = (choose(self._is_ready, queue) for queue in self._queues)
             yield from preempted
-            while any(kinds):
-                request = (kinds[turn] or kinds[1 - turn]).popleft()
+            upcoming = [next(kind, None) for kind in kinds]
+            while any(request is not None for request in upcoming):
+                kind = turn if upcoming[turn] is not None else 1 - turn
+                request, upcoming[kind] = upcoming[kind], next(kinds[kind], None)
+                assert request is not None, "one of the two is there"
                 turn = self._turn_after(request, turn)
                 yield request
