@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    PlaceholderRange,
+)
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -306,6 +312,12 @@ def run(scheduler: SpyreScheduler, *requests: Request) -> Simulation:
     for request in requests:
         scheduler.add_request(request)
     return Simulation(scheduler).run()
+
+
+def give_pixels(request: Request) -> None:
+    """400 bytes of them, for the first image of a request."""
+    pixels = MultiModalFieldElem(torch.zeros(100), MultiModalBatchedField())
+    request.mm_features[0].data = MultiModalKwargsItem({"pixel_values": pixels})
 
 
 def picture(name: str, num_tokens: int = 100, size: int = 50, **more: Any) -> Request:

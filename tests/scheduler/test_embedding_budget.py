@@ -61,6 +61,15 @@ def with_image(name: str, image: str | None = None, **more: Any) -> Any:
     return request
 
 
+def beside_one_that_runs(vllm_config: VllmConfig) -> Simulation:
+    """A request runs whose embedding takes all that the bound allows."""
+    scheduler = bounded(vllm_config, ROWS * ROW_BYTES)
+    scheduler.add_request(with_image("running"))
+    simulation = Simulation(scheduler)
+    until(simulation, lambda: scheduler.running)
+    return simulation
+
+
 def run_counting(simulation: Simulation, bound: int) -> int:
     """Run to the end; the largest number of requests that held an embedding at once."""
     scheduler, most = simulation.scheduler, 0
@@ -98,10 +107,8 @@ def test_a_request_that_waits_for_its_grammar_does_not_let_another_exceed_the_bo
     vllm_config: VllmConfig,
 ) -> None:
     """vLLM passes over the first one, and the second would be admitted in its place."""
-    scheduler = bounded(vllm_config, ROWS * ROW_BYTES)
-    scheduler.add_request(with_image("running"))
-    simulation = Simulation(scheduler)
-    until(simulation, lambda: scheduler.running)
+    simulation = beside_one_that_runs(vllm_config)
+    scheduler = simulation.scheduler
     blocked = make_request("blocked", 70, fill=9)
     blocked.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
     scheduler.add_request(blocked)
@@ -117,10 +124,8 @@ def test_a_request_whose_features_are_in_transit_does_not_let_another_exceed_the
     vllm_config: VllmConfig,
 ) -> None:
     """Nor does it hold up those that have room."""
-    scheduler = bounded(vllm_config, ROWS * ROW_BYTES)
-    scheduler.add_request(with_image("running"))
-    simulation = Simulation(scheduler)
-    until(simulation, lambda: scheduler.running)
+    simulation = beside_one_that_runs(vllm_config)
+    scheduler = simulation.scheduler
     scheduler.ec_connector = Mock(
         ensure_cache_available=lambda request, _: request.request_id != "late",
         has_cache_item=lambda _: False,

@@ -9,9 +9,6 @@ import pytest
 import torch
 from vllm.config import VllmConfig
 from vllm.multimodal.inputs import (
-    MultiModalBatchedField,
-    MultiModalFieldElem,
-    MultiModalKwargsItem,
     PlaceholderRange,
 )
 from vllm.v1.core.sched.interface import PauseState
@@ -24,6 +21,7 @@ from tests.scheduler.simulation import (
     add,
     admissions,
     check_gaps,
+    give_pixels,
     make_config,
     make_request,
     make_scheduler,
@@ -292,8 +290,7 @@ def test_the_bytes_on_their_way_are_bounded(
     monkeypatch.setattr(image_reservations, "MAX_BYTES_AHEAD", 1000)
     for number in range(6):
         request = picture(f"r{number}")
-        pixels = MultiModalFieldElem(torch.zeros(100), MultiModalBatchedField())
-        request.mm_features[0].data = MultiModalKwargsItem({"pixel_values": pixels})
+        give_pixels(request)
         add(simulation, request)
     most = 0
     while simulation.scheduler.has_unfinished_requests():

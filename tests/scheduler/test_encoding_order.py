@@ -4,13 +4,7 @@
 from pathlib import Path
 
 import pytest
-import torch
 from vllm.config import VllmConfig
-from vllm.multimodal.inputs import (
-    MultiModalBatchedField,
-    MultiModalFieldElem,
-    MultiModalKwargsItem,
-)
 from vllm.v1.request import Request
 
 from tests.scheduler.simulation import (
@@ -18,6 +12,7 @@ from tests.scheduler.simulation import (
     add,
     admissions,
     check_gaps,
+    give_pixels,
     make_config,
     make_request,
     make_scheduler,
@@ -77,8 +72,7 @@ def test_room_and_bytes_are_taken_from_the_least_urgent(
     monkeypatch.setattr(image_reservations, "MAX_BYTES_AHEAD", 1000)
     by_priority.pieces = 10
     for request in (picture("a"), picture("b"), urgent("urgent")):
-        pixels = MultiModalFieldElem(torch.zeros(100), MultiModalBatchedField())
-        request.mm_features[0].data = MultiModalKwargsItem({"pixel_values": pixels})
+        give_pixels(request)
         add(by_priority, request)
         by_priority.step()
     assert list(by_priority.asked) == ["of a", "of urgent"]  # of 400 bytes each
