@@ -85,7 +85,15 @@ def two_threads() -> Iterator[None]:
     """
     torch.set_num_threads(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(os.environ, "OMP_NUM_THREADS", "2")
+        patch.setenv("OMP_NUM_THREADS", "2")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_imports() -> Iterator[None]:
+    """Processes that tests start import in less time; see ``sitecustomize`` there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "child_processes"), os.pathsep)
         yield
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -100,8 +101,7 @@ Ended = subprocess.CompletedProcess[str]
 def programs(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[dict[str, Future[Ended]]]":
     """All of them, two at a time: one's imports and waits overlap the other's work."""
 
-    def run(program: Run) -> Ended:
-        folder = tmp_path_factory.mktemp("exits")
+    def run(program: Run, folder: Path) -> Ended:
         shown = draw_picture([Shape("circle", "red", "top left")], (100, 80))
         shown.image.save(folder / "picture.png")
         (folder / "engines.py").write_text(ENGINES)
@@ -115,7 +115,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[dict[str, Fu
         )
 
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, program) for name, program in RUNS.items()}
+        yield {
+            name: pool.submit(run, program, tmp_path_factory.mktemp("exits"))
+            for name, program in RUNS.items()
+        }
         pool.shutdown(cancel_futures=True)
 
 
