@@ -99,7 +99,7 @@ def test_text_holds_nothing_and_is_not_kept_waiting_by_what_is_held(
 ) -> None:
     scheduler = bounded(vllm_config, ROWS * ROW_BYTES)
     scheduler.add_request(with_image("picture"))
-    scheduler.add_request(make_request("text", 70, fill=9))
+    scheduler.add_request(make_request("text", 70, fill=9, max_tokens=20))
     until(Simulation(scheduler), lambda: len(scheduler.running) == 2)
 
 

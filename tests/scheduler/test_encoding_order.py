@@ -48,7 +48,7 @@ def test_by_priority_those_whose_images_are_encoded_go_on(by_priority: Simulatio
     by_priority.pieces = 10
     add(by_priority, urgent("urgent"), make_request("later", 40))
     by_priority.step()
-    assert by_priority.kinds[0] == ("prefill", "later", 0, 40)
+    assert by_priority.kinds == [("piece",), ("prefill", "later", 0, 40)]
     by_priority.run()
     check_gaps(by_priority)
 

@@ -9,6 +9,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
+from vllm_spyre_mm.config import SpyreSettings
 from vllm_spyre_mm.multimodal.given_features import given_features
 from vllm_spyre_mm.scheduler.image_reservations import ImageReservations
 from vllm_spyre_mm.scheduler.outputs import EncodingDone
@@ -25,7 +26,8 @@ class EncodeAhead:
         scheduler: whose requests they are.
         collects_from_start: whether a request wants the features of images that a prefix-cache hit
             covers, too.
-        enabled: if not, every request is ready: its images are encoded in its own steps.
+        settings: with ``encode_ahead`` off every request is ready, and its images are encoded in
+            its own steps; on a CPU encoding takes time of steps.
 
     Attributes:
         asked: request id and index of the images that were asked for on behalf of a request.
@@ -35,10 +37,11 @@ class EncodeAhead:
         self,
         scheduler: "Scheduler",
         collects_from_start: Callable[[Request], bool],
-        enabled: bool,
+        settings: SpyreSettings,
     ) -> None:
         self._scheduler = scheduler
-        self._collects_from_start, self._enabled = collects_from_start, enabled
+        self._collects_from_start, self._enabled = collects_from_start, settings.encode_ahead
+        self._takes_steps = settings.backend != "sendnn"
         self._books = scheduler.encoder_cache_manager
         self._reservations = ImageReservations(self._books)
         self._starts: dict[str, int] = {}  # of waiting requests: the first token to compute
@@ -46,6 +49,11 @@ class EncodeAhead:
         self._missed: set[str] = set()  # of the ready ones: those that lack features after all
         self.asked: set[tuple[str, int]] = set()
         self._runs = 0
+
+    @property
+    def wants_a_step(self) -> bool:
+        """Whether images are under way that are encoded in steps."""
+        return self._takes_steps and self._reservations.any_under_way
 
     def is_ready(self, request: Request) -> bool:
         """Whether a waiting request has its features, as of the last :meth:`look_ahead`."""

@@ -45,6 +45,11 @@ class ImageReservations:
         self._to_cancel: list[str] = []
         self._faulty: list[str] = []
 
+    @property
+    def any_under_way(self) -> bool:
+        """Whether images are asked for and not done."""
+        return bool(self._under_way)
+
     def is_complete(self, request: Request, needed: list[int]) -> bool:
         """Whether a request refers to images, by their indices, and all of them are encoded."""
         held = self._books.get_cached_input_ids(request)

@@ -52,8 +52,8 @@ class SpyreScheduler(Scheduler):
     4. *Waiting requests are admitted in turns*, with images and without, and preempted ones before
        both (:mod:`.request_queue`); with the priority policy in vLLM's order.
     5. *Images of waiting requests are encoded ahead of time* (:mod:`.encode_ahead`), and a request
-       that waits for its images is passed over. Encoding takes time of decodes, and of chunks while
-       nothing decodes: between two tokens of a request at most one piece of it.
+       that waits for its images is passed over. On a CPU pieces of encoding take turns with chunks,
+       and between two tokens of a request there is one of either.
 
     vLLM sees all running requests in every step, and gives no tokens to those that do not take part
     (:meth:`_reserve_prefill_lookahead`).
@@ -64,12 +64,13 @@ class SpyreScheduler(Scheduler):
         self.check_base()
         check_parts(self)
         settings = SpyreSettings.from_vllm_config(self.vllm_config)
-        self._ahead = EncodeAhead(self, self._collects_from_start, settings.encode_ahead)
+        self._ahead = EncodeAhead(self, self._collects_from_start, settings)
         if self.policy == SchedulingPolicy.FCFS:
             self.waiting = AlternatingQueue(self._ahead.is_ready)
         self.geometry = geometry_of(self.vllm_config)
         self._embedding_budget = EmbeddingBudget(settings, self.vllm_config.model_config)
         self._last_step_was_prefill = False
+        self._next_decode_encodes = False  # before another chunk
         self._step = Step(False, frozenset())
         # vLLM has processed the largest possible picture to learn its number of tokens.
         return_free_memory()
@@ -93,9 +94,12 @@ class SpyreScheduler(Scheduler):
             self.running.sort(key=lambda request: (request.priority, request.arrival_time))
         self._ahead.look_ahead()
         decodes = any(not request.is_prefill_chunk for request in self.running)
+        after_chunk = self._last_step_was_prefill
         output = self._schedule(throttle_prefills)
         is_chunk = self._step.is_prefill and output.total_num_scheduled_tokens > 0
-        return self._ahead.instruct(output, may_encode=not (is_chunk and decodes))
+        may_encode = not (decodes and (is_chunk or after_chunk))
+        self._next_decode_encodes = not (is_chunk or may_encode) and self._ahead.wants_a_step
+        return self._ahead.instruct(output, may_encode)
 
     def _schedule(self, throttle_prefills: bool) -> SchedulerOutput:
         step = self._next_step()
@@ -113,7 +117,7 @@ class SpyreScheduler(Scheduler):
 
     def _next_step(self) -> Step:
         decode = self._decode_step()
-        if decode.taking_part and self._last_step_was_prefill:
+        if decode.taking_part and (self._last_step_was_prefill or self._next_decode_encodes):
             return decode
         prefilling = [each.request_id for each in self.running if each.is_prefill_chunk]
         may_admit = not prefilling and self._may_admit(len(decode.taking_part))
@@ -169,10 +173,8 @@ class SpyreScheduler(Scheduler):
 
     def _sits_out(self, request: Request) -> bool:
         """Whether a request runs and does not take part in the step that is being scheduled."""
-        return (
-            request.status == RequestStatus.RUNNING
-            and request.request_id not in self._step.taking_part
-        )
+        taking_part = self._step.taking_part
+        return request.status == RequestStatus.RUNNING and request.request_id not in taking_part
 
     # -- the grid of chunks -------------------------------------------------------------------
 
