@@ -47,6 +47,8 @@ TARGETS = (
     Target("memory: peak above imports*", {"amx": 1.15, ANY: 1.2}),
     Target("memory: embed after *", {ANY: 1.01}),
     Target("bulk: embed*", {ANY: 0.95}),
+    Target("pictures of several requests: *", {ANY: 1.3}),
+    Target("pictures beside a text: *: its longest pause", {ANY: 1.0}),
     Target("pictures beside a stand-in card: *, median time between two*", {ANY: 1.1}),
 )
 """The first whose pattern fits is taken."""
