@@ -96,7 +96,8 @@ class SpyreSettings(BaseModel):
             connector has no features. ``encode``: the engine encodes it. ``refuse``: its request
             fails; then the engine loads no vision encoder.
         encode_timeout_seconds: how long the process that encodes pictures beside a card may say
-            nothing while it encodes; then another one takes its place.
+            nothing while it encodes; then another one takes its place. On a CPU: how long a layer
+            of the encoder may take; then the engine ends.
         max_num_seqs_given: set where vLLM's arguments are read, not by users: whether the user gave
             ``max_num_seqs``, which a known configuration of a card replaces otherwise.
         card: :class:`CardSettings`; without effect on a CPU.

@@ -50,6 +50,7 @@ class Servers:
         faults: for what a server survives, and SIGTERM at the end.
         leaving: lets its engine leave in order, as :data:`ENGINE_LEAVES` says.
         engine: for its engine's end.
+        hanging: for an encoder that hangs; it may for two seconds.
         worker: of two ranks, for the end of one.
         whole: of two ranks, for its own end.
     """
@@ -57,6 +58,7 @@ class Servers:
     faults: Served
     leaving: Served
     engine: Served
+    hanging: Served
     worker: Served
     whole: Served
 
@@ -67,6 +69,7 @@ def servers(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     two = ("--tensor-parallel-size", "2")
     flags: dict[str, tuple[str, ...]] = {name: () for name in ("faults", "leaving", "engine")}
     flags |= {"worker": two, "whole": two}
+    flags["hanging"] = ("--additional-config", '{"encode_timeout_seconds": 2}')
     with contextlib.ExitStack() as stack:
         yield Servers(
             **{
@@ -183,6 +186,17 @@ def test_the_engine_killed_in_the_middle_of_a_step(servers: Servers) -> None:
         for request in under_way:
             assert "EngineCore encountered an issue" in failed(request)
         server.ends(1, "the engine's process ended unexpectedly")
+
+
+def test_an_encoder_that_hangs_ends_the_engine(servers: Servers) -> None:
+    with asked(servers.hanging) as server:
+        assert chat(server.client, QUESTION, good(7))
+        under_way = server.load(2)
+        under_way += server.stall()
+        for request in under_way:
+            assert "EngineCore encountered an issue" in failed(request)
+        server.ends(1, "The vision encoder did not end a layer within 2 s (encode_timeout_seconds)")
+        assert "in pieces" in server.server.log.read_text()  # where it hangs
 
 
 def test_a_worker_killed_in_the_middle_of_a_step(servers: Servers) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model as the runner uses it: embed, encode and forward, on any backend."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from vllm_spyre_mm.model_executor.spec import FmsModel, ModelSpec
 from vllm_spyre_mm.model_executor.step_inputs import DecoderInputs
 
 Spec = TypeVar("Spec", bound=ModelSpec)
+Features = Pieces[list[torch.Tensor]]
 
 
 class SpyreModel(Generic[Spec]):
@@ -27,6 +28,7 @@ class SpyreModel(Generic[Spec]):
 
     Attributes:
         kv_cache: of the decoder; allocated by the worker.
+        watch: what the worker puts around encoding in pieces, to notice one that hangs.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class SpyreModel(Generic[Spec]):
         self.backend = backend
         self.part = part
         self.kv_cache: KVCache = []
+        self.watch: Callable[[Features], Features] = lambda pieces: pieces
         # The fields used here are the same for the card.
         self._overrides = overrides_of(mapping.load_overrides(), part)
         backend.place(fms_model, self._overrides)
@@ -63,7 +66,7 @@ class SpyreModel(Generic[Spec]):
 
     def encode_pieces(self, mm_kwargs: Mapping[str, Any]) -> Pieces[list[torch.Tensor]]:
         """As :meth:`encode`, in pieces: yields after each layer of the encoder."""
-        return self.mapping.feature_pieces(self.fms_model, mm_kwargs)
+        return self.watch(self.mapping.feature_pieces(self.fms_model, mm_kwargs))
 
     def forward(self, inputs: DecoderInputs) -> torch.Tensor:
         """Run the decoder and write to its KV cache.

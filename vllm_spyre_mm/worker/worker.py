@@ -42,6 +42,7 @@ from vllm_spyre_mm.upstream.processes import is_engine_process
 from vllm_spyre_mm.worker.ec_transfer import loaded_part
 from vllm_spyre_mm.worker.encode_ahead import AheadEncoding
 from vllm_spyre_mm.worker.encode_queue import EncodeQueue
+from vllm_spyre_mm.worker.encode_watchdog import watch_encoder
 from vllm_spyre_mm.worker.encoder_process.parent import EncoderProcess
 from vllm_spyre_mm.worker.encoder_process.placement import (
     encoder_job,
@@ -250,6 +251,8 @@ class SpyreWorker(RefusingWorker):
             sizes = step_sizes(self.vllm_config)
             job = encoder_job(self.vllm_config, self.mapping, self.checkpoint, sizes, pictures)
             self.encoder.start(functools.partial(EncoderProcess, job, num_threads))
+        if not self.encodes_elsewhere and is_engine_process():
+            watch_encoder(self.model, self.settings.encode_timeout_seconds)
         return_free_memory()
         set_random_seed(self.model_config.seed)
         elapsed = time.perf_counter() - started

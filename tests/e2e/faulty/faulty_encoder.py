@@ -31,7 +31,7 @@ def register() -> None:
     """Wrap the encoder where it is loaded, or will be, and how a server ends its engine."""
     from vllm_spyre_mm.upstream.module_loading import when_loaded
 
-    when_loaded("vllm_spyre_mm.model_executor.model", _make_faulty)
+    when_loaded("vllm_spyre_mm.multimodal.mm_mappings.llava_next", _make_faulty)
     if os.environ.get(ENGINE_LEAVES) and multiprocessing.parent_process() is None:
         BaseProcess.terminate = _terminate_and_wait  # type: ignore[method-assign]
 
@@ -43,10 +43,10 @@ def _terminate_and_wait(self: BaseProcess) -> None:
 
 
 def _make_faulty(module: ModuleType) -> None:
-    model = module.SpyreModel  # type: ignore[attr-defined]
-    original = model.encode_pieces
+    mapping = module.LlavaNext  # type: ignore[attr-defined]
+    original = mapping.feature_pieces
 
-    def pieces(self: Any, mm_kwargs: Mapping[str, Any]) -> Generator[None, None, Any]:
+    def pieces(self: Any, model: Any, mm_kwargs: Mapping[str, Any]) -> Generator[None, None, Any]:
         faults = [_fault(picture) for picture in mm_kwargs["pixel_values"]]
         if RAISES in faults:
             raise ValueError("this picture is not to my taste")
@@ -58,13 +58,13 @@ def _make_faulty(module: ModuleType) -> None:
         if STALLS_UNTIL_SIGTERM in faults or os.environ.pop(FIRST_STALLS, None):
             print(STALLED, os.getpid(), flush=True)
             _wait_for_sigterm()
-        features: list[torch.Tensor] = yield from original(self, mm_kwargs)
+        features: list[torch.Tensor] = yield from original(self, model, mm_kwargs)
         return [
             each * float("nan") if fault == NAN else each
             for fault, each in zip(faults, features, strict=True)
         ]
 
-    model.encode_pieces = pieces
+    mapping.feature_pieces = pieces
 
 
 def _wait_for_sigterm() -> None:
