@@ -82,33 +82,6 @@ def test_running_requests_get_a_token_after_each_piece(simulation: Simulation) -
     assert simulation.outputs["text"] == 200
 
 
-def test_a_chunk_and_a_piece_take_turns_with_a_token_in_between(simulation: Simulation) -> None:
-    simulation.pieces = 3
-    add(simulation, make_request("text", 40, max_tokens=200))
-    steps(simulation, 3)
-    add(simulation, picture("picture"), make_request("long", 4 * CHUNK, fill=9))
-    before = len(simulation.kinds)
-    until(simulation, lambda: simulation.outputs.get("long"))
-    kinds = [kind[0] for kind in simulation.kinds[before:]]
-    turn = ["prefill", "decode", "piece", "decode"]
-    assert kinds == [*turn * 3, "prefill"]
-
-
-def test_on_a_card_no_chunk_waits_for_an_image(demo_checkpoint: Path) -> None:
-    """Another process encodes: between two chunks there is one decode, as without images."""
-    config = make_config(demo_checkpoint, encode_ahead=True)
-    config.additional_config["backend"] = "sendnn"
-    simulation = Simulation(make_scheduler(config, num_blocks=200))
-    simulation.pieces = 100
-    add(simulation, make_request("text", 40, max_tokens=200))
-    steps(simulation, 3)
-    add(simulation, picture("picture"), make_request("long", 4 * CHUNK, fill=9))
-    before = len(simulation.kinds)
-    until(simulation, lambda: simulation.outputs.get("long"))
-    kinds = [kind[0] for kind in simulation.kinds[before:] if kind[0] != "piece"]
-    assert kinds == [*["prefill", "decode"] * 3, "prefill"]
-
-
 def test_a_text_is_served_while_an_image_is_being_encoded(simulation: Simulation) -> None:
     simulation.pieces = 50
     add(simulation, *(picture(f"picture-{number}") for number in range(50)))
@@ -122,7 +95,10 @@ def test_a_text_is_served_while_an_image_is_being_encoded(simulation: Simulation
 def test_a_text_behind_50_images_that_are_encoded_waits_for_two_of_them_at_most(
     simulation: Simulation,
 ) -> None:
-    """The one whose prefill is under way, and one whose turn it is; pieces delay it by no step."""
+    """The one whose prefill is under way, and one whose turn it is.
+
+    As nothing decodes, pieces delay it by no step.
+    """
     long, chunks = MAX_MODEL_LEN - 10, MAX_MODEL_LEN // CHUNK
     add(simulation, *(picture(f"p{number}", long, 10, max_tokens=1) for number in range(50)))
     until(simulation, lambda: simulation.kinds and simulation.kinds[-1][0] == "prefill")

@@ -49,11 +49,12 @@ class EncodeAhead:
         self._missed: set[str] = set()  # of the ready ones: those that lack features after all
         self.asked: set[tuple[str, int]] = set()
         self._runs = 0
+        self._after_chunk = self._owed = False  # of the last step that gave anybody a token
 
     @property
-    def wants_a_step(self) -> bool:
-        """Whether images are under way that are encoded in steps."""
-        return self._takes_steps and self._reservations.any_under_way
+    def owes_a_piece(self) -> bool:
+        """Whether a decode with a piece of encoding comes before the next chunk."""
+        return self._owed and self._takes_steps and self._reservations.any_under_way
 
     def is_ready(self, request: Request) -> bool:
         """Whether a waiting request has its features, as of the last :meth:`look_ahead`."""
@@ -96,13 +97,19 @@ class EncodeAhead:
                     continue
             self._ready.add(req_id)
 
-    def instruct(self, output: SchedulerOutput, may_encode: bool) -> SchedulerOutput:
+    def instruct(self, output: SchedulerOutput, is_chunk: bool, decodes: bool) -> SchedulerOutput:
         """A step's message with what is to be encoded beside it, if there is anything.
 
         Args:
             output: the message.
-            may_encode: whether encoding may take time of the step.
+            is_chunk: whether the step computes a chunk of a prompt.
+            decodes: whether a running request waits for its next token.
         """
+        may_encode = not decodes
+        if not decodes or output.total_num_scheduled_tokens:  # otherwise a pause: nobody gets any
+            may_encode |= not (is_chunk or self._after_chunk)
+            self._owed = not (is_chunk or may_encode)
+            self._after_chunk = is_chunk
         if self.asked:
             unfinished = self._scheduler.requests
             self.asked = {each for each in self.asked if each[0] in unfinished}

@@ -41,9 +41,10 @@ class SpyreScheduler(Scheduler):
 
     1. *A step is one chunk of one prefill, or a decode.* The two alternate while there is work for
        both, so that a running request waits for one chunk at most between two tokens, and a prompt
-       for one decode between two chunks. A request is admitted by its first chunk, when no other
-       prefill is under way. Where nothing can be prefilled after all, for want of blocks or of room
-       in the encoder cache, the step is a decode: none is empty while anything can be computed.
+       for one decode between two chunks (or two, see 5). A request is admitted by its first chunk,
+       when no other prefill is under way. Where nothing can be prefilled after all, for want of
+       blocks or of room in the encoder cache, the step is a decode: none is empty while anything
+       can be computed.
     2. *Running requests have an order*, in which ``running`` is kept: that of their admission, or
        with the priority policy that of priority and arrival. In a decode the bound on batch ×
        padded length is filled in that order: the first always takes part, others may pause.
@@ -53,7 +54,7 @@ class SpyreScheduler(Scheduler):
        both (:mod:`.request_queue`); with the priority policy in vLLM's order.
     5. *Images of waiting requests are encoded ahead of time* (:mod:`.encode_ahead`), and a request
        that waits for its images is passed over. On a CPU pieces of encoding take turns with chunks,
-       and between two tokens of a request there is one of either.
+       and a decode follows each: between two tokens of a request there is one of either.
 
     vLLM sees all running requests in every step, and gives no tokens to those that do not take part
     (:meth:`_reserve_prefill_lookahead`).
@@ -70,7 +71,6 @@ class SpyreScheduler(Scheduler):
         self.geometry = geometry_of(self.vllm_config)
         self._embedding_budget = EmbeddingBudget(settings, self.vllm_config.model_config)
         self._last_step_was_prefill = False
-        self._next_decode_encodes = False  # before another chunk
         self._step = Step(False, frozenset())
         # vLLM has processed the largest possible picture to learn its number of tokens.
         return_free_memory()
@@ -94,17 +94,15 @@ class SpyreScheduler(Scheduler):
             self.running.sort(key=lambda request: (request.priority, request.arrival_time))
         self._ahead.look_ahead()
         decodes = any(not request.is_prefill_chunk for request in self.running)
-        after_chunk = self._last_step_was_prefill
         output = self._schedule(throttle_prefills)
         is_chunk = self._step.is_prefill and output.total_num_scheduled_tokens > 0
-        may_encode = not (decodes and (is_chunk or after_chunk))
-        self._next_decode_encodes = not (is_chunk or may_encode) and self._ahead.wants_a_step
-        return self._ahead.instruct(output, may_encode)
+        return self._ahead.instruct(output, is_chunk, decodes)
 
     def _schedule(self, throttle_prefills: bool) -> SchedulerOutput:
         step = self._next_step()
-        self._last_step_was_prefill = step.is_prefill
         output = self._run(step, throttle_prefills)
+        if self.pause_state != PauseState.PAUSED_ALL:  # where nobody gets a token
+            self._last_step_was_prefill = step.is_prefill
         if step.is_prefill:
             if not output.num_scheduled_tokens and (decode := self._decode_step()).taking_part:
                 return carry_over(output, self._run(decode, throttle_prefills))
@@ -117,7 +115,7 @@ class SpyreScheduler(Scheduler):
 
     def _next_step(self) -> Step:
         decode = self._decode_step()
-        if decode.taking_part and (self._last_step_was_prefill or self._next_decode_encodes):
+        if decode.taking_part and (self._last_step_was_prefill or self._ahead.owes_a_piece):
             return decode
         prefilling = [each.request_id for each in self.running if each.is_prefill_chunk]
         may_admit = not prefilling and self._may_admit(len(decode.taking_part))
