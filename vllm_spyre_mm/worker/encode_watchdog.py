@@ -24,8 +24,10 @@ CHECKS = 10
 
 def end_process() -> None:
     """Write where each thread is, and end at once: the thread that hangs would do neither."""
-    faulthandler.dump_traceback()
-    os._exit(1)
+    try:
+        faulthandler.dump_traceback()
+    finally:  # also where standard error is closed
+        os._exit(1)
 
 
 def watch_encoder(model: SpyreModel, seconds: float) -> None:
