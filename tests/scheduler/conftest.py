@@ -9,7 +9,7 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.config.scheduler import SchedulerPolicy
 
-from tests.scheduler.simulation import make_config, make_scheduler
+from tests.scheduler.simulation import Simulation, make_config, make_scheduler
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
 
 
@@ -56,6 +56,12 @@ def make(vllm_config: VllmConfig, vllm_config_ahead: VllmConfig) -> Callable[...
 @pytest.fixture
 def scheduler(vllm_config: VllmConfig) -> SpyreScheduler:
     return make_scheduler(vllm_config)
+
+
+@pytest.fixture
+def simulation(vllm_config: VllmConfig) -> Simulation:
+    """Of a scheduler with room for several prompts, of the configuration of the test's module."""
+    return Simulation(make_scheduler(vllm_config, num_blocks=200))
 
 
 @pytest.fixture

@@ -332,6 +332,11 @@ def add(simulation: Simulation, *requests: Request) -> None:
         simulation.scheduler.add_request(request)
 
 
+def steps(simulation: Simulation, count: int) -> None:
+    for _ in range(count):
+        simulation.step()
+
+
 def until(simulation: Simulation, holds: Callable[[], object]) -> None:
     """Step until something holds."""
     for _ in range(500):

@@ -21,6 +21,7 @@ from tests.scheduler.simulation import (
     make_request,
     make_scheduler,
     run,
+    steps,
     until,
 )
 from vllm_spyre_mm.config import SpyreSettings
@@ -113,8 +114,7 @@ def test_a_request_that_waits_for_its_grammar_does_not_let_another_exceed_the_bo
     blocked.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
     scheduler.add_request(blocked)
     scheduler.add_request(with_image("next", fill=8))
-    for _ in range(8):
-        simulation.step()
+    steps(simulation, 8)
     assert [request.request_id for request in scheduler.running] == ["running"]
     scheduler.finish_requests("blocked", RequestStatus.FINISHED_ABORTED)
     simulation.run()
@@ -135,8 +135,7 @@ def test_a_request_whose_features_are_in_transit_does_not_let_another_exceed_the
     scheduler.add_request(make_request("late", 70, images={"late": (5, 10)}, fill=9))
     scheduler.requests["late"].sampling_params.extra_args = {"return_mm_embedding": False}
     scheduler.add_request(with_image("next", fill=8))
-    for _ in range(10):
-        simulation.step()
+    steps(simulation, 10)
     assert [request.request_id for request in scheduler.running] == ["running"]
     until(simulation, lambda: "next" in simulation.outputs)
     scheduler.finish_requests("late", RequestStatus.FINISHED_ABORTED)
@@ -165,8 +164,7 @@ def test_an_aborted_request_gives_its_room_back(vllm_config: VllmConfig) -> None
     for name in "ab":
         scheduler.add_request(with_image(name, fill=ord(name)))
     simulation = Simulation(scheduler)
-    for _ in range(8):
-        simulation.step()
+    steps(simulation, 8)
     assert admissions(simulation.kinds) == ["a"]
     scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
     simulation.step()

@@ -8,9 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from vllm.config import VllmConfig
-from vllm.multimodal.inputs import (
-    PlaceholderRange,
-)
+from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
@@ -26,6 +24,7 @@ from tests.scheduler.simulation import (
     make_request,
     make_scheduler,
     picture,
+    steps,
     until,
 )
 from vllm_spyre_mm.scheduler import image_reservations
@@ -38,16 +37,6 @@ pytestmark = pytest.mark.usefixtures("no_blocks_left")
 @pytest.fixture(scope="module")
 def vllm_config(demo_checkpoint: Path) -> VllmConfig:
     return make_config(demo_checkpoint, encode_ahead=True)
-
-
-@pytest.fixture
-def simulation(vllm_config: VllmConfig) -> Simulation:
-    return Simulation(make_scheduler(vllm_config, num_blocks=200))
-
-
-def steps(simulation: Simulation, count: int) -> None:
-    for _ in range(count):
-        simulation.step()
 
 
 # -- what is encoded when ---------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tests.scheduler.simulation import (
     make_request,
     make_scheduler,
     run,
+    steps,
 )
 from vllm_spyre_mm.scheduler.outputs import FailedEncoding, SpyreModelRunnerOutput
 from vllm_spyre_mm.scheduler.scheduler import SpyreScheduler
@@ -75,8 +76,7 @@ def test_an_image_that_does_not_fit_makes_its_request_wait(scheduler: SpyreSched
     cache.allocate(blocker, 0)  # as if a request in the middle of its prefill held it
     scheduler.add_request(make_request("a", 600, images={"x": (70, 500)}))
     simulation = Simulation(scheduler)
-    for _ in range(3):
-        simulation.step()
+    steps(simulation, 3)
     # The first chunk needs the image at 70, so nothing at all is computed.
     assert simulation.kinds == []
     assert not cache.request_cached_ids.get("a")
@@ -96,8 +96,7 @@ def test_an_image_that_does_not_fit_is_not_overtaken_by_those_that_do(
         images = {f"small-{number}": (0, 100)}
         scheduler.add_request(make_request(f"small-{number}", 120, images=images, fill=30 + number))
     simulation = Simulation(scheduler)
-    for _ in range(20):
-        simulation.step()
+    steps(simulation, 20)
     assert simulation.encoded == []
     cache.free(blocker)
     simulation.run()

@@ -30,11 +30,6 @@ def vllm_config(demo_checkpoint: Path, request: pytest.FixtureRequest) -> VllmCo
     return make_config(demo_checkpoint, encode_ahead=request.param)
 
 
-@pytest.fixture
-def simulation(vllm_config: VllmConfig) -> Simulation:
-    return Simulation(make_scheduler(vllm_config, num_blocks=200))
-
-
 def add_images(simulation: Simulation, count: int, max_tokens: int = 4) -> None:
     """Requests with an image each, as long as a request may be, none like another."""
     for number in range(count):

@@ -18,6 +18,7 @@ from tests.scheduler.simulation import (
     make_request,
     make_scheduler,
     picture,
+    steps,
     until,
 )
 
@@ -27,28 +28,6 @@ pytestmark = pytest.mark.usefixtures("no_blocks_left")
 @pytest.fixture(scope="module")
 def vllm_config(demo_checkpoint: Path) -> VllmConfig:
     return make_config(demo_checkpoint, encode_ahead=True)
-
-
-@pytest.fixture
-def simulation(vllm_config: VllmConfig) -> Simulation:
-    return Simulation(make_scheduler(vllm_config, num_blocks=200))
-
-
-def steps(simulation: Simulation, count: int) -> None:
-    for _ in range(count):
-        simulation.step()
-
-
-def test_a_chunk_and_a_piece_take_turns_with_a_token_in_between(simulation: Simulation) -> None:
-    simulation.pieces = 3
-    add(simulation, make_request("text", 40, max_tokens=200))
-    steps(simulation, 3)
-    add(simulation, picture("picture"), make_request("long", 4 * CHUNK, fill=9))
-    before = len(simulation.kinds)
-    until(simulation, lambda: simulation.outputs.get("long"))
-    kinds = [kind[0] for kind in simulation.kinds[before:]]
-    turn = ["prefill", "decode", "piece", "decode"]
-    assert kinds == [*turn * 3, "prefill"]
 
 
 def kinds_of(simulation: Simulation, count: int) -> list[str]:
@@ -65,6 +44,16 @@ def decoding(simulation: Simulation) -> Simulation:
     add(simulation, make_request("text", 40, max_tokens=200))
     steps(simulation, 3)
     return simulation
+
+
+def test_a_chunk_and_a_piece_take_turns_with_a_token_in_between(decoding: Simulation) -> None:
+    decoding.pieces = 3
+    add(decoding, picture("picture"), make_request("long", 4 * CHUNK, fill=9))
+    before = len(decoding.kinds)
+    until(decoding, lambda: decoding.outputs.get("long"))
+    kinds = [kind[0] for kind in decoding.kinds[before:]]
+    turn = ["prefill", "decode", "piece", "decode"]
+    assert kinds == [*turn * 3, "prefill"]
 
 
 def test_a_prefill_that_comes_to_nothing_takes_no_turn(decoding: Simulation) -> None:
